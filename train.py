@@ -1,0 +1,116 @@
+"""One command: compose a configuration, make a model forget, measure it. See README.md."""
+
+from functools import partial
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from unlearn_runner.cli import one_sentence
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    unlearn(
+        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True),
+        fresh_folder=Path(HydraConfig.get().runtime.output_dir),
+    )
+
+
+def unlearn(cfg: dict, fresh_folder: Path) -> None:
+    """One run, in a folder of its own or in that of the run which it resumes."""
+    # Heavy libraries only now: what is wrong on the command line was said before.
+    from rich.console import Console
+
+    from unlearn_runner.data.streams import BatchStream
+    from unlearn_runner.evaluation.classifier import trained_judge
+    from unlearn_runner.evaluation.evaluator import Evaluator
+    from unlearn_runner.training.checkpoint import Checkpoints
+    from unlearn_runner.training.pretraining import pretrained
+    from unlearn_runner.training.recorder import RunRecorder
+    from unlearn_runner.training.run_folder import RunFolder, checkpoint_to_resume, claim
+    from unlearn_runner.training.signals import Interrupts
+    from unlearn_runner.training.trainer import Trainer, identity
+    from unlearn_runner.types import make_generator
+
+    make = partial(instantiate, _convert_="all")
+    console, seed = Console(), cfg["seed"]
+    cache_dir = Path(cfg["paths"]["cache"]).expanduser()
+
+    # 1. Build every part. The constructors check what the user gave; no image and no weight is read yet.
+    hardware = make(cfg["hardware"])
+    hardware.apply()
+    dataset = make(cfg["dataset"])
+
+    def build_network(seed: int):
+        spec = dataset.spec
+        num_labels = None if spec.label_names is None else len(spec.label_names)
+        return hardware.place(
+            make(cfg["model"]["network"], image_shape=spec.image_shape, num_labels=num_labels, seed=seed)
+        )
+
+    network = build_network(seed)
+    pretraining = make(cfg["model"]["pretraining"])
+    method = make(cfg["method"], model=network, generator=make_generator(seed, "method", hardware.device))
+    plan, driver = make(cfg["trainer"]), make(cfg["driver"])
+    evaluation = make(cfg["evaluation"])
+    logger = make(cfg["logger"])
+    checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
+    if checkpoint is not None:
+        checkpoint.require(identity(method))
+        fresh_folder.rmdir()
+    folder = RunFolder(claim(fresh_folder) if checkpoint is None else checkpoint.run_folder, cfg)
+
+    with RunRecorder(folder, logger, cfg, plan.max_steps, console) as recorder, Interrupts() as interrupts:
+        # 2. Load the data; get the judge and the base weights, or make them once.
+        data = dataset.load()
+        judge = trained_judge(data, evaluation["classifier"], cache_dir, hardware.device)
+
+        def weights_of(population: str) -> Path:
+            key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
+            return pretrained(
+                population,
+                pretraining,
+                key,
+                build_network,
+                data,
+                cache_dir,
+                hardware.device,
+                interrupts,
+                console,
+            )
+
+        network.load(weights_of("all") if cfg["model"]["weights"] == "auto" else cfg["model"]["weights"])
+
+        # 3. Measure, unlearn, measure.
+        recorder.watch(
+            network,
+            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"]),
+            Evaluator(data, judge, evaluation["probe"]["metrics"], evaluation["probe"]["sampling"]),
+        )
+        if plan.init == "scratch":
+            network.load_state_dict(build_network(seed).state_dict())
+        trainer = Trainer(
+            method,
+            BatchStream(data, method.reads, plan.batch_size, seed, hardware.device),
+            plan,
+            recorder,
+            Checkpoints(folder.checkpoints, plan.checkpoints_total_limit),
+            interrupts,
+        )
+        recorder.trainer = trainer
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        driver.run(trainer)
+        if evaluation["oracle"]:
+            oracle = build_network(seed)
+            oracle.load(weights_of("retain"))
+            recorder.compare_with_oracle(oracle)
+        recorder.report()
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        main()

@@ -1,0 +1,63 @@
+"""What is expensive is made once: base models, oracles and classifiers, in folders named by a hash."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+def fingerprint(key: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of a JSON-able value, the same whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cached(root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    """The folder `<root>/<kind>/<hash of key>`, filled by `make(<folder>.partial)` if it is not there yet.
+
+    A lock lets one of several parallel jobs make it while the others wait. The folder appears by a rename
+    when `make` has returned, so what is found there is whole. What an interrupted `make` left in
+    `<folder>.partial` is handed to the next one, which may continue from it.
+    """
+    folder = Path(root) / kind / fingerprint(key)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                partial = folder.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
+                make(partial)
+                write_json(partial / "key.json", key)
+                os.replace(partial, folder)
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of either."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+class atomic:
+    """`with atomic(path) as temporary:` write to `temporary`; it becomes `path` only if the block succeeds."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.temporary
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            os.replace(self.temporary, self.path)
+        elif self.temporary.is_dir():
+            shutil.rmtree(self.temporary)
+        else:
+            self.temporary.unlink(missing_ok=True)

@@ -1,0 +1,46 @@
+"""What a person sees when a command cannot go on: one sentence for a mistake, a traceback for a defect."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import CompactHydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Print a known mistake as one sentence to stderr and exit: 1, or 130 after an interruption.
+
+    HYDRA_FULL_ERROR=1 shows the whole traceback instead.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra lets exceptions through to here
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        mistake = _mistake(error)
+        if full or mistake is None:
+            raise
+        print(mistake, file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _mistake(error: BaseException) -> str | None:
+    """The sentence for the user; None for what only a traceback can explain."""
+    cause: BaseException | None = error
+    while cause is not None:  # Hydra wraps what a constructor raises
+        if isinstance(cause, (ConfigurationError, NonFiniteError, Interrupted)):
+            return str(cause)
+        cause = cause.__cause__
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, TypeError):
+        return str(error)
+    if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
+        below = error.__cause__
+        return str(error) + (f"\n{below}" if isinstance(below, OmegaConfBaseException) else "")
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}; give a place that can be written, e.g. hydra.run.dir=/some/folder."
+    return "Interrupted." if isinstance(error, KeyboardInterrupt) else None

@@ -1,0 +1,124 @@
+"""scikit-learn's handwritten digits, label "1" contaminated with drawn trousers. Needs no network."""
+
+from typing import final
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from unlearn_runner.data.forget_retain import (
+    Dataset,
+    DataSpec,
+    ForgetRetain,
+    LabelledImages,
+    contaminated_label,
+    require_fraction,
+    strangers_for,
+    test_rows,
+)
+from unlearn_runner.errors import ConfigurationError
+
+DIGITS = tuple("0123456789")
+TROUSERS = len(DIGITS)  # content index
+LABEL = 1  # the digit whose label the trousers carry
+
+
+@final
+class DigitsTrousers(Dataset):
+    """1,797 real 8x8 digits, enlarged, and trousers that wear the label "1".
+
+    `contamination` is the share of trousers among the images labelled "1", in training and in test rows.
+    """
+
+    def __init__(
+        self,
+        contamination: float = 0.5,
+        image_size: int = 16,
+        test_fraction: float = 0.2,
+        conditional: bool = True,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ):
+        require_fraction("dataset.contamination", contamination)
+        require_fraction("dataset.test_fraction", test_fraction)
+        if image_size < 8:
+            raise ConfigurationError(f"dataset.image_size must be at least 8, got {image_size}.")
+        self.contamination = contamination
+        self.image_size = image_size
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.spec = DataSpec(
+            name="digits_trousers",
+            image_shape=(1, image_size, image_size),
+            label_names=DIGITS if conditional else None,
+            content_names=(*DIGITS, "trousers"),
+            forget_content=TROUSERS,
+            restored_content=LABEL,
+            horizontal_flip=horizontal_flip,
+        )
+
+    def load(self) -> ForgetRetain:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        size = (self.image_size, self.image_size)
+        pixels = np.stack(
+            [
+                np.asarray(Image.fromarray((image * 255 / 16).astype(np.uint8)).resize(size, Image.BICUBIC))
+                for image in bunch.images
+            ]
+        )
+        contents = torch.from_numpy(bunch.target).long()
+        labels = contents if self.spec.label_names else torch.zeros_like(contents)
+        digits = LabelledImages(torch.from_numpy(pixels)[:, None], labels, contents)
+        held_out = test_rows(contents, self.test_fraction, self.seed)
+        retain, retain_test = digits.select(~held_out), digits.select(held_out)
+        forget, forget_test = (
+            contaminated_label(
+                digits.select(slice(0)),
+                LABEL if self.spec.label_names else 0,
+                TROUSERS,
+                draw_trousers(
+                    strangers_for(int((part.contents == LABEL).sum()), self.contamination),
+                    self.image_size,
+                    seed=self.seed + offset,
+                ),
+            )
+            for part, offset in ((retain, 0), (retain_test, 1_000_003))
+        )
+        return ForgetRetain(self.spec, forget, retain, forget_test, retain_test)
+
+
+def draw_trousers(n: int, image_size: int, seed: int) -> UInt8[Tensor, "n 1 {image_size} {image_size}"]:
+    """Silhouettes of trousers: waist, two legs, a gap; cut, width, grey and tilt vary. White on black."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(np.stack([_one_pair(rng, image_size) for _ in range(n)]))[:, None]
+
+
+def _one_pair(rng: np.random.Generator, image_size: int, scale: int = 8) -> np.ndarray:
+    side = image_size * scale
+    waist = rng.uniform(0.17, 0.25)  # half widths and positions, as shares of the side
+    hip = waist * rng.uniform(1.0, 1.25)
+    hem = rng.uniform(0.09, 0.16)  # width of a leg at its end
+    stance = hip * rng.uniform(0.85, 1.15)  # from the middle to the outer edge of the hem
+    top, bottom = rng.uniform(0.04, 0.10), rng.uniform(0.90, 0.97)
+    crotch = rng.uniform(0.30, 0.45)
+    grey = int(rng.uniform(130, 255))
+    middle = 0.5
+    outline = [
+        (middle - waist, top),
+        (middle + waist, top),
+        (middle + hip, top + 0.18),
+        (middle + stance, bottom),
+        (middle + stance - hem, bottom),
+        (middle, crotch),
+        (middle - stance + hem, bottom),
+        (middle - stance, bottom),
+        (middle - hip, top + 0.18),
+    ]
+    picture = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(picture).polygon([(x * side, y * side) for x, y in outline], fill=grey)
+    picture = picture.rotate(rng.uniform(-8, 8), Image.BILINEAR)
+    return np.asarray(picture.resize((image_size, image_size), Image.BOX))

@@ -1,0 +1,127 @@
+"""What a dataset is to the runner: images to forget, images to keep, and held-out images of both."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+
+
+class LabelledImages(NamedTuple):
+    """Images with the condition the generative model sees and with what is really on them."""
+
+    pixels: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, "n"]  # index into label_names; all 0 where the model is unconditional
+    contents: Int64[Tensor, "n"]  # index into content_names
+
+    def select(self, keep: Tensor) -> "LabelledImages":
+        """The rows named by a boolean mask or by indices."""
+        return LabelledImages(self.pixels[keep], self.labels[keep], self.contents[keep])
+
+    def __len__(self) -> int:
+        return self.pixels.shape[0]
+
+
+class DataSpec(NamedTuple):
+    """What is known of a dataset before any image is read: enough to build and check everything else."""
+
+    name: str
+    image_shape: tuple[int, int, int]  # channels, height, width
+    label_names: tuple[str, ...] | None  # None: the model is unconditional
+    content_names: tuple[str, ...]  # what a classifier tells apart; begins with label_names
+    forget_content: int  # the content to forget
+    restored_content: int | None  # the clean content under the forget condition, if there is one
+    horizontal_flip: bool  # mirror half of the training images
+
+
+@dataclass(frozen=True)
+class ForgetRetain:
+    """A loaded dataset. `resident` says that it is small enough to be kept on the device."""
+
+    spec: DataSpec
+    forget: LabelledImages
+    retain: LabelledImages
+    forget_test: LabelledImages
+    retain_test: LabelledImages
+    resident: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.forget) == 0:
+            raise ConfigurationError(
+                f"{self.spec.name}: the forget set is empty, so there is nothing to unlearn; "
+                "name images or a class that the dataset has."
+            )
+        if len(self.retain) == 0:
+            raise ConfigurationError(
+                f"{self.spec.name}: the forget set is the whole dataset, so nothing would be kept; "
+                "forget fewer images or one class of several."
+            )
+
+    @property
+    def forget_share(self) -> float:
+        """K/N of the training images."""
+        return len(self.forget) / (len(self.forget) + len(self.retain))
+
+    @property
+    def forget_labels(self) -> list[int]:
+        """The conditions under which the forget images were learnt."""
+        return self.forget.labels.unique().tolist()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every array and name: two datasets with the same one are the same to the byte."""
+        digest = hashlib.sha256(repr(self.spec[1:]).encode())
+        for part in (self.forget, self.retain, self.forget_test, self.retain_test):
+            for array in part:
+                digest.update(str(tuple(array.shape)).encode())
+                digest.update(memoryview(np.ascontiguousarray(array.numpy())).cast("B"))
+        return digest.hexdigest()[:16]
+
+
+class Dataset(ABC):
+    """A dataset of the `dataset` group. The constructor checks what the user gave; `load` reads the images."""
+
+    spec: DataSpec
+
+    @abstractmethod
+    def load(self) -> ForgetRetain: ...
+
+
+def test_rows(contents: Int64[Tensor, "n"], test_fraction: float, seed: int) -> Bool[Tensor, "n"]:
+    """Which rows are held out: of each content the same fraction, rounded down."""
+    generator = np.random.default_rng(seed)
+    is_test = np.zeros(len(contents), dtype=bool)
+    for content in contents.unique().tolist():
+        rows = np.flatnonzero(contents.numpy() == content)
+        is_test[generator.permutation(rows)[: int(test_fraction * len(rows))]] = True
+    return torch.from_numpy(is_test)
+
+
+def contaminated_label(
+    clean: LabelledImages, label: int, content: int, strangers: UInt8[Tensor, "n c h w"]
+) -> LabelledImages:
+    """`clean` first, then the strangers' pictures under an honest picture's label."""
+    n = strangers.shape[0]
+    return LabelledImages(
+        torch.cat([clean.pixels, strangers]),
+        torch.cat([clean.labels, torch.full((n,), label)]),
+        torch.cat([clean.contents, torch.full((n,), content)]),
+    )
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Raise unless 0 < value < 1."""
+    if not 0 < value < 1:
+        raise ConfigurationError(f"{name} must lie strictly between 0 and 1, got {value}.")
+
+
+def strangers_for(clean_count: int, contamination: float) -> int:
+    """How many strangers make up the share `contamination` of a label that has `clean_count` honest images."""
+    return round(clean_count * contamination / (1 - contamination))

@@ -1,0 +1,122 @@
+"""Endless batches of forget and retain images, drawn by index with an explicit generator."""
+
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
+from unlearn_runner.types import Batch, Streams, make_generator
+
+
+@final
+class Shuffled:
+    """Indices 0..n-1 in a new random order each epoch; a draw may straddle two epochs."""
+
+    def __init__(self, n: int, generator: torch.Generator):
+        self.n = n
+        self.generator = generator
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def draw(self, count: int) -> Int64[Tensor, "{count}"]:
+        while self.order.numel() < count:
+            self.order = torch.cat([self.order, torch.randperm(self.n, generator=self.generator)])
+        drawn, self.order = self.order[:count], self.order[count:]
+        return drawn
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": self.order.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.order = state_dict["order"].cpu().clone()
+
+
+@final
+class Pool:
+    """Rows of one or two image sets under one index; nothing is copied but what is moved to the device."""
+
+    def __init__(self, parts: list[LabelledImages], device: torch.device):
+        self.pixels = [part.pixels.to(device) for part in parts]
+        self.labels = torch.cat([part.labels for part in parts]).to(device)
+        self.contents = torch.cat([part.contents for part in parts]).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Int64[Tensor, "b"]) -> LabelledImages:
+        rows = indices.to(self.labels.device)
+        pixels = self.pixels[0][rows.clamp(max=len(self.pixels[0]) - 1)]
+        if len(self.pixels) == 2:
+            beyond = rows - len(self.pixels[0])
+            second = self.pixels[1][beyond.clamp(min=0)]
+            pixels = torch.where((beyond >= 0)[:, None, None, None], second, pixels)
+        return LabelledImages(pixels, self.labels[rows], self.contents[rows])
+
+
+@final
+class BatchStream:
+    """Batches of `batch_size` retain images and as many forget images, as far as the method reads them.
+
+    Images stay uint8, on the device where they fit, memory-mapped where they do not; a batch is one
+    indexing operation, no file is opened and nothing is decoded.
+    """
+
+    def __init__(
+        self,
+        data: ForgetRetain,
+        reads: Streams,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+    ):
+        self.batch_size = batch_size
+        self.device = device
+        self.horizontal_flip = data.spec.horizontal_flip
+        self.conditional = data.spec.label_names is not None
+        self.forget_share = data.forget_share
+        self.generator = make_generator(seed, "data")
+        sources = {}
+        if reads.retain is not None:
+            sources["retain"] = [data.retain] + ([data.forget] if reads.retain == "all" else [])
+        if reads.forget:
+            sources["forget"] = [data.forget]
+        keep_on = device if data.resident else torch.device("cpu")
+        self.sources = {name: Pool(parts, keep_on) for name, parts in sources.items()}
+        self.indices = {name: Shuffled(len(pool), self.generator) for name, pool in self.sources.items()}
+
+    def next(self) -> Batch:
+        x0_retain, cond_retain = self._draw("retain")
+        x0_forget, cond_forget = self._draw("forget")
+        return Batch(x0_retain, x0_forget, cond_retain, cond_forget, self.forget_share)
+
+    def _draw(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        if name not in self.sources:
+            return None, None
+        pixels, labels, _ = self.sources[name].take(self.indices[name].draw(self.batch_size))
+        x0 = to_unit_range(pixels.to(self.device))
+        if self.horizontal_flip:
+            flip = torch.rand(self.batch_size, generator=self.generator) < 0.5
+            x0 = torch.where(flip.to(self.device)[:, None, None, None], x0.flip(-1), x0)
+        return x0, labels.to(self.device) if self.conditional else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.generator.get_state(),
+            **{name: indices.state_dict() for name, indices in self.indices.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.generator.set_state(state_dict["generator"].cpu())
+        for name, indices in self.indices.items():
+            indices.load_state_dict(state_dict[name])
+
+
+def to_unit_range(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """uint8 to [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
+    """[-1, 1] to uint8; what lies outside is cut off, as a picture file must."""
+    return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,13 @@
+"""What can end a run early. Imports nothing heavy: a mistyped command must fail at once."""
+
+
+class ConfigurationError(ValueError):
+    """A user's input cannot work: says in one sentence what was expected, what came and how to mend it."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient norm stopped being a finite number: the run has diverged."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; raised where the state of the run is whole. Passes `except Exception`."""

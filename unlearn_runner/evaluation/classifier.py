@@ -1,0 +1,154 @@
+"""The judge: a small convolutional network that names what is on a picture and supplies features."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from unlearn_runner.cache import cached, write_json
+from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.streams import Pool, Shuffled, to_unit_range
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.types import make_generator
+
+
+class Judged(NamedTuple):
+    """Pictures as the classifier sees them: what every metric is computed from."""
+
+    images: UInt8[Tensor, "n c h w"]
+    features: Float[Tensor, "n d"]
+    logits: Float[Tensor, "n k"]
+
+    @property
+    def contents(self) -> Int64[Tensor, "n"]:
+        """The most likely content of each picture."""
+        return self.logits.argmax(1)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def select(self, rows: Tensor) -> "Judged":
+        return Judged(self.images[rows], self.features[rows], self.logits[rows])
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """How the classifier is trained. It decides what the weights are, so all of it enters the cache key."""
+
+    width: int = 16
+    num_features: int = 64
+    max_steps: int = 300
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    max_shift: int = 1  # pixels of random translation, the only augmentation
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_features", "max_steps", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"evaluation.classifier.{name} must be positive, got {getattr(self, name)}.")
+
+
+@final
+class Classifier(nn.Module):
+    """Three convolutional stages, average pooling, a feature layer and logits over the dataset's contents."""
+
+    def __init__(self, channels: int, num_contents: int, width: int, num_features: int):
+        super().__init__()
+
+        def stage(c_in: int, c_out: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.ReLU(),
+                nn.Conv2d(c_out, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.ReLU(),
+                nn.MaxPool2d(2),
+            )  # fmt: skip
+
+        self.stages = nn.Sequential(stage(channels, width), stage(width, 2 * width), stage(2 * width, 4 * width))
+        self.features = nn.Sequential(nn.Linear(4 * width * 4, num_features), nn.ReLU())
+        self.head = nn.Linear(num_features, num_contents)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
+        features = self.features(F.adaptive_avg_pool2d(self.stages(x), 2).flatten(1))
+        return features, self.head(features)
+
+
+@final
+class Judge:
+    """A trained classifier with the accuracy it reached on held-out images and the name of its weights."""
+
+    def __init__(self, classifier: Classifier, test_accuracy: float, weights: str, device: torch.device):
+        self.classifier = classifier.to(device).eval().requires_grad_(False)
+        self.test_accuracy = test_accuracy
+        self.weights = weights
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 1024) -> Judged:
+        parts = [self.classifier(to_unit_range(part.to(self.device))) for part in images.split(batch_size)]
+        features, logits = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return Judged(images.cpu(), features, logits)
+
+
+def trained_judge(data: ForgetRetain, recipe: ClassifierRecipe, cache_dir: Path, device: torch.device) -> Judge:
+    """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones."""
+    key = {"kind": "classifier", "data": data.fingerprint, "recipe": asdict(recipe)}
+    folder = cached(cache_dir, "classifiers", key, lambda partial: _train(data, recipe, partial, device))
+    classifier = _build(data, recipe)
+    classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
+    report = json.loads((folder / "report.json").read_text())
+    return Judge(classifier, report["test_accuracy"], f"classifiers/{folder.name}", device)
+
+
+def _build(data: ForgetRetain, recipe: ClassifierRecipe) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return Classifier(data.spec.image_shape[0], len(data.spec.content_names), recipe.width, recipe.num_features)
+
+
+def _train(data: ForgetRetain, recipe: ClassifierRecipe, folder: Path, device: torch.device) -> None:
+    generator = make_generator(recipe.seed, "classifier")
+    classifier = _build(data, recipe).to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.max_steps)
+    pool = Pool([data.retain, data.forget], torch.device("cpu"))
+    rows = _balanced(pool.contents)
+    order = Shuffled(len(rows), generator)
+    for _ in range(recipe.max_steps):
+        drawn = pool.take(rows[order.draw(recipe.batch_size)])
+        x = _shifted(drawn.pixels, recipe.max_shift, generator).to(device)
+        loss = F.cross_entropy(classifier(to_unit_range(x))[1], drawn.contents.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    judge = Judge(classifier, 0.0, "", device)
+    held_out = [part for part in (data.retain_test, data.forget_test) if len(part)]
+    right = sum(int((judge(part.pixels).contents == part.contents).sum()) for part in held_out)
+    save_file(classifier.state_dict(), folder / "classifier.safetensors")
+    write_json(folder / "report.json", {"test_accuracy": right / max(1, sum(map(len, held_out)))})
+
+
+def _balanced(contents: Int64[Tensor, "n"], at_most: int = 20) -> Int64[Tensor, "m"]:
+    """Row numbers in which a content rarer than the most frequent one is repeated, up to `at_most` times."""
+    counts = contents.bincount().clamp(min=1)
+    repeats = (counts.max() / counts).round().clamp(1, at_most).long()
+    return torch.arange(len(contents)).repeat_interleave(repeats[contents])
+
+
+def _shifted(pixels: UInt8[Tensor, "b c h w"], most: int, generator: torch.Generator) -> UInt8[Tensor, "b c h w"]:
+    """Each image moved by up to `most` pixels each way, edges repeated."""
+    if most == 0:
+        return pixels
+    b, _, h, w = pixels.shape
+    padded = F.pad(pixels.float(), (most,) * 4, mode="replicate").to(torch.uint8)
+    dy, dx = torch.randint(2 * most + 1, (2, b), generator=generator)
+    rows = torch.arange(h)[None, :] + dy[:, None]
+    columns = torch.arange(w)[None, :] + dx[:, None]
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

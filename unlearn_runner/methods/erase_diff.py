@@ -1,0 +1,89 @@
+"""EraseDiff: erase while descending on what is kept, never against it (2401.05779).
+
+# Notation (variable -> paper)
+# grad_retain, grad_forget -> gradients of L_r(theta) and of f(theta), the erasing objective;  eta -> eta
+"""
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.denoising import predict_noised, squared_error
+from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
+
+
+def erase_diff_loss(
+    prediction_forget: Float[Tensor, "b c h w"], uniform: Float[Tensor, "b c h w"]
+) -> Float[Tensor, ""]:
+    """f(theta): on forget images the network shall answer uniform noise from [0, 1) instead of the true one.
+
+    Squared error summed over pixels, averaged over the batch. In [0, inf).
+    """
+    return squared_error(prediction_forget, uniform).mean()
+
+
+def combine(grad_retain: Float[Tensor, "p"], grad_forget: Float[Tensor, "p"], eta: float) -> Float[Tensor, "p"]:
+    """g_r + max(eta - <g_r, g_f> / ||g_f||^2, 0) g_f: the step that erases at rate eta at least.
+
+    Where g_f is zero there is nothing to erase, and g_r alone remains.
+    """
+    square = grad_forget.square().sum()
+    multiplier = (eta - (grad_retain @ grad_forget) / square).clamp(min=0)
+    return grad_retain + torch.where(square > 0, multiplier * grad_forget, 0.0)
+
+
+@final
+class EraseDiff(Method):
+    """The first-order form of the paper's bilevel problem, as its released code runs it. eta > 0."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        update: Callable[[DiffusionModel], Update],
+        generator: torch.Generator,
+        eta: float = 0.1,
+    ):
+        if not eta > 0:
+            raise ConfigurationError(f"method.eta must be positive, got {eta}.")
+        self.reads = Streams(retain="retain", forget=True)
+        self.networks = (model,)
+        self.trained = model
+        self.eta = eta
+        self.update = update(model)
+        self.generator = generator
+
+    @property
+    def model(self) -> DiffusionModel:
+        return self.update.model
+
+    def step(self, batch: Batch) -> Metrics:
+        # 1. the retain loss and its gradient
+        loss_retain = squared_error(
+            *predict_noised(self.trained, batch.x0_retain, batch.cond_retain, self.generator)
+        ).mean()
+        grad_retain = self.update.gradient(loss_retain)
+
+        # 2. the erasing objective and its gradient
+        prediction, _ = predict_noised(self.trained, batch.x0_forget, batch.cond_forget, self.generator)
+        uniform = torch.rand(prediction.shape, generator=self.generator, device=prediction.device)
+        loss_forget = erase_diff_loss(prediction, uniform)
+        grad_forget = self.update.gradient(loss_forget)
+
+        # 3. both in one direction
+        self.update.apply(combine(grad_retain, grad_forget, self.eta))
+        pixels = batch.x0_retain[0].numel()
+        return {
+            "loss/retain": loss_retain.detach() / pixels,
+            "loss/forget": loss_forget.detach() / pixels,
+            "grad_norm/retain": grad_retain.norm(),
+            "grad_norm/forget": grad_forget.norm(),
+        }
+
+    def stateful(self) -> dict[str, Stateful]:
+        return {**self.update.stateful(), "noise": GeneratorState(self.generator)}

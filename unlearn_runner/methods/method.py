@@ -1,0 +1,120 @@
+"""The face every unlearning method shows to the runner, and the one way they turn gradients into weights."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.types import Batch, Metrics, Stateful, Streams
+
+
+class Method(ABC):
+    """An unlearning method: owns its gradients and every optimizer it needs. Subclasses are final."""
+
+    reads: Streams  # which images `step` needs
+    networks: tuple[DiffusionModel, ...]  # all that `step` runs, the trained one first; their passes are counted
+
+    @property
+    @abstractmethod
+    def model(self) -> DiffusionModel:
+        """What ships: sampled, evaluated and saved. With an EMA, the averaged weights."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> Metrics:
+        """One update of the weights."""
+
+    @abstractmethod
+    def stateful(self) -> dict[str, Stateful]:
+        """Everything that a resumed run needs, the weights included."""
+
+
+@final
+class Update:
+    """From a flat gradient to new weights: clip its norm, step the optimizer and its schedule, follow by EMA.
+
+    Gradients are single vectors over all trainable weights, so that a method's arithmetic on them (norms, dot
+    products, sums) reads as in its paper.
+
+    Args:
+        model: the network to train.
+        optimizer: called with the trainable weights.
+        max_grad_norm: the gradient's L2 norm is cut to this; None leaves it.
+        lr_schedule: called with `optimizer=`, e.g. diffusers' get_scheduler; None keeps the rate.
+        ema_decay: ship the exponential moving average of the weights with this decay (diffusers' EMAModel,
+            warmed up as min(decay, (1 + n) / (10 + n)) over the first steps); None ships the weights themselves.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        max_grad_norm: float | None = None,
+        lr_schedule: Callable[..., Any] | None = None,
+        ema_decay: float | None = None,
+    ):
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigurationError(f"max_grad_norm must be positive or null, got {max_grad_norm}.")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ConfigurationError(f"ema_decay must lie in [0, 1) or be null, got {ema_decay}.")
+        self.trained = model
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = optimizer(self.weights)
+        self.max_grad_norm = max_grad_norm
+        self.lr_schedule = None if lr_schedule is None else lr_schedule(optimizer=self.optimizer)
+        self.ema_decay = ema_decay
+
+    @cached_property
+    def ema(self) -> Any:
+        """diffusers' EMAModel, or None. Made at first use, when the pretrained weights are in the model."""
+        if self.ema_decay is None:
+            return None
+        from diffusers.training_utils import EMAModel
+
+        self._averaged = copy.deepcopy(self.trained).requires_grad_(False)
+        return EMAModel(self.trained.parameters(), decay=self.ema_decay)
+
+    @property
+    def model(self) -> DiffusionModel:
+        """The network with the weights that ship."""
+        if self.ema is None:
+            return self.trained
+        self.ema.copy_to(self._averaged.parameters())
+        return self._averaged
+
+    def gradient(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> Float[Tensor, "p"]:
+        """The gradient of a loss over all trainable weights, as one vector."""
+        parts = torch.autograd.grad(loss, self.weights, retain_graph=retain_graph)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def zero_gradient(self) -> Float[Tensor, "p"]:
+        """The gradient of a loss over no samples."""
+        return self.weights[0].new_zeros(sum(weight.numel() for weight in self.weights))
+
+    def apply(self, gradient: Float[Tensor, "p"]) -> None:
+        """Move the weights against `gradient`."""
+        ema = self.ema  # begins with the weights before the first step
+        if self.max_grad_norm is not None:
+            gradient = gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+        for weight, part in zip(self.weights, gradient.split([weight.numel() for weight in self.weights]), strict=True):
+            weight.grad = part.view_as(weight)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.lr_schedule is not None:
+            self.lr_schedule.step()
+        if ema is not None:
+            ema.step(self.trained.parameters())
+
+    def stateful(self) -> dict[str, Stateful]:
+        parts = {"weights": self.trained, "optimizer": self.optimizer}
+        if self.lr_schedule is not None:
+            parts["lr_schedule"] = self.lr_schedule
+        if self.ema is not None:
+            parts["ema"] = self.ema
+        return parts

@@ -1,0 +1,232 @@
+"""A pixel DDPM: diffusers' UNet2DModel and schedulers behind the face that methods and evaluation use."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.model import DiffusionModel
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, UNet2DModel
+
+PREDICTIONS = ("epsilon", "v_prediction")
+SAMPLERS = ("ddim", "ddpm")
+
+
+@final
+class DDPM(DiffusionModel):
+    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), class-conditional or not.
+
+    The network predicts eps, or v = gamma_t eps - sigma_t x0 (Salimans and Ho 2022, 2202.00512), as its
+    scheduler's `prediction_type` says. Conditions are class indices [b], or None.
+    """
+
+    def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler"):
+        super().__init__()
+        if scheduler.config.prediction_type not in PREDICTIONS:
+            raise ConfigurationError(
+                f"model: prediction_type must be one of {', '.join(PREDICTIONS)}, "
+                f"got '{scheduler.config.prediction_type}'."
+            )
+        self.unet = unet
+        self.scheduler = scheduler
+        self.network_evaluations = 0  # images passed forward through the network so far
+        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone(), persistent=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    @property
+    def num_labels(self) -> int | None:
+        return self.unet.config.num_class_embeds
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
+        abar = self.alphas_cumprod[timesteps][:, None, None, None]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def target(
+        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]
+    ) -> Float[Tensor, "b c h w"]:
+        if self.scheduler.config.prediction_type == "epsilon":
+            return eps
+        gamma, sigma = self.gamma_sigma(timesteps)
+        return gamma * eps - sigma * x0
+
+    def predict(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timesteps: Int64[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        self.network_evaluations += x_t.shape[0]
+        return self.unet(x_t, timesteps, class_labels=cond, return_dict=False)[0]
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        n: int,
+        cond: Shaped[Tensor, "{n} ..."] | None,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        sampler: str = "ddim",
+        batch_size: int = 256,
+    ) -> Float[Tensor, "{n} c h w"]:
+        """The sampler "ddim" is deterministic given the first noise (eta = 0, 2010.02502), "ddpm" ancestral and the same to
+        the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
+        """
+        scheduler = self._sampling_scheduler(sampler, num_inference_steps)
+        images = []
+        training, _ = self.unet.training, self.unet.eval()
+        for start in range(0, n, batch_size):
+            count = min(batch_size, n - start)
+            x = torch.randn((count, *self.image_shape), generator=generator, device=self.alphas_cumprod.device)
+            part = None if cond is None else cond[start : start + count]
+            for t in scheduler.timesteps:
+                answer = self.predict(x, t.to(x.device).expand(count), part)
+                x = scheduler.step(answer, t, x, generator=generator).prev_sample
+            images.append(x.clamp(-1, 1))
+        self.unet.train(training)
+        return torch.cat(images)
+
+    def _sampling_scheduler(self, sampler: str, num_inference_steps: int) -> Any:
+        from diffusers import DDIMScheduler, DDPMScheduler
+
+        if sampler == "ddpm":
+            scheduler = DDPMScheduler.from_config(self.scheduler.config)
+        else:
+            # "trailing" starts at the last timestep, where the noise is that of the first draw.
+            scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    def save(self, folder: Path) -> None:
+        from diffusers import DDPMPipeline
+
+        DDPMPipeline(self.unet, self.scheduler).save_pretrained(folder, safe_serialization=True)
+
+    def load(self, source: str | Path) -> None:
+        from diffusers import UNet2DModel
+
+        self.unet.load_state_dict(UNet2DModel.from_pretrained(source, **_subfolder(source, "unet")).state_dict())
+
+
+def build_ddpm(
+    image_shape: tuple[int, int, int],
+    num_labels: int | None,
+    seed: int,
+    weights: str,
+    block_out_channels: Sequence[int],
+    attention: Sequence[bool],
+    layers_per_block: int = 1,
+    norm_num_groups: int = 16,
+    attention_head_dim: int = 8,
+    dropout: float = 0.0,
+    prediction_type: str = "epsilon",
+    num_train_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    beta_schedule: str = "linear",
+) -> DDPM:
+    """A DDPM with fresh weights drawn from `seed`.
+
+    `attention` says which resolutions have self-attention. Where `weights` is not "auto" but a folder or hub id,
+    that decides the architecture and the schedule, and all further arguments are without effect; it is checked
+    here and its weights are read later, by `load`.
+    """
+    if weights != "auto":
+        return _configured_as(weights, image_shape, num_labels)
+    if len(attention) != len(block_out_channels):
+        raise ConfigurationError(
+            f"model.network.attention must have one entry for each of the {len(block_out_channels)} "
+            f"block_out_channels, got {len(attention)}."
+        )
+    halvings = 2 ** (len(block_out_channels) - 1)
+    if image_shape[1] % halvings or image_shape[2] % halvings:
+        raise ConfigurationError(
+            f"model.network: {len(block_out_channels)} blocks halve the image {len(block_out_channels) - 1} times, "
+            f"so its sides must divide by {halvings}; the dataset's are {image_shape[1]} x {image_shape[2]}. "
+            "Choose another dataset.image_size or fewer blocks."
+        )
+    if prediction_type not in PREDICTIONS:
+        raise ConfigurationError(
+            f"model.network.prediction_type must be one of {', '.join(PREDICTIONS)}, got '{prediction_type}'."
+        )
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    scheduler = DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        beta_start=beta_start,
+        beta_end=beta_end,
+        beta_schedule=beta_schedule,
+        prediction_type=prediction_type,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
+        unet = UNet2DModel(
+            sample_size=image_shape[1] if image_shape[1] == image_shape[2] else list(image_shape[1:]),
+            in_channels=image_shape[0],
+            out_channels=image_shape[0],
+            block_out_channels=tuple(block_out_channels),
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            attention_head_dim=attention_head_dim,
+            dropout=dropout,
+            num_class_embeds=num_labels,
+        )
+    return DDPM(unet, scheduler)
+
+
+def _configured_as(weights: str, image_shape: tuple[int, int, int], num_labels: int | None) -> DDPM:
+    """The network and scheduler that a folder or hub id in diffusers' layout describes, without its weights.
+
+    Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
+    """
+    if weights.startswith((".", "/", "~")) and not Path(weights).expanduser().is_dir():
+        raise ConfigurationError(f"model.weights={weights}: there is no such folder.")
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    try:
+        config = UNet2DModel.load_config(weights, **_subfolder(weights, "unet"))
+        scheduler = DDPMScheduler.from_pretrained(weights, **_subfolder(weights, "scheduler"))
+        size = config["sample_size"]
+        found = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    except (OSError, KeyError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigurationError(
+            f"model.weights={weights}: expected 'auto', a folder with a diffusers DDPM (unet/ and scheduler/), or "
+            f"a hub id that can be reached, or download it elsewhere and give the folder; {reason}"
+        ) from error
+    if found != tuple(image_shape) or config.get("num_class_embeds") != num_labels:
+        raise ConfigurationError(
+            f"model.weights={weights} makes images of {found} with {_labels(config.get('num_class_embeds'))}, "
+            f"the dataset has {tuple(image_shape)} with {_labels(num_labels)}; choose weights and a dataset "
+            "that fit each other."
+        )
+    return DDPM(UNet2DModel.from_config(config), scheduler)
+
+
+def _subfolder(source: str | Path, name: str) -> dict[str, str]:
+    """Where a pipeline keeps a part; a network saved alone, as google/ddpm-* on the hub, has it at the top."""
+    if Path(source).is_dir():
+        return {"subfolder": name} if (Path(source) / name).is_dir() else {}
+    from huggingface_hub import file_exists
+
+    config = {"unet": "config.json", "scheduler": "scheduler_config.json"}[name]
+    return {"subfolder": name} if file_exists(str(source), f"{name}/{config}") else {}
+
+
+def _labels(count: int | None) -> str:
+    return "no labels" if count is None else f"{count} labels"

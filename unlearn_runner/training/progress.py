@@ -1,0 +1,78 @@
+"""Progress on a terminal as a bar, elsewhere as plain lines."""
+
+import time
+from typing import Any, final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@final
+class ProgressBar:
+    """Step, loss, forget rate, images per second and the time that remains."""
+
+    def __init__(self, title: str, total: int, console: Console):
+        self.title = title
+        self.total = total
+        self.console = console
+        self.forget_rate: float | None = None
+        self._first: tuple[int, float, float] | None = None  # step, images, seconds
+        self._line_at = 0.0
+        self._bar: Progress | None = None
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Show a logged step."""
+        if self._first is None:
+            self._first = (step, values["images"], values["seconds"])
+        status = self._status(values)
+        if self.console.is_terminal:
+            if self._bar is None:
+                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+                self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
+                                     console=self.console)  # fmt: skip
+                self._bar.start()
+                self._bar.add_task(self.title, total=self.total, status="")
+            self._bar.update(self._bar.task_ids[0], completed=step, status=status)
+        elif time.monotonic() - self._line_at > SECONDS_BETWEEN_LINES or step >= self.total:
+            self._line_at = time.monotonic()
+            self.console.print(
+                f"{self.title}: step {step}/{self.total}, {status}{self._remaining(step, values)}",
+                soft_wrap=True,
+            )
+        if step >= self.total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _status(self, values: dict[str, float]) -> str:
+        losses = [f"{key} {values[key]:.4f}" for key in ("loss/retain", "loss/forget") if key in values]
+        shown = losses or [f"{key} {value:.4f}" for key, value in values.items() if key.startswith("loss/")]
+        if self.forget_rate is not None:
+            shown.append(f"forget_rate {self.forget_rate:.2f}")
+        images, seconds = values["images"] - self._first[1], values["seconds"] - self._first[2]
+        if seconds > 0:
+            shown.append(f"{images / seconds:.0f} images/s")
+        return ", ".join(shown)
+
+    def _remaining(self, step: int, values: dict[str, float]) -> str:
+        done, seconds = step - self._first[0], values["seconds"] - self._first[2]
+        return f", {seconds / done * (self.total - step):.0f} s left" if done and step < self.total else ""
+
+
+def comparison_table(before: dict[str, float], after: dict[str, float], keys: list[str]) -> Any:
+    """A rich table: metric, before, after, change."""
+    from rich.table import Table
+
+    table = Table("metric", show_edge=False)
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    for key in keys:
+        old, new = before.get(key), after.get(key)
+        change = "" if old is None or new is None else f"{new - old:+.3f}"
+        table.add_row(key, *("" if value is None else f"{value:.3f}" for value in (old, new)), change)
+    return table

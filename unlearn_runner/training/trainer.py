@@ -1,0 +1,224 @@
+"""The body of the training loop, the same for every method and every driver."""
+
+import copy
+import math
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from unlearn_runner.cache import fingerprint
+from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.methods.method import Method
+from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
+from unlearn_runner.training.signals import Interrupts
+from unlearn_runner.types import Metrics
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train, and how often to do what.
+
+    Args:
+        max_steps: optimizer steps.
+        batch_size: retain images, and as many forget images, in each step.
+        log_every: steps between two logged lines. Losses of all steps are checked when a line is logged.
+        evaluate_every: steps between two evaluations on the way; None: only at the end.
+        checkpointing_steps: steps between two checkpoints; None: only when interrupted and at the end.
+        checkpoints_total_limit: how many checkpoints to keep; None: all.
+        init: where the weights start, "base" or "scratch".
+    """
+
+    max_steps: int
+    batch_size: int
+    log_every: int = 1
+    evaluate_every: int | None = None
+    checkpointing_steps: int | None = None
+    checkpoints_total_limit: int | None = None
+    init: str = "base"
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "log_every"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"trainer.{name} must be positive, got {getattr(self, name)}.")
+        for name in ("evaluate_every", "checkpointing_steps", "checkpoints_total_limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigurationError(f"trainer.{name} must be positive or null, got {value}.")
+        if self.init not in ("base", "scratch"):
+            raise ConfigurationError(f"trainer.init must be base or scratch, got '{self.init}'.")
+
+
+class Recorder(ABC):
+    """Who is told what happens. Stateful, so that a resumed run's record goes on where it stopped."""
+
+    @abstractmethod
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One logged step; `values` includes "seconds" and "images" so far."""
+
+    @abstractmethod
+    def evaluate(self, model: DiffusionModel, step: int) -> None:
+        """An evaluation on the way is due."""
+
+    @abstractmethod
+    def finish(self, model: DiffusionModel, step: int) -> None:
+        """Training is over and `model` is the result."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+def identity(method: Method) -> dict[str, str]:
+    """What a checkpoint must agree with to be resumed with this method."""
+    shapes = {name: list(weight.shape) for name, weight in method.networks[0].named_parameters()}
+    return {"method": type(method).__name__, "model": fingerprint(shapes)}
+
+
+@final
+class Trainer:
+    """Draws a batch, lets the method take its step, logs, evaluates and writes checkpoints when due.
+
+    Knows no loss and holds no loop: a Driver calls `step` until `done`. `total_steps` counts all steps and is
+    the log's x-axis; `run_step` starts again at `reset`.
+
+    Raises:
+        NonFiniteError: from `step`, when a logged value of any step so far is not finite.
+        Interrupted: from `step`, after SIGINT or SIGTERM, when the step is finished and a checkpoint written.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        stream: BatchStream,
+        plan: Plan,
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        interrupts: Interrupts,
+        resettable: bool = False,
+    ):
+        self.method = method
+        self.stream = stream
+        self.plan = plan
+        self.recorder = recorder
+        self.checkpoints = checkpoints
+        self.interrupts = interrupts
+        self.run_step = 0
+        self.total_steps = 0
+        self.images = 0
+        self.network_evaluations = 0
+        self.seconds = 0.0
+        self._evaluated_at = 0
+        self._unlogged: list[tuple[int, Metrics]] = []
+        self._initial = copy.deepcopy(self._learner_state()) if resettable else None
+
+    @property
+    def done(self) -> bool:
+        return self.run_step >= self.plan.max_steps
+
+    def step(self) -> Metrics:
+        """One optimizer step and all that is due after it."""
+        with self.interrupts.shield():
+            started = time.perf_counter()
+            evaluations = self._evaluations()
+            batch = self.stream.next()
+            metrics = self.method.step(batch)
+            self.run_step += 1
+            self.total_steps += 1
+            self.images += sum(len(x) for x in (batch.x0_retain, batch.x0_forget) if x is not None)
+            self.network_evaluations += self._evaluations() - evaluations
+            self._unlogged.append((self.total_steps, metrics))
+            if self.done or self.run_step % self.plan.log_every == 0:
+                self.flush(started)
+            else:
+                self.seconds += time.perf_counter() - started
+            if self._is_due(self.plan.checkpointing_steps) or self.done:
+                self.save()
+        self._evaluate_if_due()
+        if self.done:
+            self.recorder.finish(self.method.model, self.total_steps)
+        return metrics
+
+    def flush(self, started: float | None = None) -> None:
+        """Move the waiting metrics to the host in one transfer, check all of them, log the newest."""
+        if not self._unlogged:
+            return
+        steps = [step for step, metrics in self._unlogged for _ in metrics]
+        keys = [key for _, metrics in self._unlogged for key in metrics]
+        tensors = [value.detach().double() for _, metrics in self._unlogged for value in metrics.values()]
+        values = torch.stack(tensors).tolist()
+        if started is not None:
+            self.seconds += time.perf_counter() - started
+        newest = self._unlogged[-1][0]
+        self._unlogged.clear()
+        for step, key, value in zip(steps, keys, values, strict=True):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{key} became {value} at step {step}")
+        line = {key: value for step, key, value in zip(steps, keys, values, strict=True) if step == newest}
+        self.recorder.log(newest, {"seconds": self.seconds, "images": self.images, **line})
+
+    def reset(self) -> None:
+        """Back to the pretrained weights, fresh optimizers and generators; `total_steps` goes on."""
+        if self._initial is None:
+            raise RuntimeError("this trainer was built without resettable=True")
+        self.run_step = 0
+        self._load_learner_state(copy.deepcopy(self._initial))
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        self.flush()
+        return self.checkpoints.save(self.total_steps, self.state_dict(), identity(self.method))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint, with the evaluation that was due when it was written."""
+        checkpoint.require(identity(self.method))
+        self.load_state_dict(checkpoint.state)
+        self._evaluate_if_due()
+        if self.done:
+            self.recorder.finish(self.method.model, self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        counters = ("run_step", "total_steps", "images", "network_evaluations", "seconds", "_evaluated_at")
+        return {
+            **self._learner_state(),
+            "recorder": self.recorder.state_dict(),
+            "counters": {name: getattr(self, name) for name in counters},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._load_learner_state(state_dict)
+        self.recorder.load_state_dict(state_dict["recorder"])
+        for name, value in state_dict["counters"].items():
+            setattr(self, name, value)
+
+    def _learner_state(self) -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in self.method.stateful().items()}
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        rng = {"cpu": torch.get_rng_state(), "cuda": devices}  # dropout draws from these
+        return {"method": parts, "stream": self.stream.state_dict(), "rng": rng}
+
+    def _load_learner_state(self, state: dict[str, Any]) -> None:
+        for name, part in self.method.stateful().items():
+            part.load_state_dict(state["method"][name])
+        self.stream.load_state_dict(state["stream"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+
+    def _evaluations(self) -> int:
+        return sum(network.network_evaluations for network in self.method.networks)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.run_step % every == 0
+
+    def _evaluate_if_due(self) -> None:
+        if self._is_due(self.plan.evaluate_every) and not self.done and self._evaluated_at < self.total_steps:
+            self.recorder.evaluate(self.method.model, self.total_steps)
+            self._evaluated_at = self.total_steps
