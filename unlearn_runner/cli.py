@@ -1,14 +1,25 @@
-"""What a person sees when a command cannot go on: one sentence for a mistake, a traceback for a defect."""
+"""The command line: what a configuration may ask for, and what a person sees when a command cannot go on."""
 
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+
+
+def choice(group: str, *, _root_: DictConfig) -> str:
+    """`${choice:method}`: which option of a group was chosen. Unlike `${hydra:...}` it works in hydra.sweep.dir."""
+    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    return hydra.runtime.choices[group]
+
+
+OmegaConf.register_new_resolver("choice", choice, replace=True)
 
 
 @contextmanager
