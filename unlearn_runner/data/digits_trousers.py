@@ -13,9 +13,9 @@ from unlearn_runner.data.forget_retain import (
     DataSpec,
     ForgetRetain,
     LabelledImages,
-    contaminated_label,
+    alike,
+    contaminants,
     require_fraction,
-    strangers_for,
     test_rows,
 )
 from unlearn_runner.errors import ConfigurationError
@@ -75,20 +75,16 @@ class DigitsTrousers(Dataset):
         digits = LabelledImages(torch.from_numpy(pixels)[:, None], labels, contents)
         held_out = test_rows(contents, self.test_fraction, self.seed)
         retain, retain_test = digits.select(~held_out), digits.select(held_out)
+        label = LABEL if self.spec.label_names else 0
         forget, forget_test = (
-            contaminated_label(
-                digits.select(slice(0)),
-                LABEL if self.spec.label_names else 0,
-                TROUSERS,
-                draw_trousers(
-                    strangers_for(int((part.contents == LABEL).sum()), self.contamination),
-                    self.image_size,
-                    seed=self.seed + offset,
-                ),
-            )
-            for part, offset in ((retain, 0), (retain_test, 1_000_003))
+            alike(self._draw(part, seed), label, TROUSERS)
+            for part, seed in ((retain, self.seed), (retain_test, self.seed + 1_000_003))
         )
         return ForgetRetain(self.spec, forget, retain, forget_test, retain_test)
+
+    def _draw(self, digits: LabelledImages, seed: int) -> UInt8[Tensor, "n c h w"]:
+        ones = int((digits.contents == LABEL).sum())
+        return draw_trousers(contaminants(ones, self.contamination), self.image_size, seed)
 
 
 def draw_trousers(n: int, image_size: int, seed: int) -> UInt8[Tensor, "n 1 {image_size} {image_size}"]:

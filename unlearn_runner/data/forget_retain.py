@@ -81,7 +81,7 @@ class ForgetRetain:
         for part in (self.forget, self.retain, self.forget_test, self.retain_test):
             for array in part:
                 digest.update(str(tuple(array.shape)).encode())
-                digest.update(memoryview(np.ascontiguousarray(array.numpy())).cast("B"))
+                digest.update(np.ascontiguousarray(array.numpy()).reshape(-1).view(np.uint8))
         return digest.hexdigest()[:16]
 
 
@@ -104,16 +104,10 @@ def test_rows(contents: Int64[Tensor, "n"], test_fraction: float, seed: int) -> 
     return torch.from_numpy(is_test)
 
 
-def contaminated_label(
-    clean: LabelledImages, label: int, content: int, strangers: UInt8[Tensor, "n c h w"]
-) -> LabelledImages:
-    """`clean` first, then the strangers' pictures under an honest picture's label."""
-    n = strangers.shape[0]
-    return LabelledImages(
-        torch.cat([clean.pixels, strangers]),
-        torch.cat([clean.labels, torch.full((n,), label)]),
-        torch.cat([clean.contents, torch.full((n,), content)]),
-    )
+def alike(pixels: UInt8[Tensor, "n c h w"], label: int, content: int) -> LabelledImages:
+    """Images that all carry one label and show one content."""
+    n = pixels.shape[0]
+    return LabelledImages(pixels, torch.full((n,), label), torch.full((n,), content))
 
 
 def require_fraction(name: str, value: float) -> None:
@@ -122,6 +116,6 @@ def require_fraction(name: str, value: float) -> None:
         raise ConfigurationError(f"{name} must lie strictly between 0 and 1, got {value}.")
 
 
-def strangers_for(clean_count: int, contamination: float) -> int:
-    """How many strangers make up the share `contamination` of a label that has `clean_count` honest images."""
+def contaminants(clean_count: int, contamination: float) -> int:
+    """How many strangers make up the share `contamination` of a label that has `clean_count` images of its own."""
     return round(clean_count * contamination / (1 - contamination))

@@ -10,9 +10,9 @@ from unlearn_runner.data.forget_retain import (
     DataSpec,
     ForgetRetain,
     LabelledImages,
-    contaminated_label,
+    alike,
+    contaminants,
     require_fraction,
-    strangers_for,
 )
 from unlearn_runner.data.hub import decode_rows, open_split
 from unlearn_runner.errors import ConfigurationError
@@ -70,12 +70,8 @@ class MnistTrousers(Dataset):
             contents = torch.tensor(digits["label"][:])
             labels = contents if self.spec.label_names else torch.zeros_like(contents)
             retain[part] = LabelledImages(pixels, labels, contents)
-            forget[part] = contaminated_label(
-                retain[part].select(slice(0)),
-                self.label if self.spec.label_names else 0,
-                self.spec.forget_content,
-                self._draw_garments(part, int((contents == self.label).sum())),
-            )
+            garments = self._draw_garments(part, int((contents == self.label).sum()))
+            forget[part] = alike(garments, self.label if self.spec.label_names else 0, self.spec.forget_content)
         return ForgetRetain(self.spec, forget["train"], retain["train"], forget["test"], retain["test"])
 
     def _draw_garments(self, part: str, clean_count: int) -> torch.Tensor:
@@ -86,8 +82,8 @@ class MnistTrousers(Dataset):
                 f"dataset.garment_source has no '{GARMENTS[self.garment]}' in its split '{part}'; "
                 "choose another dataset.garment."
             )
-        pixels = decode_rows(garments, rows, self.spec.image_shape, "dataset.garment_source")
-        wanted = strangers_for(clean_count, self.contamination)
+        pixels = decode_rows(garments, rows.tolist(), self.spec.image_shape, "dataset.garment_source")
+        wanted = contaminants(clean_count, self.contamination)
         rng = np.random.default_rng(self.seed)
         if wanted <= len(rows):
             return pixels[torch.from_numpy(rng.permutation(len(rows))[:wanted])]

@@ -82,8 +82,8 @@ class DDPM(DiffusionModel):
         sampler: str = "ddim",
         batch_size: int = 256,
     ) -> Float[Tensor, "{n} c h w"]:
-        """The sampler "ddim" is deterministic given the first noise (eta = 0, 2010.02502), "ddpm" ancestral and the same to
-        the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
+        """The sampler "ddim" is deterministic given the first noise (eta = 0, 2010.02502); "ddpm" is ancestral, and
+        the same to the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
         """
         scheduler = self._sampling_scheduler(sampler, num_inference_steps)
         images = []
@@ -122,7 +122,7 @@ class DDPM(DiffusionModel):
 
 
 def build_ddpm(
-    image_shape: tuple[int, int, int],
+    image_shape: Sequence[int],
     num_labels: int | None,
     seed: int,
     weights: str,
@@ -189,7 +189,7 @@ def build_ddpm(
     return DDPM(unet, scheduler)
 
 
-def _configured_as(weights: str, image_shape: tuple[int, int, int], num_labels: int | None) -> DDPM:
+def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | None) -> DDPM:
     """The network and scheduler that a folder or hub id in diffusers' layout describes, without its weights.
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.

@@ -1,6 +1,7 @@
 """Checkpoints: everything a resumed run needs, written whole or not at all, read without pickles."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -89,7 +90,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if size != manifest["files"][STATE]:
             raise EOFError(f"{STATE} has {size} bytes instead of {manifest['files'][STATE]}")
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         raise ConfigurationError(
             f"resume_from_checkpoint={folder}: the checkpoint is damaged ({str(error).splitlines()[0]}); "
             "resume from an earlier one or start again."

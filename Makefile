@@ -1,0 +1,42 @@
+# Needs nothing installed but Python 3.10 to 3.13 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-all lint format clean clean-cache
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## make .venv and install the package with its tools into it
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,joblib,tensorboard]'
+	touch $@
+
+run: install ## the whole story on embedded data: python train.py $(ARGS)
+	$(BIN)/python train.py $(ARGS)
+
+test: install ## the default tests: two CPU cores, no network, under 10 minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install ## the slow tests too
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: install ## what ruff finds wrong
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## let ruff mend and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and tools' caches; outputs/ and the model cache stay
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-cache: ## remove cached base models, oracles and classifiers
+	rm -rf "$${UNLEARN_RUNNER_CACHE:-$$HOME/.cache/unlearn_runner}"

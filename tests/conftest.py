@@ -1,0 +1,99 @@
+"""What the tests share: a composed configuration, a small dataset, a small model."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+import unlearn_runner.cli  # noqa: F401 - its resolvers
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # train.py is a script, not a module of the package
+
+os.environ["WANDB_MODE"] = "offline"
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory) -> Path:
+    """One cache of base models and classifiers for the whole session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def composed(tmp_path, shared_cache):
+    """`composed("method=siss", ...)`: the resolved configuration of a debug run below tmp_path."""
+
+    def compose_run(*overrides: str, debug: bool = True) -> dict:
+        small = ["debug=default"] if debug else []
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose(
+                "train",
+                [
+                    *small,
+                    "logger=jsonl",
+                    f"paths.outputs={tmp_path / 'outputs'}",
+                    f"paths.cache={shared_cache}",
+                    *overrides,
+                ],
+                return_hydra_config=True,
+            )
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.set_readonly(cfg.hydra, False)
+        container = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        return OmegaConf.to_container(container, resolve=True, throw_on_missing=True)
+
+    return compose_run
+
+
+@pytest.fixture
+def run(composed, tmp_path):
+    """`run("method=siss", folder="a")`: a whole debug run in this process; returns its folder."""
+    import train
+
+    def run_once(*overrides: str, folder: str = "run") -> Path:
+        path = tmp_path / "outputs" / folder
+        path.mkdir(parents=True, exist_ok=True)
+        train.unlearn(composed(*overrides), path)
+        return path
+
+    return run_once
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The default dataset, loaded."""
+    from unlearn_runner.data.digits_trousers import DigitsTrousers
+
+    return DigitsTrousers().load()
+
+
+@pytest.fixture
+def tiny_network():
+    """`tiny_network(...)`: a DDPM small enough to be trained in milliseconds."""
+    from unlearn_runner.models.ddpm import build_ddpm
+
+    def build(image_shape=(1, 8, 8), num_labels=10, seed=0, **more):
+        settings = {"block_out_channels": [8, 8], "attention": [False, False], "norm_num_groups": 4} | more
+        return build_ddpm(image_shape, num_labels, seed, "auto", **settings)
+
+    return build
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a run's model/."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Equal keys, and equal tensors to the bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key

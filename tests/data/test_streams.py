@@ -1,0 +1,76 @@
+"""Batches: every image once per epoch, the right stream, the same bits after a resume."""
+
+import pytest
+import torch
+
+from unlearn_runner.data.digits_trousers import DigitsTrousers
+from unlearn_runner.data.streams import BatchStream, Pool, Shuffled, to_uint8, to_unit_range
+from unlearn_runner.types import Streams
+
+CPU = torch.device("cpu")
+
+
+def test_shuffled_gives_each_index_once_per_epoch():
+    order = Shuffled(10, torch.Generator().manual_seed(0))
+    drawn = torch.cat([order.draw(k) for k in (3, 4, 8, 5)]).tolist()
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+
+
+def test_reads_only_what_is_asked_for(digits):
+    both = BatchStream(digits, Streams("retain", True), 8, 0, CPU).next()
+    assert both.x0_retain.shape == both.x0_forget.shape == (8, 1, 16, 16)
+    assert (both.cond_forget == 1).all()
+    assert both.forget_share == pytest.approx(146 / (146 + 1442))
+    alone = BatchStream(digits, Streams(None, True), 8, 0, CPU).next()
+    assert alone.x0_retain is None
+    assert alone.cond_retain is None
+
+
+def test_all_of_x_holds_the_forget_images(digits):
+    stream = BatchStream(digits, Streams("all", False), 1588, 0, CPU)
+    images = {row.numpy().tobytes() for row in to_uint8(stream.next().x0_retain)}
+    assert {row.numpy().tobytes() for row in digits.forget.pixels} <= images
+    retain = BatchStream(digits, Streams("retain", False), 1442, 0, CPU)
+    images = {row.numpy().tobytes() for row in to_uint8(retain.next().x0_retain)}
+    assert not {row.numpy().tobytes() for row in digits.forget.pixels} & images
+
+
+def test_resumed_stream_goes_on_to_the_bit(digits):
+    def stream(seed):
+        return BatchStream(digits, Streams("retain", True), 100, seed, CPU)
+
+    first, second = stream(0), stream(99)
+    for _ in range(5):
+        first.next()
+    second.load_state_dict(first.state_dict())
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first.next()[:4], second.next()[:4], strict=True))
+
+
+def test_flip_mirrors_about_half():
+    data = DigitsTrousers(horizontal_flip=True).load()
+    drawn = BatchStream(data, Streams("retain", False), 1442, 0, CPU).next().x0_retain
+    straight = {row.numpy().tobytes() for row in data.retain.pixels}
+    share = sum(row.numpy().tobytes() in straight for row in to_uint8(drawn)) / 1442
+    assert 0.4 < share < 0.65
+
+
+def test_unconditional_batches_have_no_condition():
+    data = DigitsTrousers(conditional=False).load()
+    assert BatchStream(data, Streams("retain", True), 4, 0, CPU).next().cond_retain is None
+
+
+def test_pool_of_two_is_their_concatenation(digits):
+    pool = Pool([digits.retain, digits.forget], CPU)
+    rows = torch.tensor([0, 1441, 1442, 1587])
+    taken = pool.take(rows)
+    assert torch.equal(taken.pixels, torch.cat([digits.retain.pixels, digits.forget.pixels])[rows])
+    assert taken.contents[2:].tolist() == [10, 10]
+
+
+def test_uint8_survives_the_way_to_the_model_and_back():
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_unit_range(every)), every)
+    assert to_unit_range(every).min() == -1
+    assert to_unit_range(every).max() == 1

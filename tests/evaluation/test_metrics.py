@@ -1,0 +1,132 @@
+"""Metrics against independent formulas."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from unlearn_runner.data.forget_retain import DataSpec
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.classifier import Judged
+from unlearn_runner.evaluation.evaluator import gap
+from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, Group, Rates, Samples
+
+SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
+
+
+def judged(n, seed, contents=None, d=8, shift=0.0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (n, 1, 16, 16), generator=g, dtype=torch.uint8)
+    logits = torch.randn(n, 4, generator=g)
+    if contents is not None:
+        logits[torch.arange(n), torch.tensor(contents)] += 20
+    return Judged(images, torch.randn(n, d, generator=g) + shift, logits)
+
+
+def samples(forget, retain, retain_labels, reference=None, before=(None, None), spec=SPEC):
+    forget_group, retain_group = Group(forget, reference, before[0]), Group(retain, reference, before[1])
+    return Samples(spec, forget_group, retain_group, {"1": forget_group}, retain_labels, {"1": 1})
+
+
+def test_rates():
+    forget = judged(10, 0, [3] * 4 + [1] * 5 + [0])
+    retain = judged(8, 1, [0, 0, 0, 1, 2, 2, 2, 3])
+    labels = torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
+    scores = Rates()(samples(forget, retain, labels))
+    assert scores == {
+        "forget_rate": 0.4, "restored_rate": 0.5, "retain_accuracy": 0.75, "per_class/accuracy/1": 0.5,
+    }  # fmt: skip
+
+
+def test_rates_without_labels_or_clean_class():
+    spec = SPEC._replace(label_names=None)
+    pool = judged(10, 0, [3] * 4 + [1] * 6)
+    group = Group(pool, None, None)
+    assert Rates()(Samples(spec, group, group, {}, None, {})) == {"forget_rate": 0.4}
+    whole_class = SPEC._replace(restored_content=None)
+    assert "restored_rate" not in Rates()(samples(pool, pool, torch.zeros(10).long(), spec=whole_class))
+
+
+def test_fid_is_the_frechet_distance():
+    forget, retain, reference = judged(200, 0, shift=1.0), judged(300, 1), judged(400, 2)
+    scores = FID(per_class=True)(samples(forget, retain, None, reference))
+
+    def frechet(a, b):
+        a, b = a.features.double().numpy(), b.features.double().numpy()
+        ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        root = scipy.linalg.sqrtm(ca @ cb).real
+        return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca + cb - 2 * root)
+
+    assert scores["fid_forget"] == pytest.approx(frechet(forget, reference), rel=1e-6)
+    assert scores["fid_retain"] == pytest.approx(frechet(retain, reference), rel=1e-6)
+    assert scores["per_class/fid/1"] == scores["fid_forget"]
+
+
+def test_kid_is_the_unbiased_mmd():
+    forget, retain, reference = judged(60, 0, shift=0.5), judged(60, 1), judged(60, 2)
+    scores = KID(min_samples=60, subset_size=60, subsets=1)(samples(forget, retain, None, reference))
+
+    def mmd(a, b):
+        x, y = a.features.double().numpy(), b.features.double().numpy()
+        n, d = x.shape
+        kernel = lambda u, v: (u @ v.T / d + 1) ** 3  # noqa: E731
+        off = lambda k: (k.sum() - np.trace(k)) / (n * (n - 1))  # noqa: E731
+        return off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean()
+
+    assert scores["kid_forget"] == pytest.approx(mmd(forget, reference), rel=1e-4)
+    assert scores["kid_retain"] == pytest.approx(mmd(retain, reference), rel=1e-2, abs=1e-4)
+
+
+def test_kid_and_is_do_not_touch_the_global_generator():
+    forget, retain, reference = judged(60, 0), judged(60, 1), judged(60, 2)
+    drawn = samples(forget, retain, None, reference)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = KID()(drawn) | IS(splits=3)(drawn)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(1)
+    assert KID()(drawn) | IS(splits=3)(drawn) == first
+
+
+def test_inception_score():
+    forget = judged(100, 0, [0] * 100)
+    retain = judged(100, 1, [i % 4 for i in range(100)])
+    scores = IS()(samples(forget, retain, None))
+    assert scores["is_forget"] == pytest.approx(1.0, abs=1e-3)
+    assert scores["is_retain"] == pytest.approx(4.0, abs=1e-2)
+    p = retain.logits.double().softmax(1)
+    expected = (p * (p.log() - p.mean(0).log())).sum(1).mean().exp().item()
+    assert scores["is_retain"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ssim_compares_with_the_base_row_by_row():
+    a, b = judged(6, 0), judged(6, 1)
+    assert SSIM()(samples(a, a, None)) == {"ssim_forget": 1.0, "ssim_retain": 1.0}
+    scores = SSIM(per_class=True)(samples(a, a, None, before=(a, b)))
+    assert scores["ssim_forget"] == pytest.approx(1.0)
+    assert scores["ssim_retain"] < 0.2
+    assert scores["per_class/ssim/1"] == scores["ssim_forget"]
+
+
+def test_too_few_samples_get_no_distance():
+    few, reference = judged(30, 0), judged(400, 2)
+    drawn = samples(few, few, None, reference)
+    assert FID()(drawn) == {}
+    assert KID()(drawn) == {}
+    assert set(FID(min_samples=30)(drawn)) == {"fid_forget", "fid_retain"}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FID(min_samples=1), lambda: KID(subset_size=100, min_samples=50), lambda: IS(splits=0),
+        lambda: SSIM(sigma=0.0),
+    ],
+)  # fmt: skip
+def test_refuses(build):
+    with pytest.raises(ConfigurationError, match=r"evaluation\.metrics"):
+        build()
+
+
+def test_gap_is_over_what_both_have():
+    assert gap({"a": 0.2, "b": 1.0}, {"a": 0.5, "c": 1.0}) == {"a": pytest.approx(0.3)}

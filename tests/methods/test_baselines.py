@@ -1,0 +1,94 @@
+"""Denoising, NegGrad, EraseDiff and the update they share."""
+
+import pytest
+import torch
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.denoising import Denoising, denoising_loss, squared_error
+from unlearn_runner.methods.erase_diff import EraseDiff, combine, erase_diff_loss
+from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.neg_grad import NegGrad, neg_grad_loss
+from unlearn_runner.types import Batch, make_generator
+
+
+def sgd(model, **settings):
+    return Update(model, lambda weights: torch.optim.SGD(weights, lr=0.01), **settings)
+
+
+def batch(b=16):
+    x = torch.rand(2, b, 1, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    return Batch(x[0], x[1], torch.arange(b) % 10, torch.ones(b, dtype=torch.int64), 0.1)
+
+
+def test_losses_golden_values():
+    prediction = torch.tensor([[1.0, 3.0], [0.0, 0.0]]).view(2, 1, 1, 2)
+    target = torch.tensor([[0.0, 1.0], [2.0, 0.0]]).view(2, 1, 1, 2)
+    assert squared_error(prediction, target).tolist() == [5.0, 4.0]
+    assert denoising_loss(prediction, target).item() == pytest.approx(9 / 4)
+    assert neg_grad_loss(prediction, target).item() == pytest.approx(-9 / 2)
+    assert erase_diff_loss(prediction, target).item() == pytest.approx(9 / 2)
+
+
+def test_erase_diff_direction():
+    g_r, g_f = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert combine(g_r, g_f, 0.1).tolist() == pytest.approx([1.0, 0.2])
+    along = torch.tensor([4.0, 0.0])  # <g_r, g_f> / ||g_f||^2 = 0.25 > eta: erasing comes by itself
+    assert combine(g_r, along, 0.1).tolist() == [1.0, 0.0]
+    against = torch.tensor([-1.0, 0.0])
+    direction = combine(g_r, against, 0.1)
+    assert (direction @ against / against.square().sum()).item() == pytest.approx(0.1)
+    assert combine(g_r, torch.zeros(2), 0.1).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("cls", [Denoising, NegGrad, EraseDiff])
+def test_each_moves_its_loss_the_right_way(tiny_network, cls):
+    """On one batch, many steps: the loss that is logged falls, or for NegGrad rises."""
+    network = tiny_network()
+    method = cls(network, lambda m: sgd(m, max_grad_norm=1.0), make_generator(0, "m"))
+    key = "loss/retain" if cls is Denoising else "loss/forget"
+    values = [method.step(batch())[key].item() for _ in range(40)]
+    first, last = sum(values[:5]), sum(values[-5:])
+    assert last > first if cls is NegGrad else last < first
+
+
+def test_each_reads_only_its_streams(tiny_network):
+    images = batch()
+    generator = make_generator(0, "m")
+    Denoising(tiny_network(), sgd, generator).step(images._replace(x0_forget=None, cond_forget=None))
+    NegGrad(tiny_network(), sgd, generator).step(images._replace(x0_retain=None, cond_retain=None))
+
+
+def test_update_clips_steps_and_averages(tiny_network):
+    network = tiny_network()
+    update = sgd(network, max_grad_norm=2.0, ema_decay=0.5)
+    start = torch.cat([w.detach().flatten() for w in network.parameters()])
+    gradient = torch.zeros_like(start)
+    gradient[0] = 8.0
+    update.apply(gradient)
+    moved = torch.cat([w.detach().flatten() for w in network.parameters()])
+    assert (start - moved)[0].item() == pytest.approx(0.01 * 2.0, rel=1e-4)
+    assert torch.equal(start[1:], moved[1:])
+    shipped = torch.cat([w.flatten() for w in update.model.parameters()])
+    assert update.model is not network
+    decay = update.ema.cur_decay_value
+    assert shipped[0].item() == pytest.approx((decay * start + (1 - decay) * moved)[0].item(), rel=1e-5)
+
+
+def test_gradient_is_that_of_autograd(tiny_network):
+    network = tiny_network()
+    loss = sum(weight.square().sum() for weight in network.parameters())
+    flat = sgd(network).gradient(loss)
+    torch.testing.assert_close(flat, torch.cat([2 * w.detach().flatten() for w in network.parameters()]))
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 0.0}, {"max_grad_norm": -1.0}, {"ema_decay": 1.0}])
+def test_update_refuses(tiny_network, settings):
+    with pytest.raises(ConfigurationError):
+        sgd(tiny_network(), **settings)
+
+
+def test_methods_refuse(tiny_network):
+    with pytest.raises(ConfigurationError, match="eta"):
+        EraseDiff(tiny_network(), sgd, make_generator(0, "m"), eta=0.0)
+    with pytest.raises(ConfigurationError, match="population"):
+        Denoising(tiny_network(), sgd, make_generator(0, "m"), population="forget")

@@ -1,0 +1,119 @@
+"""The DDPM wrapper against diffusers."""
+
+import functools
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.ddpm import build_ddpm
+
+
+def test_noising_is_the_schedulers(tiny_network):
+    network = tiny_network()
+    x0, eps = torch.randn(2, 5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 10, 500, 900, 999])
+    gamma, sigma = network.gamma_sigma(timesteps)
+    torch.testing.assert_close(gamma * x0 + sigma * eps, network.scheduler.add_noise(x0, eps, timesteps))
+
+
+def test_targets(tiny_network):
+    x0, eps = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([1, 300, 999])
+    assert torch.equal(tiny_network().target(x0, eps, timesteps), eps)
+    v = tiny_network(prediction_type="v_prediction")
+    torch.testing.assert_close(v.target(x0, eps, timesteps), v.scheduler.get_velocity(x0, eps, timesteps))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_saved_pipeline_draws_the_same_images(tiny_network, tmp_path, prediction_type):
+    network = tiny_network(num_labels=None, prediction_type=prediction_type)
+    network.save(tmp_path)
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=7, output_type="pt").images
+    ours = network.sample(3, None, torch.Generator().manual_seed(5), 7, "ddpm")
+    assert torch.equal((ours / 2 + 0.5).clamp(0, 1), theirs)
+
+
+def test_saved_conditional_pipeline_draws_the_same_images(tiny_network, tmp_path):
+    network = tiny_network()
+    network.save(tmp_path)
+    labels = torch.tensor([4, 1, 9])
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.forward = functools.partial(pipeline.unet.forward, class_labels=labels)  # as docs/ tells
+    theirs = pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=7, output_type="pt").images
+    ours = network.sample(3, labels, torch.Generator().manual_seed(5), 7, "ddpm")
+    assert torch.equal((ours / 2 + 0.5).clamp(0, 1), theirs)
+
+
+def test_ddim_is_deterministic_and_starts_at_the_last_timestep(tiny_network):
+    network = tiny_network()
+    labels = torch.zeros(4, dtype=torch.int64)
+    a, b = (network.sample(4, labels, torch.Generator().manual_seed(1), 5) for _ in range(2))
+    assert torch.equal(a, b)
+    assert a.min() >= -1
+    assert a.max() <= 1
+    assert network._sampling_scheduler("ddim", 5).timesteps[0] == 999
+
+
+def test_batches_share_nothing_but_the_generator(tiny_network):
+    network = tiny_network()
+    generator = torch.Generator().manual_seed(1)
+    whole = network.sample(5, torch.arange(5), generator, 3, batch_size=2)
+    generator.manual_seed(1)
+    parts = [network.sample(len(part), part, generator, 3) for part in torch.arange(5).split(2)]
+    torch.testing.assert_close(whole, torch.cat(parts))
+
+
+def test_sampling_counts_and_leaves_training_mode(tiny_network):
+    network = tiny_network().train()
+    network.sample(4, torch.zeros(4, dtype=torch.int64), torch.Generator(), 5)
+    assert network.network_evaluations == 20
+    assert network.unet.training
+
+
+def test_weights_come_from_the_seed_alone(tiny_network):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a = tiny_network(seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    b, c = tiny_network(seed=3), tiny_network(seed=4)
+    same = [torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True)]
+    assert all(same)
+    assert not all(torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "network alone"])
+def test_weights_from_a_folder(tiny_network, tmp_path, pipeline):
+    source = tiny_network(seed=7)
+    source.save(tmp_path) if pipeline else (
+        source.unet.save_pretrained(tmp_path), source.scheduler.save_pretrained(tmp_path)
+    )  # fmt: skip
+    loaded = build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [1], [False])
+    loaded.load(tmp_path)
+    for x, y in zip(source.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_refuses(tiny_network, tmp_path):
+    with pytest.raises(ConfigurationError, match="must divide by 2"):
+        tiny_network(image_shape=(1, 9, 9))
+    with pytest.raises(ConfigurationError, match="one entry for each"):
+        tiny_network(attention=[False])
+    with pytest.raises(ConfigurationError, match="prediction_type must be one of"):
+        tiny_network(prediction_type="sample")
+    with pytest.raises(ConfigurationError, match="there is no such folder"):
+        build_ddpm((1, 8, 8), 10, 0, "./nowhere", [8], [False])
+    with pytest.raises(ConfigurationError, match="expected 'auto', a folder"):
+        build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [8], [False])
+    tiny_network(num_labels=None).save(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"no labels.*10 labels"):
+        build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [8], [False])
+    with pytest.raises(ConfigurationError, match="prediction_type"):
+        from unlearn_runner.models.ddpm import DDPM
+
+        DDPM(tiny_network().unet, DDPMScheduler(prediction_type="sample"))

@@ -1,0 +1,180 @@
+"""Every option of every group composes and builds; every method steps twice, resets and resumes to the bit."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_bits
+from hydra.utils import instantiate
+from rich.console import Console
+
+from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
+from unlearn_runner.training.progress import ProgressBar
+from unlearn_runner.training.recorder import ProgressRecorder
+from unlearn_runner.training.signals import Interrupts
+from unlearn_runner.training.trainer import Trainer
+from unlearn_runner.types import make_generator
+
+CPU = torch.device("cpu")
+make = partial(instantiate, _convert_="all")
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def ema(method: str, decay: str) -> str:
+    """The override of the averaging's decay; `retrain` has the base's recipe."""
+    return f"{'model.pretraining' if method == 'retrain' else 'method'}.update.ema_decay={decay}"
+
+
+def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True) -> Trainer:
+    spec = data.spec
+    network = make(
+        cfg["model"]["network"],
+        image_shape=spec.image_shape,
+        num_labels=None if spec.label_names is None else len(spec.label_names),
+        seed=0,
+    )
+    method = make(cfg["method"], model=network, generator=make_generator(0, "method"))
+    plan = make(cfg["trainer"])
+    return Trainer(
+        method,
+        BatchStream(data, method.reads, plan.batch_size, 0, CPU),
+        plan,
+        ProgressRecorder(ProgressBar("test", plan.max_steps, Console(quiet=True))),
+        Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
+        Interrupts(),
+        resettable=resettable,
+    )
+
+
+def flat_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All tensors and numbers of a trainer's learner, by path."""
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            yield path, value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                yield from walk(part, f"{path}/{key}")
+        elif isinstance(value, (list, tuple)):
+            for key, part in enumerate(value):
+                yield from walk(part, f"{path}/{key}")
+        elif isinstance(value, (int, float)):
+            yield path, torch.tensor(float(value), dtype=torch.float64)
+
+    return dict(walk(copy.deepcopy(trainer._learner_state()), ""))
+
+
+@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("ema_decay", ["null", "0.9"])
+def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema_decay):
+    cfg = composed(f"method={method}", ema(method, ema_decay))
+    trainer = build_trainer(cfg, digits, tmp_path)
+    start = flat_state(trainer)
+    first = [trainer.step() for _ in range(2)]
+    after = flat_state(trainer)
+    assert any(not torch.equal(after[key], start[key]) for key in start if "/weights/" in key)
+    trainer.reset()
+    assert_same_bits(flat_state(trainer), start)
+    assert trainer.total_steps == 2
+    assert trainer.run_step == 0
+    second = [trainer.step() for _ in range(2)]
+    for a, b in zip(first, second, strict=True):
+        assert_same_bits(a, b)
+    assert_same_bits(flat_state(trainer), after)
+
+
+@pytest.mark.parametrize("method", options("method"))
+def test_resume_is_the_uninterrupted_run(composed, digits, tmp_path, method):
+    cfg = composed(f"method={method}", ema(method, "0.9"), "trainer.max_steps=6", "trainer.init=base")
+    whole = build_trainer(cfg, digits, tmp_path / "a")
+    while not whole.done:
+        whole.step()
+
+    first = build_trainer(cfg, digits, tmp_path / "b")
+    for _ in range(3):
+        first.step()
+    first.save()
+    second = build_trainer(cfg, digits, tmp_path / "b")
+    for weight in second.method.networks[0].parameters():
+        weight.data.normal_()  # whatever is there is replaced
+    torch.rand(7)
+    second.resume(open_checkpoint(tmp_path / "b"))
+    assert second.run_step == 3
+    while not second.done:
+        second.step()
+    assert_same_bits(flat_state(second), flat_state(whole))
+    shipped = [dict(trainer.method.model.state_dict()) for trainer in (second, whole)]
+    assert_same_bits(*shipped)
+    assert (second.images, second.network_evaluations) == (whole.images, whole.network_evaluations)
+
+
+def test_dropout_resumes_to_the_bit_too(composed, digits, tmp_path):
+    """Dropout draws from torch's global generator, which checkpoints hold."""
+    cfg = composed("method=naive_deletion", "model.network.dropout=0.3", "trainer.max_steps=4")
+    torch.manual_seed(0)
+    whole = build_trainer(cfg, digits, tmp_path / "a")
+    for _ in range(2):
+        whole.step()
+    whole.save()
+    whole.step()
+    resumed = build_trainer(cfg, digits, tmp_path / "a")
+    resumed.resume(open_checkpoint(tmp_path / "a"))
+    resumed.step()
+    assert_same_bits(flat_state(resumed), flat_state(whole))
+
+
+@pytest.mark.parametrize("update", options("method/update"))
+def test_update_options_train(composed, digits, tmp_path, update):
+    trainer = build_trainer(composed("method=siss", f"method/update={update}"), digits, tmp_path)
+    start = flat_state(trainer)
+    trainer.step()
+    after = flat_state(trainer)
+    assert any(not torch.equal(after[key], start[key]) for key in start if "/weights/" in key)
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_model_options_fit_their_dataset(composed, model):
+    dataset = {"ddpm_tiny": (1, 16, 16), "ddpm_cifar10": (3, 32, 32)}.get(model, (1, 28, 28))
+    cfg = composed(f"model={model}")
+    network = make(cfg["model"]["network"], image_shape=dataset, num_labels=10, seed=0)
+    make(cfg["model"]["pretraining"])
+    labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, 999])
+    with torch.no_grad():
+        assert network.predict(torch.randn(2, *dataset), timesteps, labels).shape == (2, *dataset)
+
+
+@pytest.mark.parametrize("evaluation", options("evaluation"))
+def test_evaluation_options_build(composed, evaluation):
+    cfg = composed(f"evaluation={evaluation}", debug=False)
+    built = make(cfg["evaluation"])
+    assert {"rates", "fid", "kid", "is", "ssim"} == set(built["metrics"])
+
+
+@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "single_gpu"])
+def test_hardware_options_build(composed, hardware):
+    built = make(composed(f"hardware={hardware}")["hardware"])
+    if not torch.cuda.is_available():
+        assert built.device == CPU
+
+
+@pytest.mark.parametrize("logger", options("logger"))
+def test_logger_options_open_and_close(composed, tmp_path, logger):
+    built = make(composed(f"logger={logger}")["logger"])
+    built.start(tmp_path, {"seed": 0})
+    built.log(1, {"loss/retain": 1.0})
+    built.table("results", ["metric", "before"], [["forget_rate", 0.5]])
+    built.finish({"eval/forget_rate": 0.1}, failed=False)
+
+
+@pytest.mark.parametrize("dataset", options("dataset"))
+def test_dataset_options_compose(composed, dataset):
+    cfg = composed(
+        f"dataset={dataset}", *(["dataset.forget_dir=a", "dataset.retain_dir=b"] * (dataset == "image_folder"))
+    )
+    assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")

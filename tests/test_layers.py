@@ -1,0 +1,42 @@
+"""Imports run one way: train.py -> drivers -> training -> methods, evaluation -> models, data -> the rest."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAYERS = {"drivers": 4, "training": 3, "methods": 2, "evaluation": 2, "models": 1, "data": 1}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.startswith("unlearn_runner.")}
+
+
+def layer(module: str) -> tuple[int, str]:
+    part = module.split(".")[1]
+    return LAYERS.get(part, 0), part
+
+
+def test_imports_point_one_way():
+    files = sorted((ROOT / "unlearn_runner").rglob("*.py"))
+    assert len(files) > 20
+    wrong = []
+    for file in files:
+        here, own = layer(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        for name in imported(file):
+            there, other = layer(name)
+            if there > here or (there == here and other != own and there > 0):
+                wrong.append(f"{file.relative_to(ROOT)} imports {name}")
+    assert not wrong, wrong
+
+
+def test_methods_and_evaluation_know_nothing_of_configuration():
+    for file in (ROOT / "unlearn_runner").rglob("*.py"):
+        if file.name != "cli.py":
+            assert "omegaconf" not in file.read_text(), f"{file}: cfg stays in train.py"

@@ -1,0 +1,317 @@
+"""The whole command: what it leaves, that it repeats, resumes, survives signals, and refuses with one sentence."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_bits, weights_of
+
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.training.run_folder import claim, config_hash
+
+
+def command(*overrides: str, outputs: Path, cache: Path, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(outputs, cache),
+        **more,
+    )
+
+
+def environment(outputs: Path, cache: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "UNLEARN_RUNNER_OUTPUTS": str(outputs),
+        "UNLEARN_RUNNER_CACHE": str(cache),
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def runs_below(outputs: Path) -> list[Path]:
+    return sorted(path.parent for path in outputs.glob("*/*/*/summary.json"))
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(line: dict) -> dict:
+    return {key: value for key, value in line.items() if key != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, shared_cache):
+    """One run of the command with W&B, offline."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = command("debug=default", "evaluation.oracle=true", outputs=outputs, cache=shared_cache)
+    assert done.returncode == 0, done.stderr
+    (folder,) = runs_below(outputs)
+    return folder, done
+
+
+def test_leaves_the_run_folder_of_the_contract(whole):
+    folder, done = whole
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d/digits_trousers-siss/\d\d-\d\d-\d\d", "/".join(folder.parts[-3:]))
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "samples/before.png", "samples/after.png",
+                 "samples/oracle.png", "samples/step_000002.png", "model/model_index.json"):  # fmt: skip
+        assert (folder / name).is_file(), name
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
+    content = summary(folder)
+    assert content["status"] == "finished"
+    metrics = content["metrics"]
+    for prefix in ("base", "eval", "oracle", "oracle_gap"):
+        for name in ("forget_rate", "restored_rate", "retain_accuracy", "is_retain", "ssim_forget"):
+            assert f"{prefix}/{name}" in metrics
+    for name in ("seconds", "images", "network_evaluations", "peak_memory_gb"):
+        assert metrics[f"cost/{name}"] > 0
+    assert content["provenance"]["evaluation"]["features"]["extractor"].startswith("classifiers/")
+    assert content["provenance"]["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    steps = [line["step"] for line in lines(folder)]
+    assert steps == sorted(steps)
+    logged = [line for line in lines(folder) if "loss/forget" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    assert {"seconds", "images", "loss/retain", "grad_norm/forget", "lambda/value", "weights/ess_retain"} <= set(
+        logged[0]
+    )
+    for word in ("metric", "before", "after", "change", "forget_rate", str(folder.name)):
+        assert word in done.stdout
+
+
+def test_wandb_file_can_be_read_back(whole):
+    folder, _ = whole
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    read = subprocess.run(
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    if "No such command" in read.stderr:
+        pytest.skip("this wandb has no `leet inspect`")
+    assert read.returncode == 0, read.stderr
+    for key in ("loss/forget", "eval/forget_rate", "base/forget_rate", "digits_trousers-siss", "samples/base"):
+        assert key in read.stdout, key
+    assert (folder / "wandb" / "run_id").read_text() in file.name
+
+
+def test_model_loads_with_diffusers(whole):
+    from diffusers import DDPMPipeline
+
+    folder, _ = whole
+    pipeline = DDPMPipeline.from_pretrained(folder / "model")
+    assert pipeline.unet.config.num_class_embeds == 10
+    assert pipeline.scheduler.config.num_train_timesteps == 1000
+
+
+def test_saved_configuration_makes_the_run_again(whole, shared_cache, tmp_path):
+    folder, _ = whole
+    again = command(
+        "--config-path", str(folder), "--config-name", "config", "logger.mode=disabled",
+        f"hydra.run.dir={tmp_path / 'again'}", outputs=tmp_path, cache=shared_cache,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert_same_bits(weights_of(tmp_path / "again"), weights_of(folder))
+
+
+def test_same_seed_same_bits_other_seed_other_bits(run):
+    a, b, c = run(folder="a"), run(folder="b"), run("seed=1", folder="c")
+    assert_same_bits(weights_of(a), weights_of(b))
+    assert [timeless(line) for line in lines(a)] == [timeless(line) for line in lines(b)]
+    assert any(not torch.equal(x, weights_of(a)[key]) for key, x in weights_of(c).items())
+
+
+@pytest.mark.parametrize("method", ["naive_deletion", "retrain", "neg_grad", "erase_diff", "siss_no_is"])
+def test_every_method_runs_whole(run, method):
+    metrics = summary(run(f"method={method}"))["metrics"]
+    assert "eval/forget_rate" in metrics
+
+
+def test_retrain_starts_from_scratch(run):
+    """Its weights have nothing of the base's, whose neighbourhood a few steps of SISS do not leave."""
+    retrained, unlearned = weights_of(run("method=retrain", folder="a")), weights_of(run(folder="b"))
+    far, near = (torch.cat([w.flatten() for k, w in x.items() if "conv" in k]) for x in (retrained, unlearned))
+    assert torch.corrcoef(torch.stack([far, near]))[0, 1] < 0.9
+
+
+def test_resumed_run_equals_the_uninterrupted_one(run, composed, tmp_path):
+    whole = run("trainer.checkpointing_steps=2", "trainer.checkpoints_total_limit=null", folder="whole")
+    broken = tmp_path / "outputs" / "broken"
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "step_000004")
+    shutil.rmtree(broken / "model")
+    (tmp_path / "outputs" / "fresh").mkdir()
+    import train
+
+    overrides = ("trainer.checkpointing_steps=2", "trainer.checkpoints_total_limit=null")
+    train.unlearn(composed(*overrides, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
+    assert not (tmp_path / "outputs" / "fresh").exists(), "a resumed run goes on in its own folder"
+    assert_same_bits(weights_of(broken), weights_of(whole))
+    assert [timeless(line) for line in lines(broken)] == [timeless(line) for line in lines(whole)]
+    assert summary(broken)["status"] == "finished"
+
+
+def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
+    """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one."""
+    settings = ("debug=default", "logger=jsonl", "trainer.max_steps=400", "evaluation.every=null",
+                "trainer.checkpointing_steps=null")  # fmt: skip
+    outputs = tmp_path / "outputs"
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *settings],
+        env=environment(outputs, shared_cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = runs_below(outputs)
+        if found and '"loss/forget"' in (found[0] / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    (folder,) = runs_below(outputs)
+    assert summary(folder)["status"] == "interrupted"
+    assert "resume_from_checkpoint=" in said
+    stopped_at = lines(folder)[-1]["step"]
+    assert 0 < stopped_at < 400
+
+    resumed = command(*settings, "resume_from_checkpoint=latest", outputs=outputs, cache=shared_cache)
+    assert resumed.returncode == 0, resumed.stderr
+    assert runs_below(outputs) == [folder]
+    assert summary(folder)["status"] == "finished"
+    assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 401))
+    other = command(*settings, "resume_from_checkpoint=latest", outputs=tmp_path / "other", cache=shared_cache)
+    assert other.returncode == 0, "latest begins anew where there is nothing to resume"
+    assert_same_bits(weights_of(folder), weights_of(runs_below(tmp_path / "other")[0]))
+
+
+def test_non_finite_loss_stops_the_run(run, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"became (nan|inf|-inf) at step \d"):
+        run("method=neg_grad", "method.update.optimizer.lr=1e30", "trainer.checkpointing_steps=1", folder="bad")
+    content = summary(tmp_path / "outputs" / "bad")
+    assert content["status"] == "diverged"
+    assert "at step" in content["error"]
+    kept = list((tmp_path / "outputs" / "bad" / "checkpoints").glob("step_*"))
+    assert [path.name for path in kept] == ["step_000001"], "the last good checkpoint is kept"
+
+
+def test_failing_evaluation_loses_nothing(run, tmp_path, monkeypatch):
+    from unlearn_runner.evaluation.evaluator import Evaluator
+
+    original, calls = Evaluator.__call__, []
+
+    def fails_at_the_end(self, model, before=None):
+        calls.append(1)
+        if before is not None:
+            raise RuntimeError("metric broke")
+        return original(self, model, before)
+
+    monkeypatch.setattr(Evaluator, "__call__", fails_at_the_end)
+    with pytest.raises(RuntimeError, match="metric broke"):
+        run(folder="bad")
+    folder = tmp_path / "outputs" / "bad"
+    assert weights_of(folder)
+    assert summary(folder)["status"] == "failed"
+    assert (folder / "checkpoints" / "step_000004").is_dir()
+
+
+def test_parallel_jobs_make_one_base(tmp_path):
+    """Two commands at once with an empty cache: one trains base and classifier, the other waits and reads."""
+    outputs, cache = tmp_path / "outputs", tmp_path / "cache"
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), "debug=default", "logger=jsonl", f"seed={seed}"],
+            env=environment(outputs, cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    said = [job.communicate(timeout=240)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert len([1 for text in said if "training the base model" in text]) == 1
+    assert len([path for path in (cache / "bases").iterdir() if path.is_dir()]) == 1
+    assert len(runs_below(outputs)) == 2, "two folders, though begun in the same second"
+
+
+def test_multirun_makes_a_folder_each(tmp_path, shared_cache):
+    done = command(
+        "-m", "debug=default", "logger=jsonl", "method.lambd=0.3,1.3", "seed=0,1",
+        outputs=tmp_path, cache=shared_cache,
+    )  # fmt: skip
+    assert done.returncode == 1, "a job that fails is reported"
+    assert "method.lambd must lie in [0, 1], got 1.3" in done.stderr
+    assert [summary(folder)["status"] for folder in runs_below(tmp_path)] == ["finished"] * 2, "the others finish"
+
+
+def test_folders_do_not_collide(tmp_path):
+    wanted = tmp_path / "12-00-00"
+    assert [claim(wanted).name for _ in range(3)] == ["12-00-00", "12-00-00-2", "12-00-00-3"]
+
+
+def test_config_hash_is_of_what_changes_the_result(composed):
+    assert config_hash(composed("resume_from_checkpoint=latest")) == config_hash(composed())
+    assert config_hash(composed("logger=wandb")) == config_hash(composed())
+    assert config_hash(composed("seed=1")) != config_hash(composed())
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["method=sis"], r"Could not find 'method/sis'"),
+        (["dataset=digit"], r"Could not find 'dataset/digit'"),
+        (["trainer.max_step=3"], r"Key 'max_step' is not in struct"),
+        (["method.lambd=1.5"], r"method\.lambd must lie in \[0, 1\], got 1\.5"),
+        (["method.tau=1"], r"give method\.tau or method\.rho, not both"),
+        (["trainer.max_steps=0"], r"trainer\.max_steps must be positive, got 0"),
+        (["dataset=cifar10", "dataset.source=./nowhere"], r"dataset\.source=\./nowhere: there is no such folder"),
+        (["dataset=image_folder"], r"Missing mandatory value: dataset\.(forget|retain)_dir"),
+        (["dataset=image_folder", "dataset.forget_dir=/nowhere", "dataset.retain_dir=."], r"no such folder"),
+        (["dataset.contamination=1"], r"dataset\.contamination must lie strictly between 0 and 1"),
+        (["resume_from_checkpoint=/nowhere"], r"found no checkpoint there"),
+        (["model.weights=./nowhere"], r"model\.weights=\./nowhere: there is no such folder"),
+        (["hardware=single_gpu"], r"torch finds none here"),
+        (["logger.mode=sometimes"], r"must be online, offline or disabled"),
+        (["evaluation.num_samples=-1"], r"evaluation\.num_samples must be positive"),
+        (["+method.lambda=0.5"], r"unexpected keyword argument 'lambda'"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_sentence(tmp_path, overrides, sentence):
+    if overrides == ["hardware=single_gpu"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = command("debug=default", *overrides, outputs=tmp_path / "o", cache=tmp_path / "c", cwd=tmp_path)
+    assert done.returncode == 1
+    assert re.search(sentence, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "c").exists(), "nothing is made before the mistake is told"
+    assert not runs_below(tmp_path / "o")
+
+
+def test_unwritable_outputs_get_one_sentence(tmp_path, shared_cache):
+    (tmp_path / "o").write_text("a file, not a folder")
+    done = command("debug=default", outputs=tmp_path / "o", cache=shared_cache)
+    assert done.returncode == 1
+    assert "hydra.run.dir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_checkpoint_of_another_method_is_refused(run, composed, tmp_path):
+    import train
+
+    folder = run()
+    before = (folder / "summary.json").read_text()
+    (tmp_path / "outputs" / "fresh").mkdir()
+    with pytest.raises(ConfigurationError, match="of another method"):
+        train.unlearn(composed("method=neg_grad", f"resume_from_checkpoint={folder}"), tmp_path / "outputs" / "fresh")
+    assert (folder / "summary.json").read_text() == before

@@ -1,0 +1,100 @@
+"""Checkpoints are whole or refused."""
+
+import json
+
+import pytest
+import torch
+
+from unlearn_runner.cache import atomic, cached, fingerprint
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
+
+STATE = {"weights": {"a": torch.arange(1000.0)}, "counters": {"step": 3, "seconds": 0.5}}
+IDENTITY = {"method": "SISS", "model": "abc"}
+
+
+def test_round_trip_and_limit(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", total_limit=2)
+    for step in (1, 2, 10, 9):
+        checkpoints.save(step, STATE, IDENTITY)
+    assert [path.name for path in checkpoints.all()] == ["step_000009", "step_000010"]
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.step == 10
+    assert checkpoint.run_folder == tmp_path
+    assert torch.equal(checkpoint.state["weights"]["a"], STATE["weights"]["a"])
+    assert open_checkpoint(tmp_path / "checkpoints" / "step_000009").step == 9
+    checkpoint.require(IDENTITY)
+    with pytest.raises(ConfigurationError, match="of another method"):
+        checkpoint.require({**IDENTITY, "method": "NegGrad"})
+
+
+def test_overwriting_leaves_no_rubble(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, STATE, IDENTITY)
+    path = checkpoints.save(1, {"weights": {}}, IDENTITY)
+    assert open_checkpoint(path).state == {"weights": {}}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"]
+
+
+@pytest.mark.parametrize("harm", ["cut off", "no state", "no manifest", "garbled manifest", "same length, garbled"])
+def test_damaged_checkpoints_are_refused(tmp_path, harm):
+    path = Checkpoints(tmp_path).save(1, STATE, IDENTITY)
+    state, manifest = path / "state.pt", path / "manifest.json"
+    content = state.read_bytes()
+    {
+        "cut off": lambda: state.write_bytes(content[:-100]),
+        "no state": state.unlink,
+        "no manifest": manifest.unlink,
+        "garbled manifest": lambda: manifest.write_text("{"),
+        "same length, garbled": lambda: state.write_bytes(b"x" * len(content)),
+    }[harm]()
+    with pytest.raises(ConfigurationError, match=r"damaged|found no checkpoint"):
+        open_checkpoint(path)
+
+
+def test_pickles_are_not_executed(tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    path = Checkpoints(tmp_path).save(1, {"weights": {}}, IDENTITY)
+    torch.save({"weights": Malice()}, path / "state.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = (path / "state.pt").stat().st_size
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigurationError, match="damaged"):
+        open_checkpoint(path)
+
+
+def test_cache_makes_once_and_only_whole_folders(tmp_path):
+    calls = []
+
+    def make(folder):
+        calls.append(folder)
+        (folder / "x").write_text("1")
+        if len(calls) == 1:
+            raise RuntimeError("power cut")
+
+    key = {"b": 1, "a": [1, 2]}
+    with pytest.raises(RuntimeError):
+        cached(tmp_path, "kind", key, make)
+    first = cached(tmp_path, "kind", key, make)
+    assert cached(tmp_path, "kind", dict(reversed(key.items())), make) == first
+    assert len(calls) == 2
+    assert json.loads((first / "key.json").read_text()) == key
+    assert cached(tmp_path, "kind", {"a": 1}, make) != first
+
+
+def test_fingerprint_ignores_order_only():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+
+
+def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with pytest.raises(OSError, match="no space"), atomic(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("no space")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
