@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 
@@ -49,6 +49,8 @@ def _mistake(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, TypeError):
         return str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: give it, {error.full_key}=..."
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
         below = error.__cause__
         return str(error) + (f"\n{below}" if isinstance(below, OmegaConfBaseException) else "")

@@ -57,7 +57,11 @@ class ClassifierRecipe:
 
 @final
 class Classifier(nn.Module):
-    """Three convolutional stages, average pooling, a feature layer and logits over the dataset's contents."""
+    """Three convolutional stages, average pooling, a feature layer and logits over the dataset's contents.
+
+    The features that it returns are divided by `feature_scale`, their root mean square over the training images,
+    so that distances between them are of order one whatever the dataset.
+    """
 
     def __init__(self, channels: int, num_contents: int, width: int, num_features: int):
         super().__init__()
@@ -72,10 +76,11 @@ class Classifier(nn.Module):
         self.stages = nn.Sequential(stage(channels, width), stage(width, 2 * width), stage(2 * width, 4 * width))
         self.features = nn.Sequential(nn.Linear(4 * width * 4, num_features), nn.ReLU())
         self.head = nn.Linear(num_features, num_contents)
+        self.register_buffer("feature_scale", torch.ones(()))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
         features = self.features(F.adaptive_avg_pool2d(self.stages(x), 2).flatten(1))
-        return features, self.head(features)
+        return features / self.feature_scale, self.head(features)
 
 
 @final
@@ -97,7 +102,7 @@ class Judge:
 
 def trained_judge(data: ForgetRetain, recipe: ClassifierRecipe, cache_dir: Path, device: torch.device) -> Judge:
     """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones."""
-    key = {"kind": "classifier", "data": data.fingerprint, "recipe": asdict(recipe)}
+    key = {"version": 2, "data": data.fingerprint, "recipe": asdict(recipe)}
     folder = cached(cache_dir, "classifiers", key, lambda partial: _train(data, recipe, partial, device))
     classifier = _build(data, recipe)
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
@@ -129,6 +134,8 @@ def _train(data: ForgetRetain, recipe: ClassifierRecipe, folder: Path, device: t
         schedule.step()
 
     judge = Judge(classifier, 0.0, "", device)
+    seen = pool.take(rows[order.draw(min(len(rows), 5000))]).pixels
+    classifier.feature_scale.copy_(judge(seen).features.square().mean().sqrt())
     held_out = [part for part in (data.retain_test, data.forget_test) if len(part)]
     right = sum(int((judge(part.pixels).contents == part.contents).sum()) for part in held_out)
     save_file(classifier.state_dict(), folder / "classifier.safetensors")

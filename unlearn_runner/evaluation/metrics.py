@@ -125,8 +125,8 @@ class KID(Metric):
     def __init__(
         self,
         per_class: bool = False,
-        min_samples: int = 50,
-        subset_size: int = 50,
+        min_samples: int = 100,
+        subset_size: int = 100,
         subsets: int = 20,
         seed: int = 0,
     ):
