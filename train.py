@@ -1,5 +1,6 @@
 """One command: compose a configuration, make a model forget, measure it. See README.md."""
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from unlearn_runner.cli import one_sentence
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    unlearn(
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True),
-        fresh_folder=Path(HydraConfig.get().runtime.output_dir),
-    )
+    fresh_folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        unlearn(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), fresh_folder)
+    finally:
+        with suppress(OSError):  # Hydra made it; a mistake or a resumed run leaves it empty
+            fresh_folder.rmdir()
 
 
 def unlearn(cfg: dict, fresh_folder: Path) -> None:
@@ -32,7 +35,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     from unlearn_runner.training.recorder import RunRecorder
     from unlearn_runner.training.run_folder import RunFolder, checkpoint_to_resume, claim
     from unlearn_runner.training.signals import Interrupts
-    from unlearn_runner.training.trainer import Trainer, identity
+    from unlearn_runner.training.trainer import Trainer, identity_of
     from unlearn_runner.types import make_generator
 
     make = partial(instantiate, _convert_="all")
@@ -58,9 +61,9 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     evaluation = make(cfg["evaluation"])
     logger = make(cfg["logger"])
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
+    identity = identity_of(method, dataset.spec)
     if checkpoint is not None:
-        checkpoint.require(identity(method))
-        fresh_folder.rmdir()
+        checkpoint.require(identity)
     folder = RunFolder(claim(fresh_folder) if checkpoint is None else checkpoint.run_folder, cfg)
 
     with RunRecorder(folder, logger, cfg, plan.max_steps, console) as recorder, Interrupts() as interrupts:
@@ -70,17 +73,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
         def weights_of(population: str) -> Path:
             key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
-            return pretrained(
-                population,
-                pretraining,
-                key,
-                build_network,
-                data,
-                cache_dir,
-                hardware.device,
-                interrupts,
-                console,
-            )
+            return pretrained(population, pretraining, key, build_network, data, cache_dir, interrupts, console)
 
         network.load(weights_of("all") if cfg["model"]["weights"] == "auto" else cfg["model"]["weights"])
 
@@ -99,6 +92,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             recorder,
             Checkpoints(folder.checkpoints, plan.checkpoints_total_limit),
             interrupts,
+            identity,
         )
         recorder.trainer = trainer
         if checkpoint is not None:

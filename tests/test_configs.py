@@ -15,7 +15,7 @@ from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.training.trainer import Trainer
+from unlearn_runner.training.trainer import Trainer, identity_of
 from unlearn_runner.types import make_generator
 
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True) -> Tra
         ProgressRecorder(ProgressBar("test", plan.max_steps, Console(quiet=True))),
         Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
         Interrupts(),
+        identity_of(method, spec),
         resettable=resettable,
     )
 

@@ -1,5 +1,6 @@
 """The command line: what a configuration may ask for, and what a person sees when a command cannot go on."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
 
 
 def choice(group: str, *, _root_: DictConfig) -> str:
@@ -54,6 +57,10 @@ def _mistake(error: BaseException) -> str | None:
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
         below = error.__cause__
         return str(error) + (f"\n{below}" if isinstance(below, OmegaConfBaseException) else "")
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}; give a place that can be written, e.g. hydra.run.dir=/some/folder."
+    cause = error
+    while cause is not None:
+        if (isinstance(cause, OSError) and cause.errno in UNWRITABLE) or "No space left" in str(cause):
+            where = getattr(cause, "filename", None) or "the run folder or the cache"
+            return f"cannot write {where}: {cause}; make room, or give hydra.run.dir=... or paths.cache=..."
+        cause = cause.__cause__ or cause.__context__
     return "Interrupted." if isinstance(error, KeyboardInterrupt) else None

@@ -203,7 +203,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
         scheduler = DDPMScheduler.from_pretrained(weights, **_subfolder(weights, "scheduler"))
         size = config["sample_size"]
         found = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # what diffusers, the hub's client and its HTTP library raise, for one mistake
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(
             f"model.weights={weights}: expected 'auto', a folder with a diffusers DDPM (unet/ and scheduler/), or "
@@ -222,10 +222,14 @@ def _subfolder(source: str | Path, name: str) -> dict[str, str]:
     """Where a pipeline keeps a part; a network saved alone, as google/ddpm-* on the hub, has it at the top."""
     if Path(source).is_dir():
         return {"subfolder": name} if (Path(source) / name).is_dir() else {}
-    from huggingface_hub import file_exists
+    from diffusers import DDPMScheduler, UNet2DModel
 
-    config = {"unet": "config.json", "scheduler": "scheduler_config.json"}[name]
-    return {"subfolder": name} if file_exists(str(source), f"{name}/{config}") else {}
+    part = {"unet": UNet2DModel, "scheduler": DDPMScheduler}[name]
+    try:
+        part.load_config(source, subfolder=name)
+    except Exception:  # not there: then it is at the top, or the caller's own attempt says what is wrong
+        return {}
+    return {"subfolder": name}
 
 
 def _labels(count: int | None) -> str:

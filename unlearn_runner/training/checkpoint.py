@@ -1,5 +1,6 @@
 """Checkpoints: everything a resumed run needs, written whole or not at all, read without pickles."""
 
+import errno
 import json
 import pickle
 import re
@@ -53,7 +54,10 @@ class Checkpoints:
         path = self.folder / f"step_{step:06d}"
         with atomic(path) as temporary:
             temporary.mkdir()
-            torch.save(state, temporary / STATE)
+            try:
+                torch.save(state, temporary / STATE)
+            except RuntimeError as error:  # torch's writer does not say what failed
+                raise OSError(errno.EIO, "not all of it was written, is the disk full?", str(path)) from error
             size = (temporary / STATE).stat().st_size
             write_json(
                 temporary / MANIFEST,

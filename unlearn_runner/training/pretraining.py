@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from unlearn_runner.cache import cached
@@ -20,9 +19,10 @@ from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.training.trainer import Plan, Trainer
+from unlearn_runner.training.trainer import Plan, Trainer, identity_of
 from unlearn_runner.types import make_generator
 
+VERSION = 1  # raise it when the same recipe comes to give other weights
 TITLES = {"all": "training the base model", "retain": "training the oracle, which never sees the forget set"}
 
 
@@ -48,7 +48,6 @@ def pretrained(
     build: Callable[[int], DiffusionModel],
     data: ForgetRetain,
     cache_dir: Path,
-    device: torch.device,
     interrupts: Interrupts,
     console: Console,
 ) -> Path:
@@ -59,7 +58,8 @@ def pretrained(
     """
 
     def make(folder: Path) -> None:
-        network = build(recipe.seed).to(device)
+        network = build(recipe.seed)
+        device = next(network.parameters()).device
         method = Denoising(network, recipe.update, make_generator(recipe.seed, "noise", device), population)
         plan = Plan(
             recipe.max_steps,
@@ -75,6 +75,7 @@ def pretrained(
             ProgressRecorder(ProgressBar(TITLES[population], recipe.max_steps, console)),
             Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
             interrupts,
+            identity_of(method, data.spec),
         )
         if trainer.checkpoints.all():
             trainer.resume(open_checkpoint(folder))
@@ -88,4 +89,7 @@ def pretrained(
         shutil.rmtree(folder / "checkpoints")
 
     kind = {"all": "bases", "retain": "oracles"}[population]
-    return cached(cache_dir, kind, {**key, "data": data.fingerprint, "population": population}, make) / "model"
+    return (
+        cached(cache_dir, kind, {**key, "version": VERSION, "data": data.fingerprint, "population": population}, make)
+        / "model"
+    )

@@ -25,6 +25,7 @@ HEADLINES = (
     "is_retain",
     "ssim_retain",
 )
+STATUS = {None: "finished", NonFiniteError: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
 
 
 @final
@@ -81,10 +82,12 @@ class RunRecorder(Recorder):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.progress.close()
-        status = {None: "finished", NonFiniteError: "diverged", Interrupted: "interrupted"}.get(kind, "failed")
+        status = STATUS.get(kind, "failed")
         if kind is Interrupted and self.trainer is not None:
-            saved = self.trainer.save()
-            self.console.print(f"checkpoint written; go on with resume_from_checkpoint={saved}", soft_wrap=True)
+            self.trainer.save()
+        if error is not None and self.trainer is not None and self.trainer.checkpoints.all():
+            newest = self.trainer.checkpoints.all()[-1]
+            self.console.print(f"{status}; go on with resume_from_checkpoint={newest}", soft_wrap=True)
         more = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         metrics = self.scores | self._costs()
         self.folder.write_summary(

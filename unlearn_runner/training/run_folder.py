@@ -30,6 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path = path
         self.config_hash = config_hash(config)
+        config = {**config, "resume_from_checkpoint": None}  # made again from here, the run is whole
         self._lines: Any = None
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 
 from unlearn_runner.cache import fingerprint
+from unlearn_runner.data.forget_retain import DataSpec
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.method import Method
@@ -76,10 +77,10 @@ class Recorder(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-def identity(method: Method) -> dict[str, str]:
-    """What a checkpoint must agree with to be resumed with this method."""
+def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
+    """What a checkpoint must agree with to be resumed with this method on this dataset."""
     shapes = {name: list(weight.shape) for name, weight in method.networks[0].named_parameters()}
-    return {"method": type(method).__name__, "model": fingerprint(shapes)}
+    return {"method": type(method).__name__, "model": fingerprint(shapes), "dataset": spec.name}
 
 
 @final
@@ -102,6 +103,7 @@ class Trainer:
         recorder: Recorder,
         checkpoints: Checkpoints,
         interrupts: Interrupts,
+        identity: dict[str, str],
         resettable: bool = False,
     ):
         self.method = method
@@ -110,6 +112,7 @@ class Trainer:
         self.recorder = recorder
         self.checkpoints = checkpoints
         self.interrupts = interrupts
+        self.identity = identity
         self.run_step = 0
         self.total_steps = 0
         self.images = 0
@@ -174,12 +177,13 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self.flush()
-        return self.checkpoints.save(self.total_steps, self.state_dict(), identity(self.method))
+        return self.checkpoints.save(self.total_steps, self.state_dict(), self.identity)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, with the evaluation that was due when it was written."""
-        checkpoint.require(identity(self.method))
-        self.load_state_dict(checkpoint.state)
+        checkpoint.require(self.identity)
+        with self.interrupts.shield():
+            self.load_state_dict(checkpoint.state)
         self._evaluate_if_due()
         if self.done:
             self.recorder.finish(self.method.model, self.total_steps)
