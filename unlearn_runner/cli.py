@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -50,8 +50,6 @@ def _mistake(error: BaseException) -> str | None:
         if isinstance(cause, (ConfigurationError, NonFiniteError, Interrupted)):
             return str(cause)
         cause = cause.__cause__
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, TypeError):
-        return str(error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: give it, {error.full_key}=..."
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):

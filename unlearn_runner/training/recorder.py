@@ -85,9 +85,8 @@ class RunRecorder(Recorder):
         status = STATUS.get(kind, "failed")
         if kind is Interrupted and self.trainer is not None:
             self.trainer.save()
-        if error is not None and self.trainer is not None and self.trainer.checkpoints.all():
-            newest = self.trainer.checkpoints.all()[-1]
-            self.console.print(f"{status}; go on with resume_from_checkpoint={newest}", soft_wrap=True)
+        if error is not None and self.trainer is not None and (kept := self.trainer.checkpoints.all()):
+            self.console.print(f"{status}; go on with resume_from_checkpoint={kept[-1]}", soft_wrap=True)
         more = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         metrics = self.scores | self._costs()
         self.folder.write_summary(
