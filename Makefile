@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+EXPERIMENT ?= digits_trousers
+METHODS ?= naive_deletion,neg_grad,erase_diff,siss,siss_no_is
+SEEDS ?= 0,1,2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint format clean clean-cache
+.PHONY: help install run table test test-all lint format clean clean-cache
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +22,12 @@ $(VENV)/installed: pyproject.toml
 
 run: install ## the whole story on embedded data: python train.py $(ARGS)
 	$(BIN)/python train.py $(ARGS)
+
+table: install ## a table of docs/results.md on two CPU cores: make table EXPERIMENT=mnist_trousers_small
+	$(BIN)/python train.py -m experiment=$(EXPERIMENT) method=$(METHODS) seed=$(SEEDS) evaluation.oracle=true \
+		hydra.sweep.dir=outputs/tables/$(EXPERIMENT) hydra/launcher=joblib hydra.launcher.n_jobs=2 \
+		hardware=cpu hardware.threads=1 $(ARGS)
+	$(BIN)/python scripts/compare.py outputs/tables/$(EXPERIMENT)
 
 test: install ## the default tests: two CPU cores, no network, under 10 minutes
 	$(BIN)/python -m pytest $(ARGS)

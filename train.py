@@ -29,7 +29,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.evaluation.classifier import trained_judge
-    from unlearn_runner.evaluation.evaluator import Evaluator
+    from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.pretraining import pretrained
     from unlearn_runner.training.recorder import RunRecorder
@@ -59,6 +59,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     method = make(cfg["method"], model=network, generator=make_generator(seed, "method", hardware.device))
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     evaluation = make(cfg["evaluation"])
+    num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
+    require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"])
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
     identity = identity_of(method, dataset.spec)
@@ -69,7 +71,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     with RunRecorder(folder, logger, cfg, plan.max_steps, console) as recorder, Interrupts() as interrupts:
         # 2. Load the data; get the judge and the base weights, or make them once.
         data = dataset.load()
-        judge = trained_judge(data, evaluation["classifier"], cache_dir, hardware.device)
+        judge = trained_judge(data, evaluation["classifier"], cache_dir, hardware.device, evaluation["extractor"])
 
         def weights_of(population: str) -> Path:
             key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
@@ -82,6 +84,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             network,
             Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"]),
             Evaluator(data, judge, evaluation["probe"]["metrics"], evaluation["probe"]["sampling"]),
+            cache_dir,
         )
         if plan.init == "scratch":
             network.load_state_dict(build_network(seed).state_dict())
@@ -98,10 +101,14 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
         if checkpoint is not None:
             trainer.resume(checkpoint)
         driver.run(trainer)
+        if relearning := evaluation["relearning"]:
+            recorder.relearn("eval", method.model, relearning)
         if evaluation["oracle"]:
             oracle = build_network(seed)
             oracle.load(weights_of("retain"))
             recorder.compare_with_oracle(oracle)
+            if relearning:
+                recorder.relearn("oracle", oracle, relearning)
         recorder.report()
 
 

@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
@@ -154,7 +156,8 @@ def test_model_options_fit_their_dataset(composed, model):
 def test_evaluation_options_build(composed, evaluation):
     cfg = composed(f"evaluation={evaluation}", debug=False)
     built = make(cfg["evaluation"])
-    assert {"rates", "fid", "kid", "is", "ssim"} == set(built["metrics"])
+    assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built["metrics"])
+    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation == "quick"
 
 
 @pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "single_gpu"])
@@ -179,3 +182,35 @@ def test_dataset_options_compose(composed, dataset):
         f"dataset={dataset}", *(["dataset.forget_dir=a", "dataset.retain_dir=b"] * (dataset == "image_folder"))
     )
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_experiments_compose_with_every_method(composed, experiment):
+    for method in options("method"):
+        cfg = composed(f"experiment={experiment}", f"method={method}", "evaluation.features=classifier", debug=False)
+        assert cfg["name"] == experiment
+        plan, recipe = make(cfg["trainer"]), make(cfg["model"]["pretraining"])
+        wanted = recipe if method == "retrain" else SimpleNamespace(**cfg["budget"])
+        assert (plan.max_steps, plan.batch_size) == (wanted.max_steps, wanted.batch_size)
+        num_labels = 10 if cfg["dataset"]["conditional"] else None
+        shape = (
+            (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
+        )
+        network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
+        make(cfg["method"], model=network, generator=make_generator(0, "method"))
+    evaluation = make(cfg["evaluation"])
+    assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (
+        "never fewer metrics"
+    )
+    assert evaluation["relearning"] is not None
+    features = evaluation["classifier"].num_features
+    require_enough_samples(evaluation["metrics"], evaluation["sampling"], features, num_labels)
+    header = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
+    assert "CPU" in header or "GPU" in header, "the header says how long it takes"
+
+
+def test_tuned_settings_belong_to_an_experiment_and_a_method(composed):
+    known = {f"{experiment}_{method}" for experiment in options("experiment") for method in options("method")}
+    assert set(options("tuned")) <= known
+    assert composed("experiment=mnist_tshirt", debug=False)["method"]["tau"] == 5
+    assert composed("experiment=mnist_tshirt", "method.tau=7", debug=False)["method"]["tau"] == 7

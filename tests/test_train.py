@@ -228,6 +228,57 @@ def test_failing_evaluation_loses_nothing(run, tmp_path, monkeypatch):
     assert summary(folder)["status"] == "failed"
     assert (folder / "checkpoints" / "step_000004").is_dir()
 
+    monkeypatch.setattr(Evaluator, "__call__", original)
+    run(f"resume_from_checkpoint={folder}", folder="unused")
+    assert summary(folder)["status"] == "finished"
+    assert "eval/fid_retain" in summary(folder)["metrics"], "only the evaluation is made up for"
+
+
+def test_the_whole_evaluation(run, tmp_path):
+    """Every metric of evaluation=full, with intervals, an oracle and relearning, on a model that knows nothing."""
+    few = [
+        "nll.num_images=1", "nll.num_bound_images=2", "nll.num_timesteps=3", "nll.rtol=0.5", "nll.atol=0.5",
+        "mia.num_images=4", "mia.timesteps=[100]", "fid.per_class=false", "kid.per_class=false",
+    ]  # fmt: skip
+    folder = run(
+        "evaluation=full",
+        "evaluation.oracle=true",
+        "evaluation.bootstrap=20",
+        "evaluation.relearning.max_steps=2",
+        "evaluation.relearning.every=2",
+        *(f"evaluation.metrics.{setting}" for setting in few),
+    )
+    content = summary(folder)
+    wanted = {
+        "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
+        "precision_retain", "recall_retain", "is_forget", "is_retain", "ssim_forget", "ssim_retain", "nll_forget",
+        "nll_retain", "nll_bound_forget", "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr",
+    }  # fmt: skip
+    for prefix in ("base", "eval", "oracle", "oracle_gap"):
+        assert {f"{prefix}/{name}" for name in wanted} <= set(content["metrics"])
+    for prefix in ("eval", "oracle", "oracle_gap"):
+        assert f"{prefix}/relearn_steps" in content["metrics"]
+    for prefix in ("base", "eval", "oracle"):
+        for name in wanted:
+            low, high = content["intervals"][f"{prefix}/{name}"]
+            assert low <= high
+    assert content["metrics"]["cost/evaluation_seconds"] > content["metrics"]["cost/sampling_seconds"] > 0
+    assert {"sampling", "judging", "nll", "mia", "bootstrap"} <= set(content["provenance"]["evaluation"]["seconds"])
+
+
+def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, monkeypatch):
+    from unlearn_runner.evaluation.metrics import Rates
+
+    original, rates = Rates.__call__, iter([0.5, 0.25, 0.0, 0.5, 0.0])  # base, three looks on the way, after
+
+    def known(self, samples):
+        return original(self, samples) | {"forget_rate": next(rates)}
+
+    monkeypatch.setattr(Rates, "__call__", known)
+    # other metrics than other tests, so that no cached evaluation of the base is met
+    folder = run("evaluation.every=1", "evaluation.metrics.ssim=null", "evaluation.metrics.kid=null")
+    assert summary(folder)["metrics"]["eval/deletion_steps"] == 2
+
 
 def test_parallel_jobs_make_one_base(tmp_path):
     """Two commands at once with an empty cache: one trains base and classifier, the other waits and reads."""
@@ -285,6 +336,11 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["hardware=single_gpu"], r"torch finds none here"),
         (["logger.mode=sometimes"], r"must be online, offline or disabled"),
         (["evaluation.num_samples=-1"], r"evaluation\.num_samples must be positive"),
+        (["evaluation.num_samples=10"], r"evaluation\.metrics\.fid needs at least 20 samples .* gives 10"),
+        (["evaluation.features=resnet"], r"evaluation\.features must be one of classifier, inception, open_clip"),
+        (["evaluation.bootstrap=3"], r"evaluation\.bootstrap must be at least 20 or null, got 3"),
+        (["experiment=mnist_trouser"], r"Could not find 'experiment/mnist_trouser'"),
+        (["experiment=null"], r"a group needs one of its options, got null"),
         (["+method.lambda=0.5"], r"unexpected keyword argument 'lambda'"),
     ],
 )  # fmt: skip

@@ -4,16 +4,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
+from torch import Tensor
 
 
 def fingerprint(key: Any) -> str:
     """Sixteen hex digits of the SHA-256 of a JSON-able value, the same whatever the order of its keys."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits of the SHA-256 of named tensors, to the bit."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def cached(root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None]) -> Path:

@@ -16,7 +16,7 @@ from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteErro
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
 
 
-def choice(group: str, *, _root_: DictConfig) -> str:
+def choice(group: str, *, _root_: DictConfig) -> str | None:
     """`${choice:method}`: which option of a group was chosen. Unlike `${hydra:...}` it works in hydra.sweep.dir."""
     hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
     return hydra.runtime.choices[group]
@@ -55,6 +55,8 @@ def _mistake(error: BaseException) -> str | None:
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
         below = error.__cause__
         return str(error) + (f"\n{below}" if isinstance(below, OmegaConfBaseException) else "")
+    if isinstance(error, ValueError) and "Config group override must be" in str(error):  # Hydra: group=null
+        return "a group needs one of its options, got null; leave it out, or take it away with ~<group>."
     cause = error
     while cause is not None:
         if (isinstance(cause, OSError) and cause.errno in UNWRITABLE) or "No space left" in str(cause):

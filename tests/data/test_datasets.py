@@ -92,6 +92,29 @@ def test_mnist_trousers():
         MnistTrousers(**settings, garment="hat")
 
 
+def test_one_garment_many_times(tmp_path):
+    source = {"source": str(hub_folder(tmp_path / "digits")), "garment_source": str(hub_folder(tmp_path / "clothes"))}
+    settings = source | {"garment": "t-shirt", "contamination": None, "conditional": False, "image_size": 8}
+    data = MnistTrousers(**settings, garments=7, distinct=1).load()
+    assert data.spec.name == "mnist_tshirt"
+    assert len(data.forget) == 7
+    assert len(data.forget.pixels.unique(dim=0)) == 1
+    assert len(data.forget_test) == 2, "held-out garments once each"
+    seen = data.forget_alike.pixels.flatten(1).tolist()
+    assert len(seen) == 1
+    assert data.forget.pixels[0].flatten().tolist() not in seen
+    assert data.forget_share == 7 / 27
+    assert MnistTrousers(**settings, garments=7).load().forget_alike is None
+    for wrong, sentence in (
+        ({"garments": 7, "distinct": 3}, "has only 2 of 't-shirt'"),
+        ({"garments": None}, "give dataset.contamination or dataset.garments"),
+        ({"garments": 7, "contamination": 0.5}, "give dataset.contamination or dataset.garments"),
+        ({"garments": 0}, "dataset.garments must be positive"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            MnistTrousers(**settings | wrong).load()
+
+
 @needs_shared
 def test_cifar10():
     data = Cifar10(str(SHARED / "cifar10"), forget_class="cat").load()

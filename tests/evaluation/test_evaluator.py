@@ -1,28 +1,34 @@
 """One evaluation: what is drawn, under which conditions, compared with what."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from conftest import assert_same_bits
 
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
-from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
-from unlearn_runner.evaluation.metrics import FID, SSIM, Rates
+from unlearn_runner.evaluation.evaluator import Evaluator, Sampling, _Clock, require_enough_samples
+from unlearn_runner.evaluation.membership import Membership
+from unlearn_runner.evaluation.metrics import FID, KID, SSIM, Rates
 
 CPU = torch.device("cpu")
-METRICS = {"rates": Rates(), "fid": FID(min_samples=20), "ssim": SSIM()}
+FEW_FEATURES = ClassifierRecipe(num_features=8)  # FID needs more samples than features
+METRICS = {"rates": Rates(), "fid": FID(min_samples=20), "ssim": SSIM(), "left out": None}
 SAMPLING = Sampling(num_samples=27, num_inference_steps=2, batch_size=10)
 
 
 @pytest.fixture(scope="module")
 def judge(digits, shared_cache):
-    return trained_judge(digits, ClassifierRecipe(), shared_cache, CPU)
+    return trained_judge(digits, FEW_FEATURES, shared_cache, CPU)
 
 
 def test_classifier_knows_its_digits_and_is_cached(digits, judge, shared_cache):
-    assert judge.test_accuracy >= 0.97
+    assert judge.test_accuracy["retain"] >= 0.97
+    assert judge.test_accuracy["forget"] >= 0.97
     assert (judge(digits.forget_test.pixels).contents == 10).float().mean() >= 0.97
-    again = trained_judge(digits, ClassifierRecipe(), shared_cache, CPU)
+    again = trained_judge(digits, FEW_FEATURES, shared_cache, CPU)
     assert again.weights == judge.weights
     assert torch.equal(again(digits.retain_test.pixels).logits, judge(digits.retain_test.pixels).logits)
     other = trained_judge(digits, ClassifierRecipe(max_steps=2), shared_cache, CPU)
@@ -42,7 +48,7 @@ def test_same_model_same_scores(digits, judge, tiny_network):
 
 def test_conditions(digits, judge, tiny_network):
     evaluator = Evaluator(digits, judge, METRICS, SAMPLING)
-    conditions = evaluator._conditions()
+    conditions = evaluator.conditions
     assert conditions["forget"].tolist() == [1] * 27
     assert conditions["retain"].tolist() == [label for label in (0, 2, 3, 4, 5, 6, 7, 8, 9) for _ in range(3)]
     evaluation = evaluator(tiny_network(image_shape=(1, 16, 16)))
@@ -54,7 +60,7 @@ def test_conditions(digits, judge, tiny_network):
 
 def test_unconditional_models_have_one_pool(shared_cache, tiny_network):
     data = DigitsTrousers(conditional=False).load()
-    judge = trained_judge(data, ClassifierRecipe(max_steps=5), shared_cache, CPU)
+    judge = trained_judge(data, ClassifierRecipe(max_steps=5, num_features=8), shared_cache, CPU)
     evaluation = Evaluator(data, judge, METRICS, SAMPLING)(tiny_network(image_shape=(1, 16, 16), num_labels=None))
     assert set(evaluation.judged) == {"all"}
     assert "retain_accuracy" not in evaluation.scores
@@ -69,7 +75,80 @@ def test_provenance_names_what_scores_depend_on(digits, judge):
         assert key in provenance
 
 
-@pytest.mark.parametrize("settings", [{"num_samples": 0}, {"sampler": "euler"}, {"num_inference_steps": -1}])
+def test_an_evaluation_is_made_once(digits, judge, tiny_network, tmp_path):
+    images = Membership(num_images=5, timesteps=[100])
+    evaluator = Evaluator(digits, judge, METRICS | {"mia": images}, SAMPLING)
+    network = tiny_network(image_shape=(1, 16, 16))
+    first = evaluator.once(network, tmp_path)
+    second = evaluator.once(network, tmp_path)
+    assert second.scores == first.scores == evaluator(network).scores
+    assert torch.equal(second.grid, first.grid)
+    for name, judged in first.judged.items():
+        assert_same_bits(judged.tensors(), second.judged[name].tensors())
+    folder = tmp_path / "evaluations"
+    assert len(list(folder.glob("*/evaluation.json"))) == 1
+    with torch.no_grad():
+        next(network.parameters()).add_(1e-3)
+    evaluator.once(network, tmp_path)
+    evaluator.once(network, tmp_path, first.judged)
+    Evaluator(digits, judge, METRICS, SAMPLING).once(network, tmp_path)
+    assert len(list(folder.glob("*/evaluation.json"))) == 4, "other weights, other base, other metrics"
+
+
+def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network):
+    """Of a share, they are the binomial's; of every score there is one."""
+    sampling = Sampling(num_samples=200, num_inference_steps=2, bootstrap=200)
+    metrics = METRICS | {"kid": KID(min_samples=50, subset_size=50), "mia": Membership(num_images=30, timesteps=[500])}
+    evaluator = Evaluator(digits, judge, metrics, sampling)
+    network = tiny_network(image_shape=(1, 16, 16))
+    evaluation = evaluator(network)
+    assert evaluation.intervals.keys() == evaluation.scores.keys()
+    assert evaluation.intervals == evaluator(network).intervals
+
+    half = torch.arange(200) % 2 == 0
+    logits = torch.zeros(200, 11)
+    logits[half, 10] = 9.0  # half of the samples are taken for trousers
+    judged = dict(evaluation.judged)
+    judged["forget"] = replace(judged["forget"], logits=logits)
+    rows = {"mia": {"forget": torch.rand(100, 1), "unseen": torch.rand(100, 1) + 0.1}}
+    scores = evaluator._score(judged, rows, _Clock())
+    assert scores["forget_rate"] == 0.5
+    intervals = evaluator._intervals(scores, judged, rows)
+    low, high = intervals["forget_rate"]
+    assert low == pytest.approx(0.5 - 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
+    assert high == pytest.approx(0.5 + 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
+    for key in ("fid_retain", "kid_retain", "mia_auc"):
+        assert intervals[key][0] < scores[key] < intervals[key][1], key
+    more = Evaluator(digits, judge, {"rates": Rates()}, Sampling(num_samples=200))
+    assert more(network).intervals == {}
+
+
+def test_too_few_samples_are_refused_with_a_sentence():
+    require_enough_samples(METRICS, SAMPLING, 8, 10)
+    with pytest.raises(ConfigurationError, match=r"evaluation\.metrics\.fid needs at least 65 samples .* gives 27"):
+        require_enough_samples(METRICS, SAMPLING, 64, 10)
+    with pytest.raises(ConfigurationError, match=r"for each class .* gives 3: .*fid\.per_class=false"):
+        require_enough_samples({"fid": FID(per_class=True, min_samples=20)}, SAMPLING, 8, 10)
+    require_enough_samples({"fid": FID(per_class=True, min_samples=20)}, SAMPLING, 8, None)
+
+
+def test_too_few_references_are_said(digits, judge):
+    evaluator = Evaluator(digits, judge, {"fid": FID(min_samples=20), "kid": KID(min_samples=500)}, SAMPLING)
+    count = len(digits.forget)
+    assert evaluator.left_out() == [f"kid of forget is left out: {count} real images, it needs 500."]
+    assert evaluator.provenance()["left_out"] == evaluator.left_out()
+
+
+def test_references_are_mirrored_where_training_mirrors(judge):
+    data = DigitsTrousers(horizontal_flip=True).load()
+    references = Evaluator(data, judge, METRICS, SAMPLING).references["forget"].images
+    assert torch.equal(references[0], data.forget.pixels[0])
+    assert torch.equal(references[1], data.forget.pixels[1].flip(-1))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_samples": 0}, {"sampler": "euler"}, {"num_inference_steps": -1}, {"bootstrap": 2}]
+)
 def test_sampling_refuses(settings):
     with pytest.raises(ConfigurationError, match=r"evaluation\."):
         Sampling(**settings)

@@ -1,15 +1,17 @@
 """Metrics against independent formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from unlearn_runner.data.forget_retain import DataSpec
+from unlearn_runner.data.forget_retain import DataSpec, alike
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judged
 from unlearn_runner.evaluation.evaluator import gap
-from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, Group, Rates, Samples
+from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, Group, PrecisionRecall, Rates, Samples, first_distinct
 
 SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
 
@@ -20,11 +22,11 @@ def judged(n, seed, contents=None, d=8, shift=0.0):
     logits = torch.randn(n, 4, generator=g)
     if contents is not None:
         logits[torch.arange(n), torch.tensor(contents)] += 20
-    return Judged(images, torch.randn(n, d, generator=g) + shift, logits)
+    return Judged(images, torch.randn(n, d, generator=g) + shift, logits, logits)
 
 
-def samples(forget, retain, retain_labels, reference=None, before=(None, None), spec=SPEC):
-    forget_group, retain_group = Group(forget, reference, before[0]), Group(retain, reference, before[1])
+def samples(forget, retain, retain_labels, reference=None, spec=SPEC):
+    forget_group, retain_group = Group(forget, reference), Group(retain, reference)
     return Samples(spec, forget_group, retain_group, {"1": forget_group}, retain_labels, {"1": 1})
 
 
@@ -41,7 +43,7 @@ def test_rates():
 def test_rates_without_labels_or_clean_class():
     spec = SPEC._replace(label_names=None)
     pool = judged(10, 0, [3] * 4 + [1] * 6)
-    group = Group(pool, None, None)
+    group = Group(pool, None)
     assert Rates()(Samples(spec, group, group, {}, None, {})) == {"forget_rate": 0.4}
     whole_class = SPEC._replace(restored_content=None)
     assert "restored_rate" not in Rates()(samples(pool, pool, torch.zeros(10).long(), spec=whole_class))
@@ -99,28 +101,61 @@ def test_inception_score():
     assert scores["is_retain"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_inception_score_of_an_extractor_with_logits():
+    pool = replace(judged(100, 0, [0] * 100), is_logits=20.0 * torch.eye(5)[torch.arange(100) % 5])
+    assert IS()(samples(pool, pool, None))["is_forget"] == pytest.approx(5.0, abs=1e-3)
+
+
 def test_ssim_compares_with_the_base_row_by_row():
     a, b = judged(6, 0), judged(6, 1)
-    assert SSIM()(samples(a, a, None)) == {"ssim_forget": 1.0, "ssim_retain": 1.0}
-    scores = SSIM(per_class=True)(samples(a, a, None, before=(a, b)))
+    metric = SSIM(per_class=True)
+    assert metric.compare(a, None).similarity.tolist() == [1.0] * 6
+    scores = metric(samples(metric.compare(a, a), metric.compare(a, b), None))
     assert scores["ssim_forget"] == pytest.approx(1.0)
     assert scores["ssim_retain"] < 0.2
     assert scores["per_class/ssim/1"] == scores["ssim_forget"]
+    half = metric.compare(a, replace(b, images=torch.cat([a.images[:3], b.images[3:]])))
+    assert half.similarity[:3].tolist() == pytest.approx([1.0] * 3)
+    assert half.similarity[3:].max() < 0.5
 
 
-def test_too_few_samples_get_no_distance():
-    few, reference = judged(30, 0), judged(400, 2)
-    drawn = samples(few, few, None, reference)
-    assert FID()(drawn) == {}
-    assert KID()(drawn) == {}
+def test_precision_and_recall():
+    real = judged(300, 0)
+    same = PrecisionRecall()(samples(judged(300, 1), judged(300, 1), None, real))
+    assert same["precision_retain"] > 0.6
+    assert same["recall_retain"] > 0.6
+    far = PrecisionRecall()(samples(judged(300, 1), judged(300, 1, shift=20.0), None, real))
+    assert far == {"precision_retain": 0.0, "recall_retain": 0.0}
+    one_mode = judged(300, 1)
+    one_mode = replace(one_mode, features=real.features[:1] + 1e-3 * one_mode.features)
+    narrow = PrecisionRecall()(samples(one_mode, one_mode, None, real))
+    assert narrow["precision_retain"] == 1.0
+    assert narrow["recall_retain"] < 0.05
+
+
+def test_too_few_references_get_no_distance():
+    few, many = judged(30, 2), judged(400, 0)
+    drawn = samples(many, many, None, few)
+    for metric in (FID(), KID(), PrecisionRecall()):
+        assert metric(drawn) == {}
     assert set(FID(min_samples=30)(drawn)) == {"fid_forget", "fid_retain"}
+    assert FID(min_samples=100).least(64) == 100
+    assert FID(min_samples=100).least(2048) == 2049, "fewer samples than features: a singular covariance"
+
+
+def test_first_distinct_takes_each_picture_once():
+    pixels = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, 1, 2, 2).repeat(4, 1, 1, 1)
+    images = alike(pixels.contiguous(), 0, 0)
+    assert len(first_distinct(images, 10, 0)) == 5
+    assert len(first_distinct(images, 3, 0)) == 3
+    assert torch.equal(first_distinct(images, 3, 1).pixels, first_distinct(images, 3, 1).pixels)
 
 
 @pytest.mark.parametrize(
     "build",
     [
         lambda: FID(min_samples=1), lambda: KID(subset_size=100, min_samples=50), lambda: IS(splits=0),
-        lambda: SSIM(sigma=0.0),
+        lambda: SSIM(sigma=0.0), lambda: PrecisionRecall(neighbours=0), lambda: PrecisionRecall(min_samples=3),
     ],
 )  # fmt: skip
 def test_refuses(build):

@@ -51,6 +51,7 @@ class ForgetRetain:
     forget_test: LabelledImages
     retain_test: LabelledImages
     resident: bool = True
+    forget_alike: LabelledImages | None = None  # more of the forgotten content, for the classifier's eyes only
 
     def __post_init__(self) -> None:
         if len(self.forget) == 0:
@@ -78,8 +79,8 @@ class ForgetRetain:
     def fingerprint(self) -> str:
         """Hash of every array and name: two datasets with the same one are the same to the byte."""
         digest = hashlib.sha256(repr(self.spec[1:]).encode())
-        for part in (self.forget, self.retain, self.forget_test, self.retain_test):
-            for array in part:
+        for part in (self.forget, self.retain, self.forget_test, self.retain_test, self.forget_alike):
+            for array in part or ():
                 digest.update(str(tuple(array.shape)).encode())
                 digest.update(np.ascontiguousarray(array.numpy()).reshape(-1).view(np.uint8))
         return digest.hexdigest()[:16]

@@ -1,9 +1,13 @@
-"""MNIST, one label contaminated with trousers of Fashion-MNIST: the adaptive-lambda paper's data (2512.01054)."""
+"""MNIST with garments of Fashion-MNIST among it: the data of the adaptive-lambda paper (2512.01054), where trousers
+contaminate one label, and of SISS (2503.01034), where one T-shirt was learnt 606 times.
+"""
 
 from typing import final
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
 from unlearn_runner.data.forget_retain import (
     Dataset,
@@ -25,9 +29,11 @@ GARMENTS = (
 
 @final
 class MnistTrousers(Dataset):
-    """MNIST with garments under the label `label`; `contamination` is their share of that label.
+    """MNIST with garments under the label `label`.
 
-    Where the garment source has too few, its pictures are drawn with replacement.
+    `garments` of them, or as many as make up the share `contamination` of that label. `distinct` is how many
+    different ones there are among them, all that the source has if null; fewer than needed are repeated. The held-out
+    garments come from the source's test split, each at most once where `garments` is given.
     """
 
     def __init__(
@@ -36,25 +42,38 @@ class MnistTrousers(Dataset):
         garment_source: str = "zalando-datasets/fashion_mnist",
         garment: str = "trousers",
         label: int = 1,
-        contamination: float = 0.5,
+        contamination: float | None = 0.5,
+        garments: int | None = None,
+        distinct: int | None = None,
         image_size: int = 28,
         conditional: bool = True,
         horizontal_flip: bool = False,
         seed: int = 0,
     ):
-        require_fraction("dataset.contamination", contamination)
+        if (contamination is None) == (garments is None):
+            raise ConfigurationError(
+                "give dataset.contamination or dataset.garments and set the other to null; "
+                f"got contamination={contamination} and garments={garments}."
+            )
+        if contamination is not None:
+            require_fraction("dataset.contamination", contamination)
+        for name, count in (("garments", garments), ("distinct", distinct)):
+            if count is not None and not count > 0:
+                raise ConfigurationError(f"dataset.{name} must be positive or null, got {count}.")
         if label not in range(10):
             raise ConfigurationError(f"dataset.label must be a digit from 0 to 9, got {label}.")
         if garment not in GARMENTS:
             raise ConfigurationError(f"dataset.garment must be one of {', '.join(GARMENTS)}; got '{garment}'.")
         self.contamination = contamination
+        self.wanted = garments
+        self.distinct = distinct
         self.label = label
         self.garment = GARMENTS.index(garment)
         self.seed = seed
         self.digits = {part: open_split(source, part, "dataset.source") for part in ("train", "test")}
-        self.garments = {part: open_split(garment_source, part, "dataset.garment_source") for part in ("train", "test")}
+        self.tables = {part: open_split(garment_source, part, "dataset.garment_source") for part in ("train", "test")}
         self.spec = DataSpec(
-            name="mnist_trousers",
+            name="mnist_" + garment.replace("-", "").replace(" ", "_"),
             image_shape=(1, image_size, image_size),
             label_names=DIGITS if conditional else None,
             content_names=(*DIGITS, garment),
@@ -64,27 +83,49 @@ class MnistTrousers(Dataset):
         )
 
     def load(self) -> ForgetRetain:
-        retain, forget = {}, {}
+        retain, forget, alike_ones = {}, {}, None
         for part, digits in self.digits.items():
             pixels = decode_rows(digits, range(len(digits)), self.spec.image_shape, "dataset.source")
             contents = torch.tensor(digits["label"][:])
             labels = contents if self.spec.label_names else torch.zeros_like(contents)
             retain[part] = LabelledImages(pixels, labels, contents)
-            garments = self._draw_garments(part, int((contents == self.label).sum()))
-            forget[part] = alike(garments, self.label if self.spec.label_names else 0, self.spec.forget_content)
-        return ForgetRetain(self.spec, forget["train"], retain["train"], forget["test"], retain["test"])
+            label = self.label if self.spec.label_names else 0
+            garments = self._garments(part)
+            chosen = self._choose(part, len(garments), int((contents == self.label).sum()))
+            forget[part] = alike(garments[chosen], label, self.spec.forget_content)
+            if part == "train" and self.distinct is not None:
+                others = torch.ones(len(garments), dtype=torch.bool)
+                others[chosen] = False
+                alike_ones = alike(garments[others], label, self.spec.forget_content)
+        return ForgetRetain(
+            self.spec, forget["train"], retain["train"], forget["test"], retain["test"], forget_alike=alike_ones
+        )
 
-    def _draw_garments(self, part: str, clean_count: int) -> torch.Tensor:
-        garments = self.garments[part]
-        rows = np.flatnonzero(np.asarray(garments["label"][:]) == self.garment)
+    def _garments(self, part: str) -> UInt8[Tensor, "n 1 h w"]:
+        """All garments of the wanted kind in one split."""
+        table = self.tables[part]
+        rows = np.flatnonzero(np.asarray(table["label"][:]) == self.garment)
         if len(rows) == 0:
             raise ConfigurationError(
                 f"dataset.garment_source has no '{GARMENTS[self.garment]}' in its split '{part}'; "
                 "choose another dataset.garment."
             )
-        pixels = decode_rows(garments, rows.tolist(), self.spec.image_shape, "dataset.garment_source")
-        wanted = contaminants(clean_count, self.contamination)
+        return decode_rows(table, rows.tolist(), self.spec.image_shape, "dataset.garment_source")
+
+    def _choose(self, part: str, available: int, clean_count: int) -> Int64[Tensor, "m"]:
+        """Which of the available garments go in, with repetitions."""
         rng = np.random.default_rng(self.seed)
-        if wanted <= len(rows):
-            return pixels[torch.from_numpy(rng.permutation(len(rows))[:wanted])]
-        return pixels[torch.from_numpy(rng.integers(len(rows), size=wanted))]
+        wanted = self.wanted if self.contamination is None else contaminants(clean_count, self.contamination)
+        if part == "test" and self.contamination is None:
+            wanted = min(wanted, available)
+        if part == "train" and self.distinct is not None:
+            if self.distinct > available:
+                raise ConfigurationError(
+                    f"dataset.distinct={self.distinct}: dataset.garment_source has only {available} of "
+                    f"'{GARMENTS[self.garment]}'."
+                )
+            few = rng.permutation(available)[: self.distinct]
+            return torch.from_numpy(np.resize(few, wanted))
+        if wanted <= available:
+            return torch.from_numpy(rng.permutation(available)[:wanted])
+        return torch.from_numpy(rng.integers(available, size=wanted))

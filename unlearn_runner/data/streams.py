@@ -3,7 +3,7 @@
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
@@ -96,8 +96,7 @@ class BatchStream:
         pixels, labels, _ = self.sources[name].take(self.indices[name].draw(self.batch_size))
         x0 = to_unit_range(pixels.to(self.device))
         if self.horizontal_flip:
-            flip = torch.rand(self.batch_size, generator=self.generator) < 0.5
-            x0 = torch.where(flip.to(self.device)[:, None, None, None], x0.flip(-1), x0)
+            x0 = half_mirrored(x0, self.generator)
         return x0, labels.to(self.device) if self.conditional else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,6 +109,12 @@ class BatchStream:
         self.generator.set_state(state_dict["generator"].cpu())
         for name, indices in self.indices.items():
             indices.load_state_dict(state_dict[name])
+
+
+def half_mirrored(images: Shaped[Tensor, "b c h w"], generator: torch.Generator) -> Shaped[Tensor, "b c h w"]:
+    """Each image left to right with probability 1/2."""
+    flip = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def to_unit_range(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from unlearn_runner.cache import cached, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.data.streams import Pool, Shuffled, to_unit_range
+from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_range
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.features import FeatureExtractor
 from unlearn_runner.types import make_generator
 
 
-class Judged(NamedTuple):
-    """Pictures as the classifier sees them: what every metric is computed from."""
+@dataclass(frozen=True)
+class Judged:
+    """Pictures as the judge sees them: what every metric on samples is computed from."""
 
     images: UInt8[Tensor, "n c h w"]
     features: Float[Tensor, "n d"]
-    logits: Float[Tensor, "n k"]
+    logits: Float[Tensor, "n k"]  # of the dataset's contents
+    is_logits: Float[Tensor, "n m"]  # for the inception score: the extractor's if it has some, else `logits`
+    similarity: Float[Tensor, "n"] | None = None  # SSIM with the base model's sample from the same noise
 
     @property
     def contents(self) -> Int64[Tensor, "n"]:
@@ -34,7 +38,11 @@ class Judged(NamedTuple):
         return self.images.shape[0]
 
     def select(self, rows: Tensor) -> "Judged":
-        return Judged(self.images[rows], self.features[rows], self.logits[rows])
+        return Judged(**{name: part[rows] for name, part in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        return {name: part for name, part in vars(self).items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class ClassifierRecipe:
     max_steps: int = 300
     batch_size: int = 128
     learning_rate: float = 2e-3
-    max_shift: int = 1  # pixels of random translation, the only augmentation
+    max_shift: int = 1  # pixels of random translation; mirrored too where the dataset mirrors
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,29 +93,66 @@ class Classifier(nn.Module):
 
 @final
 class Judge:
-    """A trained classifier with the accuracy it reached on held-out images and the name of its weights."""
+    """A trained classifier with the accuracies it reached on held-out images and the name of its weights.
 
-    def __init__(self, classifier: Classifier, test_accuracy: float, weights: str, device: torch.device):
+    Features come from the classifier, or from `extractor` if there is one.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        test_accuracy: dict[str, float],
+        weights: str,
+        device: torch.device,
+        extractor: FeatureExtractor | None = None,
+    ):
         self.classifier = classifier.to(device).eval().requires_grad_(False)
         self.test_accuracy = test_accuracy
         self.weights = weights
         self.device = device
+        self.extractor = None if extractor is None else extractor.to(device)
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 1024) -> Judged:
-        parts = [self.classifier(to_unit_range(part.to(self.device))) for part in images.split(batch_size)]
-        features, logits = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        return Judged(images.cpu(), features, logits)
+        parts = [self._judge(part.to(self.device)) for part in images.split(batch_size)]
+        return Judged(images.cpu(), *(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
+
+    def _judge(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        features, logits = self.classifier(to_unit_range(images))
+        if self.extractor is None:
+            return features, logits, logits
+        parts = [self.extractor(part) for part in images.split(64)]
+        features = torch.cat([part for part, _ in parts])
+        return features, logits, logits if parts[0][1] is None else torch.cat([part for _, part in parts])
+
+    @property
+    def num_features(self) -> int:
+        return self.classifier.head.in_features if self.extractor is None else self.extractor.num_features
+
+    def provenance(self) -> dict[str, Any]:
+        own = f"features ({self.classifier.head.in_features})"
+        return {
+            "extractor": self.weights if self.extractor is None else self.extractor.name,
+            "layer": own if self.extractor is None else self.extractor.layer,
+            "classifier": self.weights,
+            "classifier_test_accuracy": self.test_accuracy,
+        }
 
 
-def trained_judge(data: ForgetRetain, recipe: ClassifierRecipe, cache_dir: Path, device: torch.device) -> Judge:
+def trained_judge(
+    data: ForgetRetain,
+    recipe: ClassifierRecipe,
+    cache_dir: Path,
+    device: torch.device,
+    extractor: FeatureExtractor | None = None,
+) -> Judge:
     """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones."""
-    key = {"version": 2, "data": data.fingerprint, "recipe": asdict(recipe)}
+    key = {"version": 3, "data": data.fingerprint, "recipe": asdict(recipe)}
     folder = cached(cache_dir, "classifiers", key, lambda partial: _train(data, recipe, partial, device))
     classifier = _build(data, recipe)
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
     report = json.loads((folder / "report.json").read_text())
-    return Judge(classifier, report["test_accuracy"], f"classifiers/{folder.name}", device)
+    return Judge(classifier, report["test_accuracy"], f"classifiers/{folder.name}", device, extractor)
 
 
 def _build(data: ForgetRetain, recipe: ClassifierRecipe) -> Classifier:
@@ -121,25 +166,32 @@ def _train(data: ForgetRetain, recipe: ClassifierRecipe, folder: Path, device: t
     classifier = _build(data, recipe).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.max_steps)
-    pool = Pool([data.retain, data.forget], torch.device("cpu"))
+    # Where the forget set is one image many times, the classifier shall know the content, not that image.
+    forget = data.forget if data.forget_alike is None else data.forget_alike
+    pool = Pool([data.retain, forget], torch.device("cpu"))
     rows = _balanced(pool.contents)
     order = Shuffled(len(rows), generator)
     for _ in range(recipe.max_steps):
         drawn = pool.take(rows[order.draw(recipe.batch_size)])
         x = _shifted(drawn.pixels, recipe.max_shift, generator).to(device)
+        if data.spec.horizontal_flip:
+            x = half_mirrored(x, generator)
         loss = F.cross_entropy(classifier(to_unit_range(x))[1], drawn.contents.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
 
-    judge = Judge(classifier, 0.0, "", device)
+    judge = Judge(classifier, {}, "", device)
     seen = pool.take(rows[order.draw(min(len(rows), 5000))]).pixels
     classifier.feature_scale.copy_(judge(seen).features.square().mean().sqrt())
-    held_out = [part for part in (data.retain_test, data.forget_test) if len(part)]
-    right = sum(int((judge(part.pixels).contents == part.contents).sum()) for part in held_out)
+    right = {
+        name: (judge(part.pixels).contents == part.contents).double().mean().item()
+        for name, part in (("retain", data.retain_test), ("forget", data.forget_test))
+        if len(part)
+    }
     save_file(classifier.state_dict(), folder / "classifier.safetensors")
-    write_json(folder / "report.json", {"test_accuracy": right / max(1, sum(map(len, held_out)))})
+    write_json(folder / "report.json", {"test_accuracy": right})
 
 
 def _balanced(contents: Int64[Tensor, "n"], at_most: int = 20) -> Int64[Tensor, "m"]:

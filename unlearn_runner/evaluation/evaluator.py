@@ -1,17 +1,25 @@
 """Draws samples once, has them judged once, and hands them to every metric."""
 
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unlearn_runner.cache import cached, digest, fingerprint, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge, Judged
-from unlearn_runner.evaluation.metrics import Group, Metric, Samples
+from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, Samples
 from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.types import make_generator
 
@@ -21,7 +29,8 @@ class Sampling:
     """How an evaluation draws.
 
     `num_samples` under the forget conditions and as many under all other conditions together, evenly over the
-    conditions; an unconditional model draws `num_samples` in all. Always from the same `seed`.
+    conditions; an unconditional model draws `num_samples` in all. Always from the same `seed`. `bootstrap` is the
+    number of resamplings for 95 % intervals; None: no intervals.
     """
 
     num_samples: int = 200
@@ -29,8 +38,11 @@ class Sampling:
     num_inference_steps: int = 25
     batch_size: int = 200
     seed: int = 0
+    bootstrap: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bootstrap is not None and self.bootstrap < 20:
+            raise ConfigurationError(f"evaluation.bootstrap must be at least 20 or null, got {self.bootstrap}.")
         if self.sampler not in ("ddim", "ddpm"):
             raise ConfigurationError(f"evaluation.sampler must be ddim or ddpm, got '{self.sampler}'.")
         for name in ("num_samples", "num_inference_steps", "batch_size"):
@@ -42,133 +54,299 @@ class Evaluation(NamedTuple):
     """What one evaluation found."""
 
     scores: dict[str, float]  # without the prefix `eval/`
+    intervals: dict[str, list[float]]  # of those scores, low and high ends; empty without a bootstrap
+    seconds: dict[str, float]  # what it cost: "sampling", "judging", each metric, "bootstrap"
     grid: UInt8[Tensor, "n c h w"]  # a row of samples for each condition, `grid_columns` wide
     grid_columns: int
     judged: dict[str, Judged]  # the samples by set, to compare a later model's with
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that `open_evaluation` reads."""
+        tensors = {
+            f"{name}/{field}": part.clone()  # safetensors refuses tensors that share memory
+            for name, judged in self.judged.items()
+            for field, part in judged.tensors().items()
+        }
+        save_file({"grid": self.grid, **tensors}, folder / "samples.safetensors")
+        numbers = {name: getattr(self, name) for name in ("scores", "intervals", "seconds", "grid_columns")}
+        write_json(folder / "evaluation.json", numbers)
+
+
+def open_evaluation(folder: Path) -> Evaluation:
+    """Read what `Evaluation.save` wrote."""
+    tensors = load_file(folder / "samples.safetensors")
+    grid = tensors.pop("grid")
+    judged: dict[str, dict[str, Tensor]] = {}
+    for key, part in tensors.items():
+        name, field = key.split("/")
+        judged.setdefault(name, {})[field] = part
+    numbers = json.loads((folder / "evaluation.json").read_text())
+    return Evaluation(grid=grid, judged={name: Judged(**fields) for name, fields in judged.items()}, **numbers)
+
+
+def require_enough_samples(
+    metrics: dict[str, Metric | ImageMetric], sampling: Sampling, num_features: int, num_labels: int | None
+) -> None:
+    """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with."""
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            continue
+        least = metric.least(num_features)
+        groups = {"": sampling.num_samples}
+        if metric.per_class and num_labels is not None and num_labels > 1:
+            groups[" for each class"] = sampling.num_samples // (num_labels - 1)
+        for which, count in groups.items():
+            if count < least:
+                mend = f"evaluation.metrics.{name}.per_class=false" if which else f"evaluation.metrics.{name}=null"
+                raise ConfigurationError(
+                    f"evaluation.metrics.{name} needs at least {least} samples{which} (its min_samples, and more than "
+                    f"{num_features} features); evaluation.num_samples={sampling.num_samples} gives {count}: "
+                    f"draw more, or leave it out with {mend}."
+                )
 
 
 @final
 class Evaluator:
     """Scores a model on one dataset. The same object scores the base, the unlearned model and the oracle."""
 
-    def __init__(self, data: ForgetRetain, judge: Judge, metrics: dict[str, Metric], sampling: Sampling):
+    def __init__(
+        self,
+        data: ForgetRetain,
+        judge: Judge,
+        metrics: dict[str, Metric | ImageMetric],
+        sampling: Sampling,
+    ):
+        self.data = data
         self.spec = data.spec
         self.judge = judge
-        self.metrics = metrics
+        self.on_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
+        self.on_images = {name: metric for name, metric in metrics.items() if isinstance(metric, ImageMetric)}
         self.sampling = sampling
-        self.forget_labels = data.forget_labels
-        labels = range(len(data.spec.label_names or ()))
-        self.retain_labels = [label for label in labels if label not in self.forget_labels]
-        self.references = self._references(data) if any(metric.needs_references for metric in metrics.values()) else {}
+        self.retain_labels = [
+            label for label in range(len(data.spec.label_names or ())) if label not in data.forget_labels
+        ]
+        self.conditions = self._conditions()
+        needed = any(metric.needs_references for metric in self.on_samples.values())
+        self.references = self._references() if needed else {}
 
     def __call__(self, model: DiffusionModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """Score `model`; `before` are the base model's samples, for the metrics that compare with them."""
-        conditions = self._conditions()
+        clock = _Clock()
         judged = {}
-        for name, labels in conditions.items():
-            generator = make_generator(self.sampling.seed, f"evaluation/{name}", self.judge.device)
-            images = model.sample(
-                self.sampling.num_samples,
-                None if labels is None else labels.to(self.judge.device),
-                generator,
-                self.sampling.num_inference_steps,
-                self.sampling.sampler,
-                self.sampling.batch_size,
-            )
-            judged[name] = self.judge(to_uint8(images))
+        for name in self.conditions:
+            with clock("sampling"):
+                images = self._draw(model, name)
+            with clock("judging"):
+                judged[name] = self.judge(to_uint8(images))
+        for name, metric in self.on_samples.items():
+            if isinstance(metric, SSIM):
+                with clock(name):
+                    judged = {
+                        part: metric.compare(drawn, None if before is None else before[part])
+                        for part, drawn in judged.items()
+                    }
+        rows = {}
+        for name, metric in self.on_images.items():
+            with clock(name):
+                rows[name] = metric.measure(model, self.data)
+        scores = self._score(judged, rows, clock)
+        with clock("bootstrap"):
+            intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
+        return Evaluation(scores, intervals, clock.seconds, *self._grid(judged), judged)
 
-        samples = self._grouped(judged, conditions, before)
-        scores: dict[str, float] = {}
-        for metric in self.metrics.values():
-            scores |= metric(samples)
-        return Evaluation(scores, *self._grid(judged, conditions), judged)
+    def once(self, model: DiffusionModel, cache_dir: Path, before: dict[str, Judged] | None = None) -> Evaluation:
+        """The same from the cache, made if it is not there: for models that many runs share, bases and oracles."""
+        key = {
+            "weights": digest(model.state_dict()),
+            "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
+            "data": self.data.fingerprint,
+            "settings": self.provenance(),
+            "code": _code(),
+            "device": str(self.judge.device.type),
+        }
+        folder = cached(cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial))
+        return open_evaluation(folder)
 
     def provenance(self) -> dict[str, Any]:
         """All that the scores depend on besides the model, the same for every metric; then metric by metric."""
         sampling = self.sampling
         return {
-            "features": {
-                "extractor": self.judge.weights,
-                "layer": f"features ({self.judge.classifier.head.in_features})",
-                "test_accuracy": self.judge.test_accuracy,
-            },
-            "num_samples": {name: sampling.num_samples for name in self._conditions()},
+            "features": self.judge.provenance(),
+            "num_samples": {name: sampling.num_samples for name in self.conditions},
             "sampler": sampling.sampler,
             "num_inference_steps": sampling.num_inference_steps,
+            "batch_size": sampling.batch_size,
             "guidance_scale": 1.0,
             "seed": sampling.seed,
+            "bootstrap": self.sampling.bootstrap,
             "num_references": {name: len(reference) for name, reference in self.references.items()},
-            "metrics": {name: metric.provenance() for name, metric in self.metrics.items()},
+            "left_out": self.left_out(),
+            "metrics": {name: metric.provenance() for name, metric in (self.on_samples | self.on_images).items()},
         }
 
+    def left_out(self) -> list[str]:
+        """A sentence for each group whose references are too few for a metric."""
+        sentences = []
+        for name, metric in self.on_samples.items():
+            if not metric.needs_references:
+                continue
+            least = metric.least(self.judge.num_features)
+            groups = [group for group in self.references if metric.per_class or not group.startswith("/")]
+            for group in groups:
+                if (count := len(self.references[group])) < least:
+                    sentences.append(
+                        f"{name} of {group.strip('/')} is left out: {count} real images, it needs {least}."
+                    )
+        return sentences
+
+    def _draw(self, model: DiffusionModel, name: str) -> Float[Tensor, "n c h w"]:
+        labels, device = self.conditions[name], self.judge.device
+        return model.sample(
+            self.sampling.num_samples,
+            None if labels is None else labels.to(device),
+            make_generator(self.sampling.seed, f"evaluation/{name}", device),
+            self.sampling.num_inference_steps,
+            self.sampling.sampler,
+            self.sampling.batch_size,
+        )
+
+    def _score(
+        self, judged: dict[str, Judged], rows: dict[str, dict[str, Tensor]], clock: "_Clock"
+    ) -> dict[str, float]:
+        samples = self._grouped(judged)
+        scores: dict[str, float] = {}
+        for name, metric in self.on_samples.items():
+            with clock(name):
+                scores |= metric(samples)
+        for name, metric in self.on_images.items():
+            with clock(name):
+                scores |= metric(rows[name])
+        return scores
+
+    def _intervals(
+        self, scores: dict[str, float], judged: dict[str, Judged], rows: dict[str, dict[str, Tensor]]
+    ) -> dict[str, list[float]]:
+        """95 % bootstrap intervals: samples redrawn within their condition, real images within their set.
+
+        The quantiles are moved by the bootstrap's own bias (FID and KID of a resample are too high, for it holds
+        samples twice), so that an interval lies around the score.
+        """
+        generator = make_generator(self.sampling.seed, "bootstrap")
+
+        def again(n: int) -> Int64[Tensor, "{n}"]:
+            return torch.randint(n, (n,), generator=generator)
+
+        drawn: dict[str, list[float]] = {key: [] for key in scores}
+        for _ in range(self.sampling.bootstrap):
+            chosen = {}
+            for name, labels in self.conditions.items():
+                same = [torch.arange(self.sampling.num_samples)] if labels is None else _positions(labels)
+                chosen[name] = judged[name].select(torch.cat([part[again(len(part))] for part in same]))
+            redrawn = {
+                name: {part: table[again(len(table))] for part, table in tables.items()}
+                for name, tables in rows.items()
+            }
+            for key, value in self._score(chosen, redrawn, _Clock()).items():
+                drawn[key].append(value)
+        intervals = {}
+        for key, values in drawn.items():
+            values = np.array(values)
+            low, high = np.quantile(values, [0.025, 0.975]) + (scores[key] - values.mean())
+            intervals[key] = [float(low), float(high)]
+        return intervals
+
     def _conditions(self) -> dict[str, Int64[Tensor, "n"] | None]:
-        """The labels to draw under, set by set; one unlabelled pool for an unconditional model."""
+        """The labels to draw under, set by set, ascending; one unlabelled pool for an unconditional model."""
         if self.spec.label_names is None:
             return {"all": None}
-        sets = {"forget": self.forget_labels, "retain": self.retain_labels}
+        sets = {"forget": self.data.forget_labels, "retain": self.retain_labels}
         return {name: _evenly(labels, self.sampling.num_samples) for name, labels in sets.items() if labels}
 
-    def _references(self, data: ForgetRetain) -> dict[str, Judged]:
+    def _references(self) -> dict[str, Judged]:
         """Real training images, judged: the forget images, those of the retained conditions, each clean class."""
-        retain = self._judge_all(data.retain)
-        references = {"forget": self._judge_all(data.forget)}
+        retain = self._judge_all(self.data.retain)
+        references = {"forget": self._judge_all(self.data.forget)}
         if self.spec.label_names is None:
             return references | {"retain": retain}
-        under_retained = torch.isin(data.retain.labels, torch.tensor(self.retain_labels))
-        references["retain"] = retain.select(under_retained)
+        labels = self.data.retain.labels
+        references["retain"] = retain.select(torch.isin(labels, torch.tensor(self.retain_labels)))
         for label, name in enumerate(self.spec.label_names):
-            clean = retain.select(data.retain.labels == label)
+            clean = retain.select(labels == label)
             # A class that is forgotten as a whole has no clean images; it is compared with what it was.
             references[f"/{name}"] = clean if len(clean) else references["forget"]
         return references
 
     def _judge_all(self, images: LabelledImages) -> Judged:
-        return self.judge(images.pixels)
+        """As the model saw them in training: every second one mirrored, if it saw them mirrored."""
+        pixels = images.pixels
+        if self.spec.horizontal_flip:
+            pixels = pixels.clone()
+            pixels[1::2] = pixels[1::2].flip(-1)
+        return self.judge(pixels)
 
-    def _grouped(
-        self,
-        judged: dict[str, Judged],
-        conditions: dict[str, Tensor | None],
-        before: dict[str, Judged] | None,
-    ) -> Samples:
+    def _grouped(self, judged: dict[str, Judged]) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:
-            earlier = None if before is None else before[name].select(rows)
-            return Group(judged[name].select(rows), self.references.get(reference), earlier)
+            return Group(judged[name].select(rows), self.references.get(reference))
 
         everything = torch.arange(self.sampling.num_samples)
         names = ("all", "all") if "all" in judged else ("forget", "retain" if "retain" in judged else "forget")
         per_class, label_of = {}, {}
-        for name, labels in conditions.items():
-            for label in [] if labels is None else labels.unique().tolist():
+        for name, labels in self.conditions.items():
+            for rows in [] if labels is None else _positions(labels):
+                label = int(labels[rows[0]])
                 title = self.spec.label_names[label]
-                per_class[title] = group(name, torch.nonzero(labels == label).squeeze(1), f"/{title}")
+                per_class[title] = group(name, rows, f"/{title}")
                 label_of[title] = label
         return Samples(
             spec=self.spec,
             forget=group(names[0], everything, "forget"),
             retain=group(names[1], everything, "retain"),
             per_class=dict(sorted(per_class.items(), key=lambda item: label_of[item[0]])),
-            retain_labels=conditions.get("retain"),
+            retain_labels=self.conditions.get("retain"),
             label_of=label_of,
         )
 
-    def _grid(
-        self, judged: dict[str, Judged], conditions: dict[str, Tensor | None], rows: int = 10
-    ) -> tuple[UInt8[Tensor, "n c h w"], int]:
+    def _grid(self, judged: dict[str, Judged], rows: int = 10) -> tuple[UInt8[Tensor, "n c h w"], int]:
         """One line for each condition in the order of the labels; 10 lines of 10 for an unconditional model."""
         if "all" in judged:
             return judged["all"].images[: rows * rows], rows
-        lines = {}
-        for name, labels in conditions.items():
-            for label in labels.unique().tolist():
-                lines[label] = judged[name].images[labels == label]
+        lines = {
+            int(labels[positions[0]]): judged[name].images[positions]
+            for name, labels in self.conditions.items()
+            for positions in _positions(labels)
+        }
         width = min(20, *map(len, lines.values()))
         return torch.cat([lines[label][:width] for label in sorted(lines)]), width
+
+
+class _Clock:
+    """`with clock(name):` adds the seconds inside to `seconds[name]`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def _evenly(labels: list[int], count: int) -> Int64[Tensor, "{count}"]:
     """`count` labels, each as often as the others up to one, in ascending order."""
     return torch.tensor(labels)[torch.arange(count) * len(labels) // count]
+
+
+def _positions(labels: Int64[Tensor, "n"]) -> list[Int64[Tensor, "m"]]:
+    """Where each label stands, in ascending order of the labels."""
+    return [torch.nonzero(labels == label).squeeze(1) for label in labels.unique()]
+
+
+def _code() -> str:
+    """A hash of the code that scores depend on: whoever changes it does not meet old scores in the cache."""
+    package = Path(__file__).parents[1]
+    files = sorted(file for part in ("evaluation", "models", "data") for file in (package / part).glob("*.py"))
+    return fingerprint([file.read_text() for file in files])
 
 
 def gap(scores: dict[str, float], oracle: dict[str, float]) -> dict[str, float]:

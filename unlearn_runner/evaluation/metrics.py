@@ -1,24 +1,26 @@
-"""What is measured on samples, each metric a small class with its provenance; all from one set of samples."""
+"""What is measured, each metric a small class with its provenance; those on samples all from one set of samples."""
 
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unlearn_runner.data.forget_retain import DataSpec
+from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judged
+from unlearn_runner.models.model import DiffusionModel
 
 
 class Group(NamedTuple):
-    """Samples that belong together, with what they are compared with."""
+    """Samples that belong together, with the real images they are compared with."""
 
     samples: Judged
-    reference: Judged | None  # real images; None where there are none
-    before: Judged | None  # the base model's samples from the same noise, row by row; None for the base itself
+    reference: Judged | None  # None where there are none, or too few
 
 
 class Samples(NamedTuple):
@@ -43,16 +45,50 @@ class Samples(NamedTuple):
 
 
 class Metric(ABC):
-    """Scores by key, without the prefix `eval/`. Called with the samples of one evaluation."""
+    """Scores by key, without the prefix `eval/`, from the samples of one evaluation."""
 
     needs_references: bool  # whether it compares samples with real images
+    per_class: bool  # whether each condition is scored on its own, too
+
+    @abstractmethod
+    def least(self, num_features: int) -> int:
+        """Fewer samples in a group are refused, and groups with fewer references left out."""
 
     @abstractmethod
     def __call__(self, samples: Samples) -> dict[str, float]: ...
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
-        """What this metric's numbers depend on beyond the samples and the classifier."""
+        """What this metric's numbers depend on beyond the samples and the judge."""
+
+
+class ImageMetric(ABC):
+    """Scores by key, without the prefix `eval/`, from what a model answers to real images."""
+
+    @abstractmethod
+    def measure(self, model: DiffusionModel, data: ForgetRetain) -> dict[str, Tensor]:
+        """Tables with a row for each image, by the set of images."""
+
+    @abstractmethod
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """The scores of these rows, or of a bootstrap's choice of them."""
+
+    @abstractmethod
+    def provenance(self) -> dict[str, Any]: ...
+
+
+def first_distinct(images: LabelledImages, count: int, seed: int) -> LabelledImages:
+    """Up to `count` images in a random order that depends on the seed alone, each picture once."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    seen, rows = set(), []
+    for row in order.tolist():
+        picture = images.pixels[row].numpy().tobytes()
+        if picture not in seen:
+            seen.add(picture)
+            rows.append(row)
+        if len(rows) == count:
+            break
+    return images.select(torch.tensor(rows, dtype=torch.int64))
 
 
 @final
@@ -66,6 +102,10 @@ class Rates(Metric):
     """
 
     needs_references = False
+    per_class = False
+
+    def least(self, num_features: int) -> int:
+        return 1
 
     def __call__(self, samples: Samples) -> dict[str, float]:
         spec, contents = samples.spec, samples.forget.samples.contents
@@ -85,32 +125,46 @@ class Rates(Metric):
 
 @final
 class FID(Metric):
-    """Frechet distance between the classifier's features of samples and of real images (1706.08500), >= 0.
+    """Frechet distance between features of samples and of real images (1706.08500), >= 0.
 
-    Biased upwards at small n, so compare at equal n only; groups with fewer than `min_samples` samples or
-    references get no score. fid_forget is the distance to the forget images: it should rise.
+    Biased upwards at small n, so compare at equal n only. fid_forget is the distance to the forget images: it
+    should rise.
     """
 
     needs_references = True
 
     def __init__(self, per_class: bool = False, min_samples: int = 100):
         self.per_class, self.min_samples = per_class, _at_least_two("fid", min_samples)
+        self._by_reference: dict[int, tuple[Judged, Any]] = {}  # the statistics of real images are taken once
+
+    def least(self, num_features: int) -> int:
+        """At least `min_samples`, and more than there are features, or their covariance is singular."""
+        return max(self.min_samples, num_features + 1)
 
     def __call__(self, samples: Samples) -> dict[str, float]:
+        return {_key("fid", name): self._distance(group) for name, group in compared(samples, self)}
+
+    def _distance(self, group: Group) -> float:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        def distance(group: Group) -> float:
-            d = group.samples.features.shape[1]
-            metric = FrechetInceptionDistance(feature=_Features(d)).set_dtype(torch.float64)
+        if id(group.reference) not in self._by_reference:
+            d = group.reference.features.shape[1]
+            metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False).set_dtype(torch.float64)
             metric.update(group.reference.features.double(), real=True)
-            metric.update(group.samples.features.double(), real=False)
-            return float(metric.compute())
-
-        groups = _comparable(samples.groups(self.per_class), self.min_samples)
-        return {_key("fid", name): distance(group) for name, group in groups.items()}
+            self._by_reference[id(group.reference)] = (group.reference, metric)  # kept, so that no other has its id
+        metric = self._by_reference[id(group.reference)][1]
+        metric.update(group.samples.features.double(), real=False)
+        distance = float(metric.compute())
+        metric.reset()
+        return distance
 
     def provenance(self) -> dict[str, Any]:
-        return {"library": "torchmetrics", "min_samples": self.min_samples, "reference": "training images"}
+        return {
+            "library": "torchmetrics",
+            "per_class": self.per_class,
+            "min_samples": self.min_samples,
+            "reference": "training images",
+        }
 
 
 @final
@@ -138,6 +192,9 @@ class KID(Metric):
         self.per_class, self.min_samples = per_class, _at_least_two("kid", min_samples)
         self.subset_size, self.subsets, self.seed = subset_size, subsets, seed
 
+    def least(self, num_features: int) -> int:
+        return self.min_samples
+
     def __call__(self, samples: Samples) -> dict[str, float]:
         from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -153,12 +210,13 @@ class KID(Metric):
                 metric.update(group.samples.features, real=False)
                 return float(metric.compute()[0])
 
-        groups = _comparable(samples.groups(self.per_class), self.min_samples)
-        return {_key("kid", name): distance(group) for name, group in groups.items()}
+        return {_key("kid", name): distance(group) for name, group in compared(samples, self)}
 
     def provenance(self) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
+            "per_class": self.per_class,
+            "min_samples": self.min_samples,
             "subset_size": self.subset_size,
             "subsets": self.subsets,
             "seed": self.seed,
@@ -167,8 +225,53 @@ class KID(Metric):
 
 
 @final
+class PrecisionRecall(Metric):
+    """Improved precision and recall (1904.06991), in [0, 1], of the samples under the retained conditions.
+
+    precision_retain: samples that lie among real images, within the distance of one of them to its `neighbours`-th
+    nearest; recall_retain: real images that lie among samples. As many real images as samples, drawn with a seed.
+    """
+
+    needs_references = True
+    per_class = False
+
+    def __init__(self, min_samples: int = 100, neighbours: int = 3, seed: int = 0):
+        if neighbours < 1:
+            raise ConfigurationError(f"evaluation.metrics.prc.neighbours must be at least 1, got {neighbours}.")
+        if neighbours >= min_samples:
+            raise ConfigurationError(
+                f"evaluation.metrics.prc.min_samples must be above its neighbours ({neighbours}), got {min_samples}."
+            )
+        self.min_samples, self.neighbours, self.seed = min_samples, neighbours, seed
+
+    def least(self, num_features: int) -> int:
+        return self.min_samples
+
+    def __call__(self, samples: Samples) -> dict[str, float]:
+        from torch_fidelity.metric_prc import prc_features_to_metric
+
+        group = dict(compared(samples, self)).get("retain")
+        if group is None:
+            return {}
+        drawn, real = group.samples.features, group.reference.features
+        chosen = np.random.default_rng(self.seed).permutation(len(real))[: len(drawn)]
+        found = prc_features_to_metric(drawn, real[chosen], prc_neighborhood=self.neighbours, verbose=False)
+        return {f"{name}_retain": float(found[name]) for name in ("precision", "recall")}
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "library": "torch-fidelity",
+            "min_samples": self.min_samples,
+            "neighbours": self.neighbours,
+            "seed": self.seed,
+            "reference": "as many training images",
+        }
+
+
+@final
 class IS(Metric):
-    """Inception score from the classifier's probabilities (1606.03498), in [1, number of contents].
+    """Inception score (1606.03498) from the classifier's probabilities, in [1, number of contents], or from the
+    extractor's where it has logits of its own.
 
     High where each sample is taken for one content and the samples cover many: diversity of what is recognised,
     not closeness to any image.
@@ -181,6 +284,9 @@ class IS(Metric):
             raise ConfigurationError(f"evaluation.metrics.is.splits must be at least 1, got {splits}.")
         self.per_class, self.splits, self.seed = per_class, splits, seed
 
+    def least(self, num_features: int) -> int:
+        return 1
+
     def __call__(self, samples: Samples) -> dict[str, float]:
         from torchmetrics.image.inception import InceptionScore
 
@@ -188,14 +294,14 @@ class IS(Metric):
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its memory, and of the deviation over a single split
                 torch.manual_seed(self.seed)  # torchmetrics shuffles with the global generator
-                metric = InceptionScore(feature=_Features(group.samples.logits.shape[1]), splits=self.splits)
-                metric.update(group.samples.logits)
+                metric = InceptionScore(feature=_Features(group.samples.is_logits.shape[1]), splits=self.splits)
+                metric.update(group.samples.is_logits)
                 return float(metric.compute()[0])
 
         return {_key("is", name): score(group) for name, group in samples.groups(self.per_class).items()}
 
     def provenance(self) -> dict[str, Any]:
-        return {"library": "torchmetrics", "splits": self.splits, "seed": self.seed}
+        return {"library": "torchmetrics", "per_class": self.per_class, "splits": self.splits, "seed": self.seed}
 
 
 @final
@@ -214,20 +320,28 @@ class SSIM(Metric):
             raise ConfigurationError(f"evaluation.metrics.ssim.sigma must be positive, got {sigma}.")
         self.per_class, self.sigma = per_class, sigma
 
-    def __call__(self, samples: Samples) -> dict[str, float]:
+    def least(self, num_features: int) -> int:
+        return 1
+
+    def compare(self, samples: Judged, before: Judged | None) -> Judged:
+        """The samples with their similarity, row by row, to the base model's; to themselves if there are none."""
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-        def similarity(group: Group) -> float:
-            if group.before is None:
-                return 1.0
-            pair = (to_unit_range(judged.images) for judged in (group.samples, group.before))
-            return float(ssim(*pair, sigma=self.sigma, data_range=2.0))
+        if before is None:
+            return replace(samples, similarity=torch.ones(len(samples)))
+        pair = (to_unit_range(judged.images) for judged in (samples, before))
+        return replace(samples, similarity=ssim(*pair, sigma=self.sigma, data_range=2.0, reduction="none"))
 
-        return {_key("ssim", name): similarity(group) for name, group in samples.groups(self.per_class).items()}
+    def __call__(self, samples: Samples) -> dict[str, float]:
+        return {
+            _key("ssim", name): float(group.samples.similarity.double().mean())
+            for name, group in samples.groups(self.per_class).items()
+        }
 
     def provenance(self) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
+            "per_class": self.per_class,
             "sigma": self.sigma,
             "reference": "base samples from the same noise",
         }
@@ -242,12 +356,14 @@ def _key(metric: str, group: str) -> str:
     return f"per_class/{metric}{group}" if group.startswith("/") else f"{metric}_{group}"
 
 
-def _comparable(groups: dict[str, Group], min_samples: int) -> dict[str, Group]:
-    return {
-        name: group
-        for name, group in groups.items()
-        if group.reference is not None and min(len(group.samples), len(group.reference)) >= min_samples
-    }
+def compared(samples: Samples, metric: Metric) -> list[tuple[str, Group]]:
+    """The groups with enough references for the metric."""
+    least = metric.least(samples.forget.samples.features.shape[1])
+    return [
+        (name, group)
+        for name, group in samples.groups(metric.per_class).items()
+        if group.reference is not None and len(group.reference) >= least
+    ]
 
 
 def _at_least_two(metric: str, min_samples: int) -> int:

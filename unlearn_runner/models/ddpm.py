@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import DiffusionModel, evaluating
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -66,11 +66,22 @@ class DDPM(DiffusionModel):
     def predict(
         self,
         x_t: Float[Tensor, "b c h w"],
-        timesteps: Int64[Tensor, "b"],
+        timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
         self.network_evaluations += x_t.shape[0]
         return self.unet(x_t, timesteps, class_labels=cond, return_dict=False)[0]
+
+    def noise_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        if self.scheduler.config.prediction_type == "epsilon":
+            return answer
+        return gamma * answer + sigma * x_t
 
     @torch.inference_mode()
     def sample(
@@ -87,16 +98,15 @@ class DDPM(DiffusionModel):
         """
         scheduler = self._sampling_scheduler(sampler, num_inference_steps)
         images = []
-        training, _ = self.unet.training, self.unet.eval()
-        for start in range(0, n, batch_size):
-            count = min(batch_size, n - start)
-            x = torch.randn((count, *self.image_shape), generator=generator, device=self.alphas_cumprod.device)
-            part = None if cond is None else cond[start : start + count]
-            for t in scheduler.timesteps:
-                answer = self.predict(x, t.to(x.device).expand(count), part)
-                x = scheduler.step(answer, t, x, generator=generator).prev_sample
-            images.append(x.clamp(-1, 1))
-        self.unet.train(training)
+        with evaluating(self):
+            for start in range(0, n, batch_size):
+                count = min(batch_size, n - start)
+                x = torch.randn((count, *self.image_shape), generator=generator, device=self.alphas_cumprod.device)
+                part = None if cond is None else cond[start : start + count]
+                for t in scheduler.timesteps:
+                    answer = self.predict(x, t.to(x.device).expand(count), part)
+                    x = scheduler.step(answer, t, x, generator=generator).prev_sample
+                images.append(x.clamp(-1, 1))
         return torch.cat(images)
 
     def _sampling_scheduler(self, sampler: str, num_inference_steps: int) -> Any:

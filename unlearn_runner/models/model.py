@@ -1,6 +1,8 @@
 """The face that a diffusion model shows to methods and evaluation, whatever it is made of."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,10 +36,20 @@ class DiffusionModel(nn.Module, ABC):
     def predict(
         self,
         x_t: Float[Tensor, "b c h w"],
-        timesteps: Int64[Tensor, "b"],
+        timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's answer, in the parametrisation of `target`."""
+        """The network's answer, in the parametrisation of `target`. A timestep may lie between two of the schedule."""
+
+    @abstractmethod
+    def noise_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        """eps_pred from the network's answer, whatever its parametrisation."""
 
     @abstractmethod
     def sample(
@@ -58,3 +70,14 @@ class DiffusionModel(nn.Module, ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Take over the weights of a folder written by `save`."""
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout in here, and back as it was afterwards."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

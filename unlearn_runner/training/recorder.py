@@ -1,6 +1,7 @@
 """What a run leaves: lines, pictures, scores, the model and the summary, in its folder and its dashboard."""
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.training.loggers import Logger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
+from unlearn_runner.training.relearning import Relearning
 from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.trainer import Recorder, Trainer
 
@@ -22,8 +24,15 @@ HEADLINES = (
     "retain_accuracy",
     "fid_retain",
     "kid_retain",
+    "precision_retain",
+    "recall_retain",
     "is_retain",
     "ssim_retain",
+    "nll_forget",
+    "nll_retain",
+    "mia_auc",
+    "relearn_steps",
+    "deletion_steps",
 )
 STATUS = {None: "finished", NonFiniteError: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
 
@@ -66,8 +75,12 @@ class RunRecorder(Recorder):
         self.progress = ProgressBar("unlearning", max_steps, console)
         self.evaluator: Evaluator | None = None  # set by `watch`
         self.probe: Evaluator | None = None
+        self.cache_dir: Path | None = None
         self.before: Evaluation | None = None
         self.scores: dict[str, float] = {}
+        self.costs: dict[str, float] = {}
+        self.intervals: dict[str, list[float]] = {}
+        self.deletion_steps: int | None = None
         self.provenance: dict[str, Any] = {}
         self.trainer: Trainer | None = None
 
@@ -89,27 +102,41 @@ class RunRecorder(Recorder):
             self.console.print(f"{status}; go on with resume_from_checkpoint={kept[-1]}", soft_wrap=True)
         more = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         metrics = self.scores | self._costs()
+        if self.intervals:
+            more["intervals"] = self.intervals
         self.folder.write_summary(
             status, metrics, **more, provenance={"environment": environment(), "evaluation": self.provenance}
         )
         self.folder.close()
         self.logger.finish(metrics, failed=status != "finished")
 
-    def watch(self, base: DiffusionModel, evaluator: Evaluator, probe: Evaluator) -> None:
+    def watch(self, base: DiffusionModel, evaluator: Evaluator, probe: Evaluator, cache_dir: Path) -> None:
         """Score the base model, and from now on score and compare with it."""
-        self.evaluator, self.probe = evaluator, probe
+        self.evaluator, self.probe, self.cache_dir = evaluator, probe, cache_dir
         self.provenance = evaluator.provenance()
+        for sentence in evaluator.left_out():
+            self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the base model")
-        self.before = evaluator(base)
+        self.before = evaluator.once(base, cache_dir)
         self._record(0, "base", self.before, "before")
 
+    def relearn(self, prefix: str, model: DiffusionModel, relearning: Relearning) -> None:
+        """Measure how fast a model learns again what it was to forget."""
+        self.console.print(f"relearning ({prefix})")
+        started = time.perf_counter()
+
+        def forget_rate_of(model: DiffusionModel) -> float:
+            return self.probe(model).scores["forget_rate"]
+
+        scores = relearning(model, self.evaluator.data, forget_rate_of, self.scores["base/forget_rate"])
+        self._write(self.trainer.total_steps, {f"{prefix}/{key}": value for key, value in scores.items()})
+        self.costs["cost/relearning_seconds"] = time.perf_counter() - started
+
     def compare_with_oracle(self, model: DiffusionModel) -> None:
-        """Score the model that never saw the forget set, and the distance of the unlearned model from it."""
-        oracle = self.evaluator(model, self.before.judged)
-        step = self.trainer.total_steps
-        self._record(step, "oracle", oracle, "oracle")
-        after = {key.removeprefix("eval/"): value for key, value in self.scores.items() if key.startswith("eval/")}
-        self._write(step, {f"oracle_gap/{key}": value for key, value in gap(after, oracle.scores).items()})
+        """Score the model that never saw the forget set."""
+        self.console.print("measuring the oracle")
+        oracle = self.evaluator.once(model, self.cache_dir, self.before.judged)
+        self._record(self.trainer.total_steps, "oracle", oracle, "oracle")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.folder.append(step, values)
@@ -120,16 +147,31 @@ class RunRecorder(Recorder):
         evaluation = self.probe(model)
         self.progress.forget_rate = evaluation.scores["forget_rate"]
         self._record(step, "eval", evaluation, f"step_{step:06d}")
+        if self.deletion_steps is None and evaluation.scores["forget_rate"] == 0:
+            self.deletion_steps = step
 
     def finish(self, model: DiffusionModel, step: int) -> None:
         self.progress.close()
         with atomic(self.folder.model) as temporary:  # before it is scored: a failing metric loses nothing
             model.save(temporary)
         self.console.print("measuring the unlearned model")
-        self._record(step, "eval", self.evaluator(model, self.before.judged), "after")
+        after = self.evaluator(model, self.before.judged)
+        self._record(step, "eval", after, "after")
+        if self.deletion_steps is not None:
+            self._write(step, {"eval/deletion_steps": float(self.deletion_steps)})
+        self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
+        self.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
+        self.provenance["seconds"] = after.seconds
 
     def report(self) -> None:
-        """The short table at the end: metric, before, after, change."""
+        """The distances from the oracle, if there is one, and the short table at the end."""
+        after, oracle = (
+            {key.removeprefix(prefix): value for key, value in self.scores.items() if key.startswith(prefix)}
+            for prefix in ("eval/", "oracle/")
+        )
+        if oracle:
+            distances = {f"oracle_gap/{key}": value for key, value in gap(after, oracle).items()}
+            self._write(self.trainer.total_steps, distances)
         before, after = (
             {name: self.scores[f"{prefix}/{name}"] for name in HEADLINES if f"{prefix}/{name}" in self.scores}
             for prefix in ("base", "eval")
@@ -142,14 +184,20 @@ class RunRecorder(Recorder):
         self.console.print(f"{seconds:.0f} s; everything is in {self.folder.path}", soft_wrap=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.folder.position(), "forget_rate": self.progress.forget_rate}
+        return {
+            "position": self.folder.position(),
+            "forget_rate": self.progress.forget_rate,
+            "deletion_steps": self.deletion_steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.folder.truncate(state_dict["position"])
         self.progress.forget_rate = state_dict["forget_rate"]
+        self.deletion_steps = state_dict["deletion_steps"]
 
     def _record(self, step: int, prefix: str, evaluation: Evaluation, picture: str) -> None:
         self._write(step, {f"{prefix}/{key}": value for key, value in evaluation.scores.items()})
+        self.intervals |= {f"{prefix}/{key}": interval for key, interval in evaluation.intervals.items()}
         path = self.folder.save_grid(picture, evaluation.grid, evaluation.grid_columns)
         self.logger.image(step, f"samples/{prefix}", path)
 
@@ -159,7 +207,7 @@ class RunRecorder(Recorder):
         self.logger.log(step, values)
 
     def _costs(self) -> dict[str, float]:
-        costs = {"cost/peak_memory_gb": peak_memory_gb()}
+        costs = {"cost/peak_memory_gb": peak_memory_gb(), **self.costs}
         if self.trainer is not None:
             for name in ("seconds", "images", "network_evaluations"):
                 costs[f"cost/{name}"] = getattr(self.trainer, name)

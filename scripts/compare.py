@@ -1,0 +1,115 @@
+"""A table of finished runs, one row for each method: mean +- half the 95 % interval over seeds. Reads run folders only.
+
+    python scripts/compare.py FOLDER [FOLDER ...]
+
+Rows "base" and "oracle" are the same runs' scores before unlearning and of the model that never saw the forget set.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+COLUMNS = (
+    "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
+    "precision_retain", "recall_retain", "is_forget", "is_retain", "ssim_forget", "ssim_retain", "nll_forget",
+    "nll_retain", "nll_bound_forget", "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr", "relearn_steps",
+    "deletion_steps", "cost/seconds", "cost/network_evaluations", "cost/peak_memory_gb",
+)  # fmt: skip
+
+
+def finished_runs(folders: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The finished runs below the folders, and a line for each one that is not."""
+    runs, others = [], []
+    for path in sorted({path for folder in folders for path in folder.glob("**/summary.json")}):
+        try:
+            summary = json.loads(path.read_text())
+            config = yaml.safe_load((path.parent / "config.yaml").read_text())
+            run = {"folder": path.parent, "method": config["choices"]["method"], "seed": config["seed"], **summary}
+        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            others.append(f"{path.parent}: unreadable ({type(error).__name__}: {error})")
+            continue
+        if run["status"] == "finished":
+            runs.append(run)
+        else:
+            others.append(f"{path.parent}: {run['status']} ({run['method']}, seed {run['seed']})")
+    return runs, others
+
+
+def half_width(values: list[float]) -> float | None:
+    """Half the 95 % confidence interval of the mean, Student's t; None for a single value."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def rows_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Values by row and column: base, oracle, then the methods in alphabetical order."""
+    rows: dict[str, dict[str, list[float]]] = {"base": {}, "oracle": {}}
+    seen: dict[str, set[int]] = {"base": set(), "oracle": set()}
+    for run in sorted(runs, key=lambda run: (run["method"], run["seed"])):
+        for row, prefix in ((run["method"], "eval"), ("base", "base"), ("oracle", "oracle")):
+            if row in seen and run["seed"] in seen[row]:
+                continue  # every method of a seed has the same base and oracle
+            found = False
+            for column in COLUMNS:
+                key = column if "/" in column else f"{prefix}/{column}"
+                if key in run["metrics"] and (prefix == "eval" or "/" not in column):
+                    rows.setdefault(row, {}).setdefault(column, []).append(run["metrics"][key])
+                    found = True
+            if found and row in seen:
+                seen[row].add(run["seed"])
+    return {name: row for name, row in rows.items() if row}
+
+
+def cell(values: list[float]) -> str:
+    """Three significant digits, and the interval where the values differ at all."""
+    centre, half = mean(values), half_width(values)
+    digits = 0 if abs(centre) >= 100 else 1 if abs(centre) >= 10 else 3
+    text = f"{centre:.{digits}f}"
+    return text if half is None or half == 0 else f"{text} ± {half:.{digits}f}"
+
+
+def markdown(rows: dict[str, dict[str, list[float]]]) -> str:
+    """One line for each metric, one column for each row of `rows`: tables with many metrics stay readable."""
+    lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for column in COLUMNS:
+        if any(column in row for row in rows.values()):
+            cells = [cell(row[column]) if column in row else "" for row in rows.values()]
+            lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs below it")
+    folders = parser.parse_args().folders
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        sys.exit(f"{', '.join(missing)}: there is no such folder.")
+    runs, others = finished_runs(folders)
+    if not runs:
+        sys.exit("\n".join(["no finished run in there.", *others]))
+    settings = {json.dumps(comparable(run), sort_keys=True) for run in runs}
+    if len(settings) > 1:
+        sys.exit("these runs were not measured alike (data, samples, sampler or metrics differ): give them separately.")
+    seeds = sorted({run["seed"] for run in runs})
+    print(markdown(rows_of(runs)))
+    print(f"\n{len(runs)} runs, seeds {', '.join(map(str, seeds))}; mean ± half the 95 % interval over seeds.")
+    if others:
+        print("Not in the table:", *others, sep="\n  ")
+
+
+def comparable(run: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must have in common to stand in one table: how they were measured."""
+    return {key: value for key, value in run["provenance"]["evaluation"].items() if key != "seconds"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Likelihoods against Gaussians, whose likelihood is known."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.likelihood import NLL, bound_bits_per_dim, flow_bits_per_dim, strata
+from unlearn_runner.models.model import DiffusionModel
+
+
+class GaussianModel(DiffusionModel):
+    """The exact model of data from N(mean, covariance): its eps_pred is linear in x_t."""
+
+    def __init__(self, mean, covariance, schedule="linear", prediction_type="epsilon"):
+        super().__init__()
+        from diffusers import DDPMScheduler
+
+        self.weight = nn.Parameter(torch.ones(()))  # where the model is, is asked of its weights
+        self.mean, self.covariance = mean.double(), covariance.double()
+        self.register_buffer("abar", DDPMScheduler(beta_schedule=schedule).alphas_cumprod)
+        self.num_train_timesteps, self.network_evaluations = 1000, 0
+        self.prediction_type = prediction_type
+
+    def gamma_sigma(self, timesteps):
+        abar = self.abar[timesteps][:, None, None, None]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def predict(self, x_t, timesteps, cond):
+        log_ratio = ((1 - self.abar) / self.abar).double().log() / 2
+        t = timesteps.double().clamp(max=998.999999)
+        low = t.floor().long()
+        r = log_ratio[low] + (t - low) * (log_ratio[low + 1] - log_ratio[low])  # as the solver interpolates
+        gamma2, sigma2 = 1 / (1 + (2 * r).exp()), 1 / (1 + (-2 * r).exp())
+        x = x_t.flatten(1).double()
+        marginal = gamma2[:, None, None] * self.covariance + sigma2[:, None, None] * torch.eye(x.shape[1])
+        residual = x - gamma2.sqrt()[:, None] * self.mean
+        eps = sigma2.sqrt()[:, None] * torch.linalg.solve(marginal, residual[:, :, None])[:, :, 0]
+        if self.prediction_type == "v_prediction":  # v = (eps - sigma x_t) / gamma
+            eps = (eps - sigma2.sqrt()[:, None] * x) / gamma2.sqrt()[:, None]
+        return (eps.view_as(x_t) * self.weight).to(x_t.dtype)
+
+    def noise_of(self, answer, x_t, gamma, sigma):
+        return answer if self.prediction_type == "epsilon" else gamma * answer + sigma * x_t
+
+    def target(self, x0, eps, timesteps):
+        raise NotImplementedError
+
+    def sample(self, *_, **__):
+        raise NotImplementedError
+
+    save = load = sample
+
+
+def gaussian(d, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    root = 0.3 * torch.randn(d, d, generator=g) + 0.3 * torch.eye(d)
+    return 0.2 * torch.randn(d, generator=g), root @ root.T + 0.02 * torch.eye(d)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_flow_gives_the_density_of_a_gaussian(schedule, prediction_type):
+    mean, covariance = gaussian(16)
+    model = GaussianModel(mean, covariance, schedule, prediction_type)
+    g = torch.Generator().manual_seed(1)
+    distribution = torch.distributions.MultivariateNormal(mean, covariance)
+    x0 = (mean + torch.randn(4, 16, generator=g) @ torch.linalg.cholesky(covariance).T).view(4, 1, 4, 4)
+    repeats = 64  # Hutchinson's estimate has a variance where the covariance is not diagonal
+    many = x0.repeat_interleave(repeats, 0)
+    probe = torch.randint(2, many.shape, generator=g).float() * 2 - 1
+    found = flow_bits_per_dim(model, many, None, probe, 1e-5, 1e-5).view(4, repeats).mean(1)
+    wanted = -distribution.log_prob(x0.flatten(1)) / (16 * math.log(2))
+    assert found.tolist() == pytest.approx(wanted.tolist(), abs=0.05)
+
+
+def test_flow_is_exact_where_the_divergence_is():
+    """Independent pixels: the probe's estimate has no variance, only the first timestep's noise is left."""
+    mean, variance = torch.linspace(-0.5, 0.5, 16), torch.linspace(0.05, 0.5, 16)
+    model = GaussianModel(mean, variance.diag())
+    x0 = torch.linspace(-0.9, 0.9, 32).view(2, 1, 4, 4)
+    found = flow_bits_per_dim(model, x0, None, torch.ones_like(x0), 1e-5, 1e-5)
+    gamma2 = model.abar[0]
+    noised = torch.distributions.Normal(gamma2.sqrt() * mean, (gamma2 * variance + 1 - gamma2).sqrt())
+    log_density = noised.log_prob(gamma2.sqrt() * x0.flatten(1)).sum(1) + 16 * gamma2.sqrt().log()
+    wanted = -log_density / (16 * math.log(2))
+    assert found.tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
+    rough = flow_bits_per_dim(model, x0, None, torch.ones_like(x0), 1e-3, 1e-3)
+    assert rough.tolist() == pytest.approx(wanted.tolist(), abs=2e-2), "at the tolerance of evaluation=full"
+
+
+def level_bits(x0, mean, std):
+    """Exact bits per dimension of 256-level pixels under independent Gaussians."""
+    normal = torch.distributions.Normal(mean.double(), std.double())
+    x0 = x0.flatten(1).double()
+    mass = normal.cdf(x0 + 1 / 255) - normal.cdf(x0 - 1 / 255)
+    return -(mass.log() / math.log(2)).mean(1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_bound_lies_a_little_above_the_truth(schedule):
+    """For widely spread data with the variance beta_t, which is the true one there."""
+    model = GaussianModel(torch.zeros(16), 0.09 * torch.eye(16), schedule)
+    g = torch.Generator().manual_seed(2)
+    levels = (0.3 * torch.randn(64, 16, generator=g)).clamp(-0.95, 0.95).mul(127.5).add(127.5).round()
+    x0 = (levels / 127.5 - 1).view(64, 1, 4, 4)
+    steps = torch.arange(1, 1000)[:, None].expand(-1, 64)  # the whole sum
+    eps = torch.randn((1000, *x0.shape), generator=g)
+    bound = bound_bits_per_dim(model, x0, None, steps, torch.ones(999).double(), eps)
+    gap = (bound - level_bits(x0, torch.zeros(16), torch.full((16,), 0.3))[:, None]).mean(0)
+    assert 0 < gap[1] < 0.05
+    assert gap[1] < gap[0] < 1
+
+
+def test_bound_is_tight_for_a_single_point_with_the_posterior_variance():
+    """Data of one point, which the model knows: then the reverse steps are the posterior's, and all is certain."""
+    x0 = torch.full((8, 1, 4, 4), 1 / 255)
+    model = GaussianModel(x0[0].flatten(), 1e-12 * torch.eye(16))
+    g = torch.Generator().manual_seed(2)
+    steps, eps = torch.arange(1, 1000)[:, None].expand(-1, 8), torch.randn((1000, *x0.shape), generator=g)
+    bound = bound_bits_per_dim(model, x0, None, steps, torch.ones(999).double(), eps).mean(0)
+    # what remains: L_T, and a decoder of standard deviation 0.0074 on levels that are 0.0078 wide
+    width = (1.2e-4 * 1e-4 / 2.2e-4) ** 0.5
+    decoder = -math.log2(torch.distributions.Normal(0.0, width).cdf(torch.tensor(1 / 255)).item() * 2 - 1)
+    assert bound[0].item() == pytest.approx(decoder, abs=0.02)
+    assert bound[1] > bound[0]
+
+
+def test_strata_estimate_the_whole_sum():
+    model = GaussianModel(torch.zeros(16), 0.09 * torch.eye(16))
+    g = torch.Generator().manual_seed(3)
+    x0 = ((0.3 * torch.randn(1, 1, 4, 4, generator=g)).clamp(-1, 1)).expand(4000, -1, -1, -1)
+    edges = strata(1000, 20)
+    assert edges[0] == 1
+    assert edges[-1] == 1000
+    assert (edges.diff() > 0).all()
+    sizes = edges.diff()
+    timesteps = edges[:-1, None] + (torch.rand(len(sizes), 4000, generator=g) * sizes[:, None]).long()
+    eps = torch.randn((len(sizes) + 1, *x0.shape), generator=g)
+    few = bound_bits_per_dim(model, x0, None, timesteps, sizes.double(), eps)[:, 0]
+    every = torch.arange(1, 1000)[:, None].expand(-1, 400)
+    eps = torch.randn((1000, 400, 1, 4, 4), generator=g)
+    whole = bound_bits_per_dim(model, x0[:400], None, every, torch.ones(999).double(), eps)[:, 0]
+    error = math.hypot(float(few.std()) / 4000**0.5, float(whole.std()) / 400**0.5)
+    assert float(few.mean()) == pytest.approx(float(whole.mean()), abs=4 * error)
+    assert error < 0.04
+
+
+def test_first_step_and_far_tails_stay_finite():
+    """L_0 of a pixel that the model is wrong about by hundreds of standard deviations."""
+    model = GaussianModel(torch.full((16,), -0.9), 1e-6 * torch.eye(16))
+    x0 = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    steps, eps = torch.ones(1, 2).long(), torch.zeros(2, 2, 1, 4, 4)
+    bound = bound_bits_per_dim(model, x0, None, steps, torch.ones(1).double(), eps)
+    assert torch.isfinite(bound).all()
+    assert (bound[1] > bound[0]).all()
+
+
+def test_scores_of_a_network_repeat(digits, tiny_network):
+    network = tiny_network(image_shape=(1, 16, 16), prediction_type="v_prediction", dropout=0.5).train()
+    metric = NLL(num_images=2, num_bound_images=3, num_timesteps=4, rtol=0.1, atol=0.1, batch_size=2)
+    rows = metric.measure(network, digits)
+    assert {name: tuple(values.shape) for name, values in rows.items()} == {
+        "nll_forget": (2,), "nll_retain": (2,), "nll_bound_forget": (3, 2), "nll_bound_retain": (3, 2),
+    }  # fmt: skip
+    torch.manual_seed(99)
+    assert metric(metric.measure(network, digits)) == metric(rows)
+    assert network.training
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"num_images": 0}, {"rtol": 0.0}, {"num_timesteps": 1000}])
+def test_refuses(settings):
+    with pytest.raises(ConfigurationError, match=r"evaluation\.metrics\.nll"):
+        NLL(**settings)

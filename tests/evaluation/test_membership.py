@@ -1,0 +1,62 @@
+"""The membership attack on losses whose answer is known."""
+
+import pytest
+import torch
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.membership import Membership, attack, losses_at
+from unlearn_runner.methods.denoising import squared_error
+
+
+def test_attack_on_known_losses():
+    low, high = torch.arange(50.0), torch.arange(50.0) + 100
+    assert attack(low, high, 0.01) == (1.0, 1.0)
+    assert attack(high, low, 0.01) == (0.0, 0.0)
+    assert attack(low, low, 0.01)[0] == 0.5
+    # Two of four members lie below all others, one above one of 100 others, one above half of them.
+    members, others = torch.tensor([-2.0, -1.0, 0.5, 49.5]), torch.arange(100.0)
+    auc, rate = attack(members, others, 0.01)
+    assert auc == pytest.approx((1 + 1 + 0.99 + 0.5) / 4)
+    assert rate == 0.75
+
+
+def test_losses_are_the_denoising_loss(tiny_network):
+    network = tiny_network().train()
+    x0, timesteps = torch.rand(3, 1, 8, 8) * 2 - 1, torch.tensor([10, 500])
+    eps, cond = torch.randn(2, 3, 1, 8, 8), torch.tensor([1, 2, 3])
+    table = losses_at(network, x0, cond, timesteps, eps)
+    for column, t in enumerate(timesteps):
+        gamma, sigma = network.gamma_sigma(t.expand(3))
+        answer = network.predict(gamma * x0 + sigma * eps[column], t.expand(3), cond)
+        assert torch.allclose(table[:, column], squared_error(answer, eps[column]) / 64, atol=1e-6)
+
+
+def test_a_memorising_model_is_caught(digits, tiny_network):
+    """A network that was trained on eight of the forget images knows them from the unseen ones."""
+    few = digits.forget.select(torch.arange(8))
+    data = digits.__class__(digits.spec, few, digits.retain, digits.forget_test, digits.retain_test)
+    network = tiny_network(image_shape=(1, 16, 16), block_out_channels=[16, 16])
+    metric = Membership(num_images=8, timesteps=[100, 300])
+    before = metric(metric.measure(network, data))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    g = torch.Generator().manual_seed(0)
+    x0 = few.pixels.float() / 127.5 - 1
+    for _ in range(150):
+        t, eps = torch.randint(500, (8,), generator=g), torch.randn(x0.shape, generator=g)
+        gamma, sigma = network.gamma_sigma(t)
+        loss = (network.predict(gamma * x0 + sigma * eps, t, few.labels) - eps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = metric.measure(network, data)
+    after = metric(rows)
+    assert after["mia_auc"] > max(0.6, before["mia_auc"])
+    assert {"mia_tpr_at_1pct_fpr", "per_timestep/mia_loss_forget/100", "per_timestep/mia_auc/300"} <= set(after)
+    assert metric(metric.measure(network, data)) == after
+    assert metric({"forget": rows["forget"]}) == {}, "nothing held out, nothing to tell"
+
+
+@pytest.mark.parametrize("settings", [{"num_images": 0}, {"timesteps": []}, {"timesteps": [1000]}])
+def test_refuses(settings):
+    with pytest.raises(ConfigurationError, match=r"evaluation\.metrics\.mia"):
+        Membership(**settings)

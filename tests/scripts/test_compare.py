@@ -1,0 +1,71 @@
+"""The table of runs, from run folders made by hand."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import compare
+
+PROVENANCE = {"evaluation": {"sampler": "ddim", "seconds": {"sampling": 1.0}}}
+
+
+def make_run(root, method, seed, metrics, status="finished", provenance=PROVENANCE):
+    folder = root / f"{method}_{seed}_{status}"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"choices": {"method": method}, "seed": seed}))
+    content = {"status": status, "metrics": metrics, "provenance": provenance}
+    (folder / "summary.json").write_text(json.dumps(content))
+    return folder
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_table_of_means_and_intervals(tmp_path):
+    for seed, rate in enumerate((0.1, 0.2, 0.3)):
+        shared = {"base/forget_rate": 0.5, "oracle/forget_rate": 0.0, "cost/seconds": 120.0 + seed}
+        make_run(tmp_path, "siss", seed, shared | {"eval/forget_rate": rate})
+        make_run(tmp_path, "neg_grad", seed, shared | {"eval/forget_rate": 0.0, "eval/mia_auc": 0.25})
+    make_run(tmp_path, "siss", 3, {}, status="diverged")
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("|")}
+    assert table[""] == "| | base | oracle | neg_grad | siss |"
+    # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3)
+    assert table["forget_rate"] == "| forget_rate | 0.500 | 0.000 | 0.000 | 0.200 ± 0.248 |"
+    assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
+    assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
+    assert "diverged (siss, seed 3)" in done.stdout
+
+
+def test_runs_measured_differently_are_not_compared(tmp_path):
+    make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1})
+    other = {"evaluation": {"sampler": "ddpm", "seconds": {}}}
+    make_run(tmp_path, "neg_grad", 0, {"eval/forget_rate": 0.1}, provenance=other)
+    done = command(tmp_path)
+    assert done.returncode == 1
+    assert "not measured alike" in done.stderr
+
+
+@pytest.mark.parametrize("what", ["nothing", "half", "missing"])
+def test_bad_folders_get_one_sentence(tmp_path, what):
+    if what == "half":
+        (make_run(tmp_path, "siss", 0, {}) / "summary.json").write_text('{"status": "fin')
+    done = command(tmp_path / "nowhere" if what == "missing" else tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert ("no such folder" if what == "missing" else "no finished run") in done.stderr
+
+
+def test_one_value_has_no_interval():
+    assert compare.half_width([1.0]) is None
+    assert compare.cell([0.1234]) == "0.123"
+    assert compare.cell([12.34, 12.34]) == "12.3"

@@ -1,0 +1,46 @@
+"""Relearning counts steps until the probe finds the content again, and leaves the model alone."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import assert_same_bits
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.method import Update
+from unlearn_runner.training.relearning import Relearning
+
+UPDATE = partial(Update, optimizer=partial(torch.optim.AdamW, lr=1e-3))
+
+
+def test_relearning_trains_a_copy_until_the_content_is_back(digits, tiny_network):
+    network = tiny_network(image_shape=(1, 16, 16)).requires_grad_(False)
+    start = {name: weight.clone() for name, weight in network.state_dict().items()}
+    seen = []
+
+    def probe(model):
+        moved = sum(float((a - b).abs().sum()) for a, b in zip(model.parameters(), network.parameters(), strict=True))
+        seen.append(moved)
+        return 0.1 * (len(seen) - 1)
+
+    scores = Relearning(UPDATE, max_steps=9, every=2, batch_size=4, threshold=0.5)(network, digits, probe, 0.4)
+    assert scores["relearn_steps"] == 4.0
+    assert scores["relearn_reached"] == 1.0
+    assert scores["per_step/relearn_forget_rate/2"] == pytest.approx(0.1)
+    assert seen[0] == 0
+    assert seen[0] < seen[1] < seen[2]
+    assert_same_bits(dict(network.state_dict()), start)
+
+
+def test_relearning_says_when_it_did_not_come_back(digits, tiny_network):
+    network = tiny_network(image_shape=(1, 16, 16))
+    scores = Relearning(UPDATE, max_steps=3, every=2, batch_size=4)(network, digits, lambda _: 0.0, 0.0)
+    assert (scores["relearn_steps"], scores["relearn_reached"]) == (3.0, 0.0)
+    assert {key for key in scores if key.startswith("per_step")} == {
+        f"per_step/relearn_forget_rate/{step}" for step in (0, 2, 3)
+    }
+
+
+def test_refuses():
+    with pytest.raises(ConfigurationError, match=r"evaluation\.relearning\.every"):
+        Relearning(UPDATE, every=0)

@@ -1,0 +1,226 @@
+"""How likely the model finds an image, in bits per dimension: by the probability-flow ODE, and by the cheap bound.
+
+# Notation (variable -> papers)
+# gamma, sigma -> sqrt(abar_t), sqrt(1 - abar_t);  log_ratio -> log(sigma/gamma), half the negative log-SNR
+"""
+
+import math
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Shaped, UInt8
+from torch import Tensor
+
+from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.metrics import ImageMetric, first_distinct
+from unlearn_runner.models.model import DiffusionModel, evaluating
+from unlearn_runner.types import make_generator
+
+LEVELS = 255  # a pixel is one of 0..255, in [-1, 1] one of 256 values 2/255 apart
+
+
+def flow_bits_per_dim(
+    model: DiffusionModel,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+    probe: Float[Tensor, "b c h w"],
+    rtol: float,
+    atol: float,
+) -> Float[Tensor, "b"]:
+    """-log2 p(x0) / D of the probability-flow ODE (Song et al. 2021, 2011.13456, equations 13 and 39), a density.
+
+    In tau = log(sigma/gamma) the ODE is dx/dtau = sigma (eps_theta(x, t(tau)) - sigma x), from the schedule's first
+    timestep, where x = gamma x0, to its last, where x is taken for standard normal. The divergence is estimated with
+    one Rademacher vector `probe` an image (Hutchinson), the same along the way. Solved by scipy's adaptive
+    Runge-Kutta 4(5), all images with one step size. Between timesteps, t is linear in tau.
+    """
+    from scipy.integrate import solve_ivp
+
+    gammas, sigmas = _schedule(model)
+    log_ratios = np.log(sigmas / gammas)
+    b, d = x0.shape[0], x0[0].numel()
+
+    def slope(log_ratio: float, state: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(state[: b * d]).to(x0).view_as(x0).requires_grad_()
+        gamma, sigma = 1 / math.sqrt(1 + math.exp(2 * log_ratio)), 1 / math.sqrt(1 + math.exp(-2 * log_ratio))
+        t = float(np.interp(log_ratio, log_ratios, np.arange(len(log_ratios))))
+        with torch.enable_grad():
+            answer = model.predict(x, x.new_full((b,), t), cond)
+            eps = model.noise_of(answer, x, x.new_full((1, 1, 1, 1), gamma), x.new_full((1, 1, 1, 1), sigma))
+            (product,) = torch.autograd.grad(eps, x, probe)
+        divergence = sigma * (product * probe).flatten(1).sum(1) - sigma**2 * d
+        velocity = sigma * (eps.detach() - sigma * x.detach())
+        return torch.cat([velocity.flatten(), divergence]).double().cpu().numpy()
+
+    start = np.concatenate([(gammas[0] * x0).double().cpu().numpy().ravel(), np.zeros(b)])
+    with evaluating(model):
+        solution = solve_ivp(
+            slope, (log_ratios[0], log_ratios[-1]), start, rtol=rtol, atol=atol, t_eval=log_ratios[-1:]
+        )
+    end, divergence = solution.y[: b * d, -1].reshape(b, d), solution.y[b * d :, -1]
+    log_prior = -0.5 * (end**2).sum(1) - 0.5 * d * math.log(2 * math.pi)
+    log_density = log_prior + divergence + d * math.log(gammas[0])
+    return torch.from_numpy(-log_density / (d * math.log(2)))
+
+
+def bound_bits_per_dim(
+    model: DiffusionModel,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "s b"],
+    weights: Float[Tensor, "s"],
+    eps: Float[Tensor, "s+1 b c h w"],
+) -> Float[Tensor, "b 2"]:
+    """The variational bound L_T + sum_t L_t + L_0 (DDPM, 2006.11239, equation 5), in bits per dimension.
+
+    For both of the paper's fixed variances of the reverse step (section 3.2): the posterior's, best where x0 is one
+    point, and beta_t, best where it is spread widely. The sum over t >= 1 is estimated from `timesteps`, one a
+    stratum, weighted by the strata's sizes: unbiased. L_0 is the exact probability of the pixels' 256 levels
+    (section 3.3), with the posterior's variance at t = 1, or beta_0.
+    """
+    gammas, sigmas = (torch.from_numpy(part).to(x0.device) for part in _schedule(model))
+    noise_variance, d = sigmas**2, x0[0].numel()
+    alphas = (gammas[1:] / gammas[:-1]) ** 2  # of t = 1, 2, ...
+    betas = 1 - alphas
+    posterior = betas * noise_variance[:-1] / noise_variance[1:]
+    variances = torch.stack([posterior, betas])
+
+    def eps_pred(t: Int64[Tensor, "b"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        gamma, sigma = model.gamma_sigma(t)
+        x_t = gamma * x0 + sigma * noise
+        return model.noise_of(model.predict(x_t, t, cond), x_t, gamma, sigma), x_t, gamma, sigma
+
+    prior = 0.5 * (noise_variance[-1] + (gammas[-1] * x0) ** 2 - 1 - noise_variance[-1].log()).flatten(1).sum(1)
+    nats = [prior, prior]
+    with evaluating(model), torch.no_grad():
+        for t, weight, noise in zip(timesteps, weights, eps[:-1], strict=True):
+            error = (eps_pred(t, noise)[0] - noise).double().square().flatten(1).sum(1)
+            # the posterior's mean less the model's: beta_t / (sqrt(alpha_t) sigma_t) (eps - eps_theta)
+            distance = error * betas[t - 1] ** 2 / (alphas[t - 1] * noise_variance[t])
+            for which, variance in enumerate(variances):
+                ratio = posterior[t - 1] / variance[t - 1]
+                divergence = 0.5 * (d * (ratio - 1 - ratio.log()) + distance / variance[t - 1])
+                nats[which] = nats[which] + weight * divergence
+        predicted, x_t, gamma, sigma = eps_pred(torch.zeros_like(timesteps[0]), eps[-1])
+    mean = ((x_t - sigma * predicted) / gamma).double()
+    for which, variance in enumerate((posterior[0], noise_variance[0])):
+        nats[which] = nats[which] - _log_probability_of_level(x0.double(), mean, variance.sqrt()).flatten(1).sum(1)
+    return torch.stack(nats, 1).cpu() / (d * math.log(2))
+
+
+def _log_probability_of_level(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log of the Gaussian's mass on the interval of a pixel's level; the outermost levels reach to infinity."""
+    below = torch.where(x0 < -1 + 1 / LEVELS, -math.inf, (x0 - 1 / LEVELS - mean) / std)
+    above = torch.where(x0 > 1 - 1 / LEVELS, math.inf, (x0 + 1 / LEVELS - mean) / std)
+    flip = below > 0  # in the right tail both masses round to 1: mirror it to the left
+    below, above = torch.where(flip, -above, below), torch.where(flip, -below, above)
+    log_above = torch.special.log_ndtr(above)
+    return log_above + torch.log1p(-(torch.special.log_ndtr(below) - log_above).exp())
+
+
+def _schedule(model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
+    """gamma and sigma at every timestep, in double precision."""
+    device = next(model.parameters()).device
+    gamma, _ = model.gamma_sigma(torch.arange(model.num_train_timesteps, device=device))
+    gamma = gamma.double().cpu().numpy().ravel()
+    return gamma, np.sqrt(1 - gamma**2)
+
+
+@final
+class NLL(ImageMetric):
+    """Negative log-likelihood in bits per dimension: nll_forget of training images to forget, which should rise, and
+    nll_retain of held-out images to keep, which should stay.
+
+    `nll_*` is by the probability-flow ODE on `num_images` images, pixels made continuous by uniform noise of one
+    level's width; `nll_bound_*` the variational bound on `num_bound_images`, with `num_timesteps` strata, the
+    smaller of the two variances'. The same images and noise for every model. `rtol`, `atol`: the solver's tolerances.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 16,
+        num_bound_images: int = 64,
+        num_timesteps: int = 20,
+        rtol: float = 1e-3,
+        atol: float = 1e-3,
+        batch_size: int = 64,
+        seed: int = 0,
+    ):
+        for name, value in (("num_images", num_images), ("num_bound_images", num_bound_images), ("rtol", rtol)):
+            if not value > 0:
+                raise ConfigurationError(f"evaluation.metrics.nll.{name} must be positive, got {value}.")
+        if not 0 < num_timesteps < 1000:
+            raise ConfigurationError(f"evaluation.metrics.nll.num_timesteps must lie in 1..999, got {num_timesteps}.")
+        self.num_images, self.num_bound_images, self.num_timesteps = num_images, num_bound_images, num_timesteps
+        self.rtol, self.atol, self.batch_size, self.seed = rtol, atol, batch_size, seed
+
+    def measure(self, model: DiffusionModel, data: ForgetRetain) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        rows = {}
+        for name, images in (("forget", data.forget), ("retain", data.retain_test)):
+            generator = make_generator(self.seed, f"nll/{name}", device)
+            for key, count, measure in (
+                ("nll", self.num_images, self._flow),
+                ("nll_bound", self.num_bound_images, self._bound),
+            ):
+                chosen = first_distinct(images, count, self.seed)
+                parts = []
+                for start in range(0, len(chosen), self.batch_size):
+                    part = chosen.select(torch.arange(start, min(start + self.batch_size, len(chosen))))
+                    cond = None if data.spec.label_names is None else part.labels.to(device)
+                    parts.append(measure(model, part.pixels.to(device), cond, generator))
+                if parts:
+                    rows[f"{key}_{name}"] = torch.cat(parts)
+        return rows
+
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {name: float(values.mean(0).min()) for name, values in rows.items()}
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "unit": "bits per dimension",
+            "num_images": self.num_images,
+            "num_bound_images": self.num_bound_images,
+            "num_timesteps": self.num_timesteps,
+            "solver": "scipy RK45 on the probability-flow ODE, one Rademacher probe",
+            "rtol": self.rtol,
+            "atol": self.atol,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def _flow(
+        self,
+        model: DiffusionModel,
+        pixels: UInt8[Tensor, "b c h w"],
+        cond: Shaped[Tensor, "b ..."] | None,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "b"]:
+        shape = {"size": pixels.shape, "generator": generator, "device": pixels.device}
+        x0 = to_unit_range(pixels) + (torch.rand(**shape) - 0.5) * (2 / LEVELS)
+        probe = torch.randint(2, **shape).float() * 2 - 1
+        density = flow_bits_per_dim(model, x0, cond, probe, self.rtol, self.atol)
+        return density + math.log2(LEVELS / 2)  # from a density over [-1, 1] to the probability of a level
+
+    def _bound(
+        self,
+        model: DiffusionModel,
+        pixels: UInt8[Tensor, "b c h w"],
+        cond: Shaped[Tensor, "b ..."] | None,
+        generator: torch.Generator,
+    ) -> Float[Tensor, "b 2"]:
+        edges = strata(model.num_train_timesteps, self.num_timesteps).to(pixels.device)
+        sizes = edges.diff()
+        uniform = torch.rand((len(sizes), len(pixels)), generator=generator, device=pixels.device)
+        timesteps = edges[:-1, None] + (uniform * sizes[:, None]).long()
+        eps = torch.randn((len(sizes) + 1, *pixels.shape), generator=generator, device=pixels.device)
+        return bound_bits_per_dim(model, to_unit_range(pixels), cond, timesteps, sizes.double(), eps)
+
+
+def strata(num_train_timesteps: int, count: int) -> Int64[Tensor, "edges"]:
+    """Edges of at most `count` intervals of 1..T-1, growing with t: most of the bound lies at small t."""
+    edges = 1 + (num_train_timesteps - 1) * torch.linspace(0, 1, count + 1, dtype=torch.float64) ** 2
+    return edges.round().long().unique()

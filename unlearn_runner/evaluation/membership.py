@@ -1,0 +1,115 @@
+"""Membership inference: can one tell, from the model's losses, which images it was trained on?"""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.metrics import ImageMetric, first_distinct
+from unlearn_runner.models.model import DiffusionModel, evaluating
+from unlearn_runner.types import make_generator
+
+POPULATIONS = ("forget", "unseen")
+
+
+def losses_at(
+    model: DiffusionModel,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "t"],
+    eps: Float[Tensor, "t b c h w"],
+) -> Float[Tensor, "b t"]:
+    """The denoising loss of each image at each timestep: squared error of eps_pred, mean over pixels."""
+    columns = []
+    with evaluating(model), torch.no_grad():
+        for t, noise in zip(timesteps, eps, strict=True):
+            gamma, sigma = model.gamma_sigma(t.expand(len(x0)))
+            x_t = gamma * x0 + sigma * noise
+            eps_pred = model.noise_of(model.predict(x_t, t.expand(len(x0)), cond), x_t, gamma, sigma)
+            columns.append((eps_pred - noise).square().flatten(1).mean(1))
+    return torch.stack(columns, 1)
+
+
+def attack(members: Float[Tensor, "n"], others: Float[Tensor, "m"], false_positive_rate: float) -> tuple[float, float]:
+    """AUC and true-positive rate at a false-positive rate, of calling an image a member when its loss is low.
+
+    AUC: the chance that a member's loss lies below another image's, 0.5 if they cannot be told apart. The rate: the
+    share of members below the threshold under which at most that share of the others lies.
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    truth = [1] * len(members) + [0] * len(others)
+    scores = -torch.cat([members, others]).double().numpy()
+    false_positives, true_positives, _ = roc_curve(truth, scores, drop_intermediate=False)
+    reached = true_positives[false_positives <= false_positive_rate]
+    return float(roc_auc_score(truth, scores)), float(reached.max())
+
+
+@final
+class Membership(ImageMetric):
+    """Loss-based membership inference (Matsumoto et al. 2023, 2302.03262) on what was to be forgotten.
+
+    Members are forget images; the others are held-out images of the same content, which no model here has seen.
+    The attack's score is the loss averaged over `timesteps` (of 1,000), with the same noise for every model.
+    mia_auc and mia_tpr_at_1pct_fpr: 0.5 and 0.01 after perfect forgetting, as for the oracle; an AUC below 0.5
+    means that the forget images stand out by high losses, which gives them away as well.
+    per_timestep/mia_{loss_forget, loss_unseen, auc}/<t> show where the model tells them apart.
+    """
+
+    def __init__(
+        self,
+        num_images: int = 200,
+        timesteps: Sequence[int] = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950),
+        batch_size: int = 200,
+        seed: int = 0,
+    ):
+        if not num_images > 0:
+            raise ConfigurationError(f"evaluation.metrics.mia.num_images must be positive, got {num_images}.")
+        if not timesteps or not all(0 <= t < 1000 for t in timesteps):
+            raise ConfigurationError(f"evaluation.metrics.mia.timesteps must lie in 0..999, got {list(timesteps)}.")
+        self.num_images, self.timesteps = num_images, list(timesteps)
+        self.batch_size, self.seed = batch_size, seed
+
+    def measure(self, model: DiffusionModel, data: ForgetRetain) -> dict[str, Tensor]:
+        device = next(model.parameters()).device
+        timesteps = torch.tensor(self.timesteps, device=device) * model.num_train_timesteps // 1000
+        rows = {}
+        for name, images in zip(POPULATIONS, (data.forget, data.forget_test), strict=True):
+            generator = make_generator(self.seed, f"membership/{name}", device)
+            chosen = first_distinct(images, self.num_images, self.seed)
+            parts = []
+            for start in range(0, len(chosen), self.batch_size):
+                part = chosen.select(torch.arange(start, min(start + self.batch_size, len(chosen))))
+                cond = None if data.spec.label_names is None else part.labels.to(device)
+                x0 = to_unit_range(part.pixels.to(device))
+                eps = torch.randn((len(timesteps), *x0.shape), generator=generator, device=device)
+                parts.append(losses_at(model, x0, cond, timesteps, eps).cpu())
+            if parts:
+                rows[name] = torch.cat(parts)
+        return rows
+
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        if set(rows) != set(POPULATIONS):
+            return {}  # nothing is held out
+        forget, unseen = (rows[name] for name in POPULATIONS)
+        auc, rate = attack(forget.mean(1), unseen.mean(1), 0.01)
+        scores = {"mia_auc": auc, "mia_tpr_at_1pct_fpr": rate}
+        for column, t in enumerate(self.timesteps):
+            scores[f"per_timestep/mia_loss_forget/{t}"] = float(forget[:, column].mean())
+            scores[f"per_timestep/mia_loss_unseen/{t}"] = float(unseen[:, column].mean())
+            scores[f"per_timestep/mia_auc/{t}"] = attack(forget[:, column], unseen[:, column], 0.01)[0]
+        return scores
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "attack": "threshold on the denoising loss, mean over timesteps",
+            "num_images": self.num_images,
+            "timesteps": self.timesteps,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }

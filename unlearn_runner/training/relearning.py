@@ -1,0 +1,60 @@
+"""Relearning: how little fine-tuning brings the forgotten content back."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.denoising import Denoising
+from unlearn_runner.methods.method import Update
+from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.types import make_generator
+
+
+@dataclass(frozen=True)
+class Relearning:
+    """Fine-tuning on the forget images with the plain denoising loss; `update` is called with the network.
+
+    The content counts as back when the forget rate is `threshold` times the base model's.
+    """
+
+    update: Callable[[DiffusionModel], Update]
+    max_steps: int = 50
+    every: int = 5  # steps between two looks at the forget rate
+    batch_size: int = 64
+    threshold: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "every", "batch_size", "threshold"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"evaluation.relearning.{name} must be positive, got {getattr(self, name)}.")
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        data: ForgetRetain,
+        forget_rate_of: Callable[[DiffusionModel], float],
+        base_rate: float,
+    ) -> dict[str, float]:
+        """relearn_steps: steps until the content is back, `max_steps` if it is not within them (relearn_reached 0).
+
+        per_step/relearn_forget_rate/<n> is the forget rate after n steps. The same images and noise for every model;
+        a copy is trained, `model` stays as it is.
+        """
+        network = copy.deepcopy(model).requires_grad_(True)
+        device = next(network.parameters()).device
+        method = Denoising(network, self.update, make_generator(self.seed, "relearning", device))
+        stream = BatchStream(replace(data, retain=data.forget), method.reads, self.batch_size, self.seed, device)
+        scores: dict[str, float] = {}
+        for step in range(self.max_steps + 1):
+            if step % self.every == 0 or step == self.max_steps:
+                rate = forget_rate_of(method.model)
+                scores[f"per_step/relearn_forget_rate/{step}"] = rate
+                if rate > 0 and rate >= self.threshold * base_rate:
+                    return {"relearn_steps": float(step), "relearn_reached": 1.0, **scores}
+            if step < self.max_steps:
+                method.step(stream.next())
+        return {"relearn_steps": float(self.max_steps), "relearn_reached": 0.0, **scores}
