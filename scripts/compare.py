@@ -19,7 +19,7 @@ COLUMNS = (
     "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
     "precision_retain", "recall_retain", "is_forget", "is_retain", "ssim_forget", "ssim_retain", "nll_forget",
     "nll_retain", "nll_bound_forget", "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr", "relearn_steps",
-    "deletion_steps", "cost/seconds", "cost/network_evaluations", "cost/peak_memory_gb",
+    "deletion_steps", "lasting_deletion_steps", "cost/seconds", "cost/network_evaluations", "cost/peak_memory_gb",
 )  # fmt: skip
 
 

@@ -278,6 +278,12 @@ def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, mo
     # other metrics than other tests, so that no cached evaluation of the base is met
     folder = run("evaluation.every=1", "evaluation.metrics.ssim=null", "evaluation.metrics.kid=null")
     assert summary(folder)["metrics"]["eval/deletion_steps"] == 2
+    assert "eval/lasting_deletion_steps" not in summary(folder)["metrics"], "it came back"
+
+    rates = iter([0.0, 0.5, 0.0, 0.0])  # the base's scores are cached by now
+    folder = run("evaluation.every=1", "evaluation.metrics.ssim=null", "evaluation.metrics.kid=null", folder="again")
+    assert summary(folder)["metrics"]["eval/deletion_steps"] == 1
+    assert summary(folder)["metrics"]["eval/lasting_deletion_steps"] == 3
 
 
 def test_parallel_jobs_make_one_base(tmp_path):

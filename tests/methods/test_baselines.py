@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.denoising import Denoising, denoising_loss, squared_error
+from unlearn_runner.methods.denoising import Denoising, denoising_loss, draw_noise, predict_noised, squared_error
 from unlearn_runner.methods.erase_diff import EraseDiff, combine, erase_diff_loss
 from unlearn_runner.methods.method import Update
 from unlearn_runner.methods.neg_grad import NegGrad, neg_grad_loss
@@ -49,6 +49,19 @@ def test_each_moves_its_loss_the_right_way(tiny_network, cls):
     values = [method.step(batch())[key].item() for _ in range(40)]
     first, last = sum(values[:5]), sum(values[-5:])
     assert last > first if cls is NegGrad else last < first
+
+
+def test_erase_diff_speaks_of_noise_whatever_the_network_predicts(tiny_network):
+    network, images = tiny_network(prediction_type="v_prediction"), batch()
+    found = EraseDiff(network, sgd, make_generator(0, "m")).step(images)["loss/forget"]
+    network, g = tiny_network(prediction_type="v_prediction"), make_generator(0, "m")
+    predict_noised(network, images.x0_retain, images.cond_retain, g)
+    timesteps, eps = draw_noise(network, images.x0_forget, g)
+    gamma, sigma = network.gamma_sigma(timesteps)
+    x_t = gamma * images.x0_forget + sigma * eps
+    v = network.predict(x_t, timesteps, images.cond_forget)
+    uniform = torch.rand(eps.shape, generator=g)
+    assert found.item() == pytest.approx(((gamma * v + sigma * x_t - uniform) ** 2).mean().item(), rel=1e-4)
 
 
 def test_each_reads_only_its_streams(tiny_network):

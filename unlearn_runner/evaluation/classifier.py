@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner.cache import cached, write_json
+from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_range
 from unlearn_runner.errors import ConfigurationError
@@ -111,6 +111,7 @@ class Judge:
         self.weights = weights
         self.device = device
         self.extractor = None if extractor is None else extractor.to(device)
+        self.extractor_digest = None if extractor is None else digest(extractor.state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 1024) -> Judged:
@@ -133,6 +134,7 @@ class Judge:
         own = f"features ({self.classifier.head.in_features})"
         return {
             "extractor": self.weights if self.extractor is None else self.extractor.name,
+            "extractor_digest": self.extractor_digest,
             "layer": own if self.extractor is None else self.extractor.layer,
             "classifier": self.weights,
             "classifier_test_accuracy": self.test_accuracy,

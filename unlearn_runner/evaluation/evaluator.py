@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -277,12 +277,12 @@ class Evaluator:
         return references
 
     def _judge_all(self, images: LabelledImages) -> Judged:
-        """As the model saw them in training: every second one mirrored, if it saw them mirrored."""
+        """As the model saw them in training: every second one mirrored, if it saw them mirrored. No picture is kept."""
         pixels = images.pixels
         if self.spec.horizontal_flip:
             pixels = pixels.clone()
             pixels[1::2] = pixels[1::2].flip(-1)
-        return self.judge(pixels)
+        return replace(self.judge(pixels), images=pixels[:, :0])
 
     def _grouped(self, judged: dict[str, Judged]) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:

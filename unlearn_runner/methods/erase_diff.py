@@ -12,20 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.denoising import predict_noised, squared_error
+from unlearn_runner.methods.denoising import draw_noise, predict_noised, squared_error
 from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
-def erase_diff_loss(
-    prediction_forget: Float[Tensor, "b c h w"], uniform: Float[Tensor, "b c h w"]
-) -> Float[Tensor, ""]:
-    """f(theta): on forget images the network shall answer uniform noise from [0, 1) instead of the true one.
+def erase_diff_loss(eps_pred_forget: Float[Tensor, "b c h w"], uniform: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
+    """f(theta): on forget images the network shall find uniform noise from [0, 1) instead of the true one.
 
     Squared error summed over pixels, averaged over the batch. In [0, inf).
     """
-    return squared_error(prediction_forget, uniform).mean()
+    return squared_error(eps_pred_forget, uniform).mean()
 
 
 def combine(grad_retain: Float[Tensor, "p"], grad_forget: Float[Tensor, "p"], eta: float) -> Float[Tensor, "p"]:
@@ -70,9 +68,12 @@ class EraseDiff(Method):
         grad_retain = self.update.gradient(loss_retain)
 
         # 2. the erasing objective and its gradient
-        prediction, _ = predict_noised(self.trained, batch.x0_forget, batch.cond_forget, self.generator)
-        uniform = torch.rand(prediction.shape, generator=self.generator, device=prediction.device)
-        loss_forget = erase_diff_loss(prediction, uniform)
+        timesteps, eps = draw_noise(self.trained, batch.x0_forget, self.generator)
+        gamma, sigma = self.trained.gamma_sigma(timesteps)
+        x_t = gamma * batch.x0_forget + sigma * eps
+        eps_pred = self.trained.noise_of(self.trained.predict(x_t, timesteps, batch.cond_forget), x_t, gamma, sigma)
+        uniform = torch.rand(eps.shape, generator=self.generator, device=eps.device)
+        loss_forget = erase_diff_loss(eps_pred, uniform)
         grad_forget = self.update.gradient(loss_forget)
 
         # 3. both in one direction

@@ -80,7 +80,7 @@ class RunRecorder(Recorder):
         self.scores: dict[str, float] = {}
         self.costs: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
-        self.deletion_steps: int | None = None
+        self.deletion_steps: dict[str, int] = {}
         self.provenance: dict[str, Any] = {}
         self.trainer: Trainer | None = None
 
@@ -147,8 +147,10 @@ class RunRecorder(Recorder):
         evaluation = self.probe(model)
         self.progress.forget_rate = evaluation.scores["forget_rate"]
         self._record(step, "eval", evaluation, f"step_{step:06d}")
-        if self.deletion_steps is None and evaluation.scores["forget_rate"] == 0:
-            self.deletion_steps = step
+        if evaluation.scores["forget_rate"] == 0:
+            self.deletion_steps = {"deletion_steps": step, "lasting_deletion_steps": step} | self.deletion_steps
+        else:
+            self.deletion_steps.pop("lasting_deletion_steps", None)
 
     def finish(self, model: DiffusionModel, step: int) -> None:
         self.progress.close()
@@ -157,8 +159,7 @@ class RunRecorder(Recorder):
         self.console.print("measuring the unlearned model")
         after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
-        if self.deletion_steps is not None:
-            self._write(step, {"eval/deletion_steps": float(self.deletion_steps)})
+        self._write(step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
         self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
         self.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
         self.provenance["seconds"] = after.seconds
@@ -187,7 +188,7 @@ class RunRecorder(Recorder):
         return {
             "position": self.folder.position(),
             "forget_rate": self.progress.forget_rate,
-            "deletion_steps": self.deletion_steps,
+            "deletion_steps": dict(self.deletion_steps),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
