@@ -24,9 +24,11 @@ COLUMNS = (
 
 
 def finished_runs(folders: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The finished runs below the folders, and a line for each one that is not."""
-    runs, others = [], []
-    for path in sorted({path for folder in folders for path in folder.glob("**/summary.json")}):
+    """The finished runs below the folders, of each method and seed the newest, and a line for each other run."""
+    runs: list[dict[str, Any]] = []
+    others: list[str] = []
+    found = {path for folder in folders for path in folder.glob("**/summary.json")}
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):
         try:
             summary = json.loads(path.read_text())
             config = yaml.safe_load((path.parent / "config.yaml").read_text())
@@ -35,7 +37,9 @@ def finished_runs(folders: list[Path]) -> tuple[list[dict[str, Any]], list[str]]
             others.append(f"{path.parent}: unreadable ({type(error).__name__}: {error})")
             continue
         if run["status"] == "finished":
-            runs.append(run)
+            again = [old for old in runs if (old["method"], old["seed"]) == (run["method"], run["seed"])]
+            others += [f"{old['folder']}: made again later ({old['method']}, seed {old['seed']})" for old in again]
+            runs = [old for old in runs if old not in again] + [run]
         else:
             others.append(f"{path.parent}: {run['status']} ({run['method']}, seed {run['seed']})")
     return runs, others

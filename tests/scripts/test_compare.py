@@ -1,6 +1,7 @@
 """The table of runs, from run folders made by hand."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -44,6 +45,15 @@ def test_table_of_means_and_intervals(tmp_path):
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
     assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
     assert "diverged (siss, seed 3)" in done.stdout
+
+
+def test_a_run_that_was_made_again_counts_once(tmp_path):
+    old = make_run(tmp_path / "a", "siss", 0, {"eval/forget_rate": 0.9})
+    make_run(tmp_path / "b", "siss", 0, {"eval/forget_rate": 0.1})
+    os.utime(old / "summary.json", (0, 0))
+    done = command(tmp_path)
+    assert "| forget_rate | 0.100 |" in done.stdout
+    assert "made again later (siss, seed 0)" in done.stdout
 
 
 def test_runs_measured_differently_are_not_compared(tmp_path):
