@@ -5,18 +5,18 @@
 """
 
 import math
+from functools import partial
 from typing import Any, final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped, UInt8
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.metrics import ImageMetric, first_distinct
-from unlearn_runner.models.model import DiffusionModel, evaluating
+from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
+from unlearn_runner.models.model import DiffusionModel, evaluating, predict_eps
 from unlearn_runner.types import make_generator
 
 LEVELS = 255  # a pixel is one of 0..255, in [-1, 1] one of 256 values 2/255 apart
@@ -88,24 +88,21 @@ def bound_bits_per_dim(
     posterior = betas * noise_variance[:-1] / noise_variance[1:]
     variances = torch.stack([posterior, betas])
 
-    def eps_pred(t: Int64[Tensor, "b"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        gamma, sigma = model.gamma_sigma(t)
-        x_t = gamma * x0 + sigma * noise
-        return model.noise_of(model.predict(x_t, t, cond), x_t, gamma, sigma), x_t, gamma, sigma
-
     prior = 0.5 * (noise_variance[-1] + (gammas[-1] * x0) ** 2 - 1 - noise_variance[-1].log()).flatten(1).sum(1)
     nats = [prior, prior]
     with evaluating(model), torch.no_grad():
         for t, weight, noise in zip(timesteps, weights, eps[:-1], strict=True):
-            error = (eps_pred(t, noise)[0] - noise).double().square().flatten(1).sum(1)
+            error = (predict_eps(model, x0, noise, t, cond)[0] - noise).double().square().flatten(1).sum(1)
             # the posterior's mean less the model's: beta_t / (sqrt(alpha_t) sigma_t) (eps - eps_theta)
             distance = error * betas[t - 1] ** 2 / (alphas[t - 1] * noise_variance[t])
             for which, variance in enumerate(variances):
                 ratio = posterior[t - 1] / variance[t - 1]
                 divergence = 0.5 * (d * (ratio - 1 - ratio.log()) + distance / variance[t - 1])
                 nats[which] = nats[which] + weight * divergence
-        predicted, x_t, gamma, sigma = eps_pred(torch.zeros_like(timesteps[0]), eps[-1])
-    mean = ((x_t - sigma * predicted) / gamma).double()
+        first = torch.zeros_like(timesteps[0])
+        eps_pred, x_t = predict_eps(model, x0, eps[-1], first, cond)
+        gamma, sigma = model.gamma_sigma(first)
+    mean = ((x_t - sigma * eps_pred) / gamma).double()
     for which, variance in enumerate((posterior[0], noise_variance[0])):
         nats[which] = nats[which] - _log_probability_of_level(x0.double(), mean, variance.sqrt()).flatten(1).sum(1)
     return torch.stack(nats, 1).cpu() / (d * math.log(2))
@@ -166,14 +163,17 @@ class NLL(ImageMetric):
                 ("nll", self.num_images, self._flow),
                 ("nll_bound", self.num_bound_images, self._bound),
             ):
-                chosen = first_distinct(images, count, self.seed)
-                parts = []
-                for start in range(0, len(chosen), self.batch_size):
-                    part = chosen.select(torch.arange(start, min(start + self.batch_size, len(chosen))))
-                    cond = None if data.spec.label_names is None else part.labels.to(device)
-                    parts.append(measure(model, part.pixels.to(device), cond, generator))
-                if parts:
-                    rows[f"{key}_{name}"] = torch.cat(parts)
+                table = measure_images(
+                    partial(measure, model, generator),
+                    images,
+                    data.spec.label_names is not None,
+                    count,
+                    self.batch_size,
+                    self.seed,
+                    device,
+                )
+                if table is not None:
+                    rows[f"{key}_{name}"] = table
         return rows
 
     def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
@@ -195,29 +195,29 @@ class NLL(ImageMetric):
     def _flow(
         self,
         model: DiffusionModel,
-        pixels: UInt8[Tensor, "b c h w"],
-        cond: Shaped[Tensor, "b ..."] | None,
         generator: torch.Generator,
+        x0: Float[Tensor, "b c h w"],
+        cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b"]:
-        shape = {"size": pixels.shape, "generator": generator, "device": pixels.device}
-        x0 = to_unit_range(pixels) + (torch.rand(**shape) - 0.5) * (2 / LEVELS)
+        shape = {"size": x0.shape, "generator": generator, "device": x0.device}
+        continuous = x0 + (torch.rand(**shape) - 0.5) * (2 / LEVELS)
         probe = torch.randint(2, **shape).float() * 2 - 1
-        density = flow_bits_per_dim(model, x0, cond, probe, self.rtol, self.atol)
+        density = flow_bits_per_dim(model, continuous, cond, probe, self.rtol, self.atol)
         return density + math.log2(LEVELS / 2)  # from a density over [-1, 1] to the probability of a level
 
     def _bound(
         self,
         model: DiffusionModel,
-        pixels: UInt8[Tensor, "b c h w"],
-        cond: Shaped[Tensor, "b ..."] | None,
         generator: torch.Generator,
+        x0: Float[Tensor, "b c h w"],
+        cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b 2"]:
-        edges = strata(model.num_train_timesteps, self.num_timesteps).to(pixels.device)
+        edges = strata(model.num_train_timesteps, self.num_timesteps).to(x0.device)
         sizes = edges.diff()
-        uniform = torch.rand((len(sizes), len(pixels)), generator=generator, device=pixels.device)
+        uniform = torch.rand((len(sizes), len(x0)), generator=generator, device=x0.device)
         timesteps = edges[:-1, None] + (uniform * sizes[:, None]).long()
-        eps = torch.randn((len(sizes) + 1, *pixels.shape), generator=generator, device=pixels.device)
-        return bound_bits_per_dim(model, to_unit_range(pixels), cond, timesteps, sizes.double(), eps)
+        eps = torch.randn((len(sizes) + 1, *x0.shape), generator=generator, device=x0.device)
+        return bound_bits_per_dim(model, x0, cond, timesteps, sizes.double(), eps)
 
 
 def strata(num_train_timesteps: int, count: int) -> Int64[Tensor, "edges"]:

@@ -1,6 +1,7 @@
 """Membership inference: can one tell, from the model's losses, which images it was trained on?"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -8,10 +9,9 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.metrics import ImageMetric, first_distinct
-from unlearn_runner.models.model import DiffusionModel, evaluating
+from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
+from unlearn_runner.models.model import DiffusionModel, evaluating, predict_eps
 from unlearn_runner.types import make_generator
 
 POPULATIONS = ("forget", "unseen")
@@ -28,9 +28,7 @@ def losses_at(
     columns = []
     with evaluating(model), torch.no_grad():
         for t, noise in zip(timesteps, eps, strict=True):
-            gamma, sigma = model.gamma_sigma(t.expand(len(x0)))
-            x_t = gamma * x0 + sigma * noise
-            eps_pred = model.noise_of(model.predict(x_t, t.expand(len(x0)), cond), x_t, gamma, sigma)
+            eps_pred, _ = predict_eps(model, x0, noise, t.expand(len(x0)), cond)
             columns.append((eps_pred - noise).square().flatten(1).mean(1))
     return torch.stack(columns, 1)
 
@@ -81,16 +79,17 @@ class Membership(ImageMetric):
         rows = {}
         for name, images in zip(POPULATIONS, (data.forget, data.forget_test), strict=True):
             generator = make_generator(self.seed, f"membership/{name}", device)
-            chosen = first_distinct(images, self.num_images, self.seed)
-            parts = []
-            for start in range(0, len(chosen), self.batch_size):
-                part = chosen.select(torch.arange(start, min(start + self.batch_size, len(chosen))))
-                cond = None if data.spec.label_names is None else part.labels.to(device)
-                x0 = to_unit_range(part.pixels.to(device))
-                eps = torch.randn((len(timesteps), *x0.shape), generator=generator, device=device)
-                parts.append(losses_at(model, x0, cond, timesteps, eps).cpu())
-            if parts:
-                rows[name] = torch.cat(parts)
+            table = measure_images(
+                partial(_noised_losses, model, timesteps, generator),
+                images,
+                data.spec.label_names is not None,
+                self.num_images,
+                self.batch_size,
+                self.seed,
+                device,
+            )
+            if table is not None:
+                rows[name] = table
         return rows
 
     def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
@@ -113,3 +112,14 @@ class Membership(ImageMetric):
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
+
+
+def _noised_losses(
+    model: DiffusionModel,
+    timesteps: Int64[Tensor, "t"],
+    generator: torch.Generator,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+) -> Float[Tensor, "b t"]:
+    eps = torch.randn((len(timesteps), *x0.shape), generator=generator, device=x0.device)
+    return losses_at(model, x0, cond, timesteps, eps)

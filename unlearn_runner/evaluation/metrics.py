@@ -2,11 +2,13 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledImages
@@ -75,6 +77,24 @@ class ImageMetric(ABC):
 
     @abstractmethod
     def provenance(self) -> dict[str, Any]: ...
+
+
+def measure_images(
+    measure: Callable[[Float[Tensor, "b c h w"], Shaped[Tensor, "b ..."] | None], Tensor],
+    images: LabelledImages,
+    conditional: bool,
+    count: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Tensor | None:
+    """A row of `measure(x0, cond)` for each of up to `count` different images, batch by batch; None without images."""
+    chosen = first_distinct(images, count, seed)
+    rows = []
+    for part in torch.arange(len(chosen)).split(batch_size):
+        pixels, labels, _ = chosen.select(part)
+        rows.append(measure(to_unit_range(pixels.to(device)), labels.to(device) if conditional else None))
+    return torch.cat(rows).cpu() if len(chosen) else None
 
 
 def first_distinct(images: LabelledImages, count: int, seed: int) -> LabelledImages:

@@ -14,7 +14,7 @@ from torch import Tensor
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import draw_noise, predict_noised, squared_error
 from unlearn_runner.methods.method import Method, Update
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import DiffusionModel, predict_eps
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -69,9 +69,7 @@ class EraseDiff(Method):
 
         # 2. the erasing objective and its gradient
         timesteps, eps = draw_noise(self.trained, batch.x0_forget, self.generator)
-        gamma, sigma = self.trained.gamma_sigma(timesteps)
-        x_t = gamma * batch.x0_forget + sigma * eps
-        eps_pred = self.trained.noise_of(self.trained.predict(x_t, timesteps, batch.cond_forget), x_t, gamma, sigma)
+        eps_pred, _ = predict_eps(self.trained, batch.x0_forget, eps, timesteps, batch.cond_forget)
         uniform = torch.rand(eps.shape, generator=self.generator, device=eps.device)
         loss_forget = erase_diff_loss(eps_pred, uniform)
         grad_forget = self.update.gradient(loss_forget)

@@ -72,6 +72,19 @@ class DiffusionModel(nn.Module, ABC):
         """Take over the weights of a folder written by `save`."""
 
 
+def predict_eps(
+    model: DiffusionModel,
+    x0: Float[Tensor, "b c h w"],
+    eps: Float[Tensor, "b c h w"],
+    timesteps: Int64[Tensor, "b"],
+    cond: Shaped[Tensor, "b ..."] | None,
+) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    """eps_pred for x_t = gamma_t x0 + sigma_t eps, and that x_t."""
+    gamma, sigma = model.gamma_sigma(timesteps)
+    x_t = gamma * x0 + sigma * eps
+    return model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma), x_t
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Without dropout in here, and back as it was afterwards."""
