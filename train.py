@@ -1,6 +1,6 @@
 """One command: compose a configuration, make a model forget, measure it. See README.md."""
 
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.pretraining import pretrained
+    from unlearn_runner.training.progress import ProgressBar
     from unlearn_runner.training.recorder import RunRecorder
     from unlearn_runner.training.run_folder import RunFolder, checkpoint_to_resume, claim
     from unlearn_runner.training.signals import Interrupts
@@ -71,7 +72,9 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     with RunRecorder(folder, logger, cfg, plan.max_steps, console) as recorder, Interrupts() as interrupts:
         # 2. Load the data; get the judge and the base weights, or make them once.
         data = dataset.load()
-        judge = trained_judge(data, evaluation["classifier"], cache_dir, hardware.device, evaluation["extractor"])
+        recipe = evaluation["classifier"]
+        with closing(ProgressBar("training the classifier", recipe.max_steps, console)) as progress:
+            judge = trained_judge(data, recipe, cache_dir, hardware.device, evaluation["extractor"], progress.update)
 
         def weights_of(population: str) -> Path:
             key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}

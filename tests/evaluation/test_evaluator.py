@@ -31,8 +31,11 @@ def test_classifier_knows_its_digits_and_is_cached(digits, judge, shared_cache):
     again = trained_judge(digits, FEW_FEATURES, shared_cache, CPU)
     assert again.weights == judge.weights
     assert torch.equal(again(digits.retain_test.pixels).logits, judge(digits.retain_test.pixels).logits)
-    other = trained_judge(digits, ClassifierRecipe(max_steps=2), shared_cache, CPU)
+    seen = []
+    recipe = ClassifierRecipe(max_steps=12)
+    other = trained_judge(digits, recipe, shared_cache, CPU, show=lambda step, values: seen.append((step, values)))
     assert other.weights != judge.weights
+    assert [(step, values["images"]) for step, values in seen] == [(10, 1280), (12, 1536)]
 
 
 def test_same_model_same_scores(digits, judge, tiny_network):

@@ -1,6 +1,8 @@
 """The judge: a small convolutional network that names what is on a picture and supplies features."""
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, final
@@ -147,10 +149,14 @@ def trained_judge(
     cache_dir: Path,
     device: torch.device,
     extractor: FeatureExtractor | None = None,
+    show: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Judge:
-    """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones."""
+    """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones.
+
+    `show`, if given, is called on the way with a step and its loss, images so far and seconds so far.
+    """
     key = {"version": 3, "data": data.fingerprint, "recipe": asdict(recipe)}
-    folder = cached(cache_dir, "classifiers", key, lambda partial: _train(data, recipe, partial, device))
+    folder = cached(cache_dir, "classifiers", key, lambda partial: _train(data, recipe, partial, device, show))
     classifier = _build(data, recipe)
     classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
     report = json.loads((folder / "report.json").read_text())
@@ -163,7 +169,14 @@ def _build(data: ForgetRetain, recipe: ClassifierRecipe) -> Classifier:
         return Classifier(data.spec.image_shape[0], len(data.spec.content_names), recipe.width, recipe.num_features)
 
 
-def _train(data: ForgetRetain, recipe: ClassifierRecipe, folder: Path, device: torch.device) -> None:
+def _train(
+    data: ForgetRetain,
+    recipe: ClassifierRecipe,
+    folder: Path,
+    device: torch.device,
+    show: Callable[[int, dict[str, float]], None] | None,
+) -> None:
+    started = time.perf_counter()
     generator = make_generator(recipe.seed, "classifier")
     classifier = _build(data, recipe).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=1e-2)
@@ -173,7 +186,7 @@ def _train(data: ForgetRetain, recipe: ClassifierRecipe, folder: Path, device: t
     pool = Pool([data.retain, forget], torch.device("cpu"))
     rows = _balanced(pool.contents)
     order = Shuffled(len(rows), generator)
-    for _ in range(recipe.max_steps):
+    for step in range(1, recipe.max_steps + 1):
         drawn = pool.take(rows[order.draw(recipe.batch_size)])
         x = _shifted(drawn.pixels, recipe.max_shift, generator).to(device)
         if data.spec.horizontal_flip:
@@ -183,6 +196,9 @@ def _train(data: ForgetRetain, recipe: ClassifierRecipe, folder: Path, device: t
         loss.backward()
         optimizer.step()
         schedule.step()
+        if show is not None and (step % 10 == 0 or step == recipe.max_steps):
+            seconds = time.perf_counter() - started
+            show(step, {"loss/classifier": loss.item(), "images": step * recipe.batch_size, "seconds": seconds})
 
     judge = Judge(classifier, {}, "", device)
     seen = pool.take(rows[order.draw(min(len(rows), 5000))]).pixels

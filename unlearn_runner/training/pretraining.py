@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,12 @@ def pretrained(
             checkpointing_steps=500,
             checkpoints_total_limit=1,
         )
+        progress = ProgressBar(TITLES[population], recipe.max_steps, console)
         trainer = Trainer(
             method,
             BatchStream(data, method.reads, recipe.batch_size, recipe.seed, device),
             plan,
-            ProgressRecorder(ProgressBar(TITLES[population], recipe.max_steps, console)),
+            ProgressRecorder(progress),
             Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
             interrupts,
             identity_of(method, data.spec),
@@ -80,8 +82,9 @@ def pretrained(
         if trainer.checkpoints.all():
             trainer.resume(open_checkpoint(folder))
         try:
-            while not trainer.done:
-                trainer.step()
+            with closing(progress):
+                while not trainer.done:
+                    trainer.step()
         except Interrupted:
             trainer.save()
             raise
