@@ -1,6 +1,6 @@
 """A table of finished runs, one row for each method: mean +- half the 95 % interval over seeds. Reads run folders only.
 
-    python scripts/compare.py FOLDER [FOLDER ...]
+    python scripts/compare.py FOLDER [FOLDER ...] [--grid FILE.png]
 
 Rows "base" and "oracle" are the same runs' scores before unlearning and of the model that never saw the forget set.
 """
@@ -91,10 +91,47 @@ def markdown(rows: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def pictures_of(runs: list[dict[str, Any]]) -> dict[str, Path]:
+    """The sample grids of the lowest seed: base, oracle, then the methods in alphabetical order."""
+    found: dict[str, Path] = {}
+    for run in sorted(runs, key=lambda run: (run["seed"], run["method"])):
+        for title, name in (("base", "before"), ("oracle", "oracle"), (run["method"], "after")):
+            path = run["folder"] / "samples" / f"{name}.png"
+            if path.is_file():
+                found.setdefault(title, path)
+    return {title: found[title] for title in sorted(found, key=lambda title: (title not in ("base", "oracle"), title))}
+
+
+def side_by_side(pictures: dict[str, Path], columns: int = 6) -> Any:
+    """A PIL image: the first columns of each grid under its title."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    strips = []
+    for title, path in pictures.items():
+        grid = np.asarray(Image.open(path).convert("RGB"))
+        padding = np.ptp(grid.reshape(grid.shape[0], -1, 3), axis=(0, 2)) == 0  # pixel columns of one grey
+        cell = int(np.flatnonzero(padding & (np.arange(len(padding)) > 2))[0]) if padding[3:].any() else len(padding)
+        strip = Image.new("RGB", (min(columns * cell + 2, len(padding)), grid.shape[0] + 18), "white")
+        strip.paste(Image.fromarray(grid), (0, 18))
+        ImageDraw.Draw(strip).text((3, 3), title, fill="black")
+        strips.append(strip)
+    gap = 10
+    width = sum(strip.width + gap for strip in strips) - gap
+    whole = Image.new("RGB", (width, max(strip.height for strip in strips)), "white")
+    x = 0
+    for strip in strips:
+        whole.paste(strip, (x, 0))
+        x += strip.width + gap
+    return whole
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs below it")
-    folders = parser.parse_args().folders
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="also write a picture of everyone's samples")
+    arguments = parser.parse_args()
+    folders = arguments.folders
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         sys.exit(f"{', '.join(missing)}: there is no such folder.")
     runs, others = finished_runs(folders)
@@ -106,6 +143,9 @@ def main() -> None:
     seeds = sorted({run["seed"] for run in runs})
     print(markdown(rows_of(runs)))
     print(f"\n{len(runs)} runs, seeds {', '.join(map(str, seeds))}; mean ± half the 95 % interval over seeds.")
+    if arguments.grid:
+        side_by_side(pictures_of(runs)).save(arguments.grid)
+        print(f"Samples of the lowest seed: {arguments.grid}")
     if others:
         print("Not in the table:", *others, sep="\n  ")
 

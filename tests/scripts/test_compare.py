@@ -5,9 +5,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+
+from unlearn_runner.training.run_folder import RunFolder
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import compare
@@ -45,6 +49,31 @@ def test_table_of_means_and_intervals(tmp_path):
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
     assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
     assert "diverged (siss, seed 3)" in done.stdout
+
+
+def test_samples_side_by_side(tmp_path):
+    from PIL import Image
+
+    shades = {
+        ("neg_grad", 1, "after"): 40,
+        ("siss", 0, "before"): 80,
+        ("siss", 0, "after"): 120,
+        ("siss", 1, "after"): 9,
+    }
+    for (method, seed, name), shade in shades.items():
+        folder = tmp_path / f"{method}_{seed}_finished"
+        if not folder.exists():
+            make_run(tmp_path, method, seed, {"eval/forget_rate": 0.0})
+        config = {"choices": {"method": method}, "seed": seed}
+        RunFolder(folder, config).save_grid(name, torch.full((30, 1, 48, 48), shade, dtype=torch.uint8), 10)
+    done = command(tmp_path, "--grid", tmp_path / "grid.png")
+    assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    cell, title, columns = 50, 18, 6  # three rows of cells; base, neg_grad and siss of the lowest seed that has one
+    assert picture.shape == (title + 3 * cell + 2, 3 * (columns * cell + 2) + 2 * 10, 3)
+    for strip, shade in enumerate((80, 40, 120)):
+        left = strip * (columns * cell + 2 + 10)
+        assert (picture[title + 2 : title + cell, left + 2 : left + cell] == shade).all()
 
 
 def test_a_run_that_was_made_again_counts_once(tmp_path):
