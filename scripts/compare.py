@@ -55,22 +55,20 @@ def half_width(values: list[float]) -> float | None:
 
 
 def rows_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Values by row and column: base, oracle, then the methods in alphabetical order."""
-    rows: dict[str, dict[str, list[float]]] = {"base": {}, "oracle": {}}
-    seen: dict[str, set[int]] = {"base": set(), "oracle": set()}
+    """Values by row and column: base, oracle, then the methods in alphabetical order.
+
+    Each seed counts once in a row: every method of a seed has the same base and oracle.
+    """
+    rows: dict[str, dict[str, dict[int, float]]] = {"base": {}, "oracle": {}}
     for run in sorted(runs, key=lambda run: (run["method"], run["seed"])):
         for row, prefix in ((run["method"], "eval"), ("base", "base"), ("oracle", "oracle")):
-            if row in seen and run["seed"] in seen[row]:
-                continue  # every method of a seed has the same base and oracle
-            found = False
             for column in COLUMNS:
                 key = column if "/" in column else f"{prefix}/{column}"
-                if key in run["metrics"] and (prefix == "eval" or "/" not in column):
-                    rows.setdefault(row, {}).setdefault(column, []).append(run["metrics"][key])
-                    found = True
-            if found and row in seen:
-                seen[row].add(run["seed"])
-    return {name: row for name, row in rows.items() if row}
+                if key in run["metrics"] and (prefix == "eval" or "/" not in column):  # costs are the method's
+                    rows.setdefault(row, {}).setdefault(column, {})[run["seed"]] = run["metrics"][key]
+    return {
+        name: {column: list(values.values()) for column, values in row.items()} for name, row in rows.items() if row
+    }
 
 
 def cell(values: list[float]) -> str:
