@@ -85,9 +85,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
         # 3. Measure, unlearn, measure.
         recorder.watch(
             network,
-            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"]),
-            Evaluator(data, judge, evaluation["probe"]["metrics"], evaluation["probe"]["sampling"]),
-            cache_dir,
+            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir),
+            Evaluator(data, judge, evaluation["probe"]["metrics"], evaluation["probe"]["sampling"], cache_dir),
         )
         if plan.init == "scratch":
             network.load_state_dict(build_network(seed).state_dict())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_same_bits
+from safetensors.torch import load_file
 
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.errors import ConfigurationError
@@ -38,8 +39,8 @@ def test_classifier_knows_its_digits_and_is_cached(digits, judge, shared_cache):
     assert [(step, values["images"]) for step, values in seen] == [(10, 1280), (12, 1536)]
 
 
-def test_same_model_same_scores(digits, judge, tiny_network):
-    evaluator = Evaluator(digits, judge, METRICS, SAMPLING)
+def test_same_model_same_scores(digits, judge, tiny_network, shared_cache):
+    evaluator = Evaluator(digits, judge, METRICS, SAMPLING, shared_cache)
     network = tiny_network(image_shape=(1, 16, 16))
     first = evaluator(network)
     torch.manual_seed(123)
@@ -49,8 +50,8 @@ def test_same_model_same_scores(digits, judge, tiny_network):
     assert {"forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain"} <= set(first.scores)
 
 
-def test_conditions(digits, judge, tiny_network):
-    evaluator = Evaluator(digits, judge, METRICS, SAMPLING)
+def test_conditions(digits, judge, tiny_network, shared_cache):
+    evaluator = Evaluator(digits, judge, METRICS, SAMPLING, shared_cache)
     conditions = evaluator.conditions
     assert conditions["forget"].tolist() == [1] * 27
     assert conditions["retain"].tolist() == [label for label in (0, 2, 3, 4, 5, 6, 7, 8, 9) for _ in range(3)]
@@ -64,14 +65,16 @@ def test_conditions(digits, judge, tiny_network):
 def test_unconditional_models_have_one_pool(shared_cache, tiny_network):
     data = DigitsTrousers(conditional=False).load()
     judge = trained_judge(data, ClassifierRecipe(max_steps=5, num_features=8), shared_cache, CPU)
-    evaluation = Evaluator(data, judge, METRICS, SAMPLING)(tiny_network(image_shape=(1, 16, 16), num_labels=None))
+    evaluation = Evaluator(data, judge, METRICS, SAMPLING, shared_cache)(
+        tiny_network(image_shape=(1, 16, 16), num_labels=None)
+    )
     assert set(evaluation.judged) == {"all"}
     assert "retain_accuracy" not in evaluation.scores
     assert "fid_retain" in evaluation.scores
 
 
-def test_provenance_names_what_scores_depend_on(digits, judge):
-    provenance = Evaluator(digits, judge, METRICS, SAMPLING).provenance()
+def test_provenance_names_what_scores_depend_on(digits, judge, shared_cache):
+    provenance = Evaluator(digits, judge, METRICS, SAMPLING, shared_cache).provenance()
     assert provenance["features"]["extractor"].startswith("classifiers/")
     assert provenance["num_samples"] == {"forget": 27, "retain": 27}
     for key in ("sampler", "num_inference_steps", "guidance_scale", "seed", "metrics"):
@@ -80,10 +83,10 @@ def test_provenance_names_what_scores_depend_on(digits, judge):
 
 def test_an_evaluation_is_made_once(digits, judge, tiny_network, tmp_path):
     images = Membership(num_images=5, timesteps=[100])
-    evaluator = Evaluator(digits, judge, METRICS | {"mia": images}, SAMPLING)
+    evaluator = Evaluator(digits, judge, METRICS | {"mia": images}, SAMPLING, tmp_path)
     network = tiny_network(image_shape=(1, 16, 16))
-    first = evaluator.once(network, tmp_path)
-    second = evaluator.once(network, tmp_path)
+    first = evaluator.once(network)
+    second = evaluator.once(network)
     assert second.scores == first.scores == evaluator(network).scores
     assert torch.equal(second.grid, first.grid)
     for name, judged in first.judged.items():
@@ -92,17 +95,19 @@ def test_an_evaluation_is_made_once(digits, judge, tiny_network, tmp_path):
     assert len(list(folder.glob("*/evaluation.json"))) == 1
     with torch.no_grad():
         next(network.parameters()).add_(1e-3)
-    evaluator.once(network, tmp_path)
-    evaluator.once(network, tmp_path, first.judged)
-    Evaluator(digits, judge, METRICS, SAMPLING).once(network, tmp_path)
+    evaluator.once(network)
+    evaluator.once(network, first.judged)
+    Evaluator(digits, judge, METRICS, SAMPLING, tmp_path).once(network)
     assert len(list(folder.glob("*/evaluation.json"))) == 4, "other weights, other base, other metrics"
+    references = [load_file(file) for file in tmp_path.glob("references/*/judged.safetensors")]
+    assert sorted(len(tensors["logits"]) for tensors in references) == sorted([len(digits.retain), len(digits.forget)])
 
 
-def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network):
+def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network, shared_cache):
     """Of a share, they are the binomial's; of every score there is one."""
     sampling = Sampling(num_samples=200, num_inference_steps=2, bootstrap=200)
     metrics = METRICS | {"kid": KID(min_samples=50, subset_size=50), "mia": Membership(num_images=30, timesteps=[500])}
-    evaluator = Evaluator(digits, judge, metrics, sampling)
+    evaluator = Evaluator(digits, judge, metrics, sampling, shared_cache)
     network = tiny_network(image_shape=(1, 16, 16))
     evaluation = evaluator(network)
     assert evaluation.intervals.keys() == evaluation.scores.keys()
@@ -122,7 +127,7 @@ def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network):
     assert high == pytest.approx(0.5 + 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
     for key in ("fid_retain", "kid_retain", "mia_auc"):
         assert intervals[key][0] < scores[key] < intervals[key][1], key
-    more = Evaluator(digits, judge, {"rates": Rates()}, Sampling(num_samples=200))
+    more = Evaluator(digits, judge, {"rates": Rates()}, Sampling(num_samples=200), shared_cache)
     assert more(network).intervals == {}
 
 
@@ -135,16 +140,18 @@ def test_too_few_samples_are_refused_with_a_sentence():
     require_enough_samples({"fid": FID(per_class=True, min_samples=20)}, SAMPLING, 8, None)
 
 
-def test_too_few_references_are_said(digits, judge):
-    evaluator = Evaluator(digits, judge, {"fid": FID(min_samples=20), "kid": KID(min_samples=500)}, SAMPLING)
+def test_too_few_references_are_said(digits, judge, shared_cache):
+    evaluator = Evaluator(
+        digits, judge, {"fid": FID(min_samples=20), "kid": KID(min_samples=500)}, SAMPLING, shared_cache
+    )
     count = len(digits.forget)
     assert evaluator.left_out() == [f"kid of forget is left out: {count} real images, it needs 500."]
     assert evaluator.provenance()["left_out"] == evaluator.left_out()
 
 
-def test_references_are_mirrored_where_training_mirrors(judge):
+def test_references_are_mirrored_where_training_mirrors(judge, shared_cache):
     data = DigitsTrousers(horizontal_flip=True).load()
-    references = Evaluator(data, judge, METRICS, SAMPLING).references["forget"].features
+    references = Evaluator(data, judge, METRICS, SAMPLING, shared_cache).references["forget"].features
     pixels = data.forget.pixels
     assert torch.allclose(references[0], judge(pixels[:1]).features[0], atol=1e-5)
     assert torch.allclose(references[1], judge(pixels[1:2].flip(-1)).features[0], atol=1e-5)

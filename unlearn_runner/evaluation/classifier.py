@@ -116,7 +116,7 @@ class Judge:
         self.extractor_digest = None if extractor is None else digest(extractor.state_dict())
 
     @torch.inference_mode()
-    def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 1024) -> Judged:
+    def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
         parts = [self._judge(part.to(self.device)) for part in images.split(batch_size)]
         return Judged(images.cpu(), *(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 

@@ -107,7 +107,11 @@ def require_enough_samples(
 
 @final
 class Evaluator:
-    """Scores a model on one dataset. The same object scores the base, the unlearned model and the oracle."""
+    """Scores a model on one dataset. The same object scores the base, the unlearned model and the oracle.
+
+    What many runs have in common is made once and kept in `cache_dir`: the judge's view of the training images, and,
+    by `once`, the evaluations of bases and oracles.
+    """
 
     def __init__(
         self,
@@ -115,7 +119,9 @@ class Evaluator:
         judge: Judge,
         metrics: dict[str, Metric | ImageMetric],
         sampling: Sampling,
+        cache_dir: Path,
     ):
+        self.cache_dir = cache_dir
         self.data = data
         self.spec = data.spec
         self.judge = judge
@@ -154,8 +160,8 @@ class Evaluator:
             intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
         return Evaluation(scores, intervals, clock.seconds, *self._grid(judged), judged)
 
-    def once(self, model: DiffusionModel, cache_dir: Path, before: dict[str, Judged] | None = None) -> Evaluation:
-        """The same from the cache, made if it is not there: for models that many runs share, bases and oracles."""
+    def once(self, model: DiffusionModel, before: dict[str, Judged] | None = None) -> Evaluation:
+        """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
         key = {
             "weights": digest(model.state_dict()),
             "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
@@ -164,7 +170,7 @@ class Evaluator:
             "code": _code(),
             "device": str(self.judge.device.type),
         }
-        folder = cached(cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial))
+        folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial))
         return open_evaluation(folder)
 
     def provenance(self) -> dict[str, Any]:
@@ -264,8 +270,8 @@ class Evaluator:
 
     def _references(self) -> dict[str, Judged]:
         """Real training images, judged: the forget images, those of the retained conditions, each clean class."""
-        retain = self._judge_all(self.data.retain)
-        references = {"forget": self._judge_all(self.data.forget)}
+        retain, forget = self._judged_once("retain", self.data.retain), self._judged_once("forget", self.data.forget)
+        references = {"forget": forget}
         if self.spec.label_names is None:
             return references | {"retain": retain}
         labels = self.data.retain.labels
@@ -276,13 +282,25 @@ class Evaluator:
             references[f"/{name}"] = clean if len(clean) else references["forget"]
         return references
 
-    def _judge_all(self, images: LabelledImages) -> Judged:
+    def _judged_once(self, name: str, images: LabelledImages) -> Judged:
         """As the model saw them in training: every second one mirrored, if it saw them mirrored. No picture is kept."""
-        pixels = images.pixels
-        if self.spec.horizontal_flip:
-            pixels = pixels.clone()
-            pixels[1::2] = pixels[1::2].flip(-1)
-        return replace(self.judge(pixels), images=pixels[:, :0])
+        key = {
+            "judge": [digest(self.judge.classifier.state_dict()), self.judge.extractor_digest],
+            "data": self.data.fingerprint,
+            "images": name,
+            "code": _code(),
+            "device": str(self.judge.device.type),
+        }
+
+        def make(folder: Path) -> None:
+            pixels = images.pixels
+            if self.spec.horizontal_flip:
+                pixels = pixels.clone()
+                pixels[1::2] = pixels[1::2].flip(-1)
+            tensors = replace(self.judge(pixels), images=pixels[:, :0]).tensors()
+            save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
+
+        return Judged(**load_file(cached(self.cache_dir, "references", key, make) / "judged.safetensors"))
 
     def _grouped(self, judged: dict[str, Judged]) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:

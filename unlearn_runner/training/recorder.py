@@ -1,7 +1,6 @@
 """What a run leaves: lines, pictures, scores, the model and the summary, in its folder and its dashboard."""
 
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any, final
 
@@ -75,7 +74,6 @@ class RunRecorder(Recorder):
         self.progress = ProgressBar("unlearning", max_steps, console)
         self.evaluator: Evaluator | None = None  # set by `watch`
         self.probe: Evaluator | None = None
-        self.cache_dir: Path | None = None
         self.before: Evaluation | None = None
         self.scores: dict[str, float] = {}
         self.costs: dict[str, float] = {}
@@ -110,14 +108,14 @@ class RunRecorder(Recorder):
         self.folder.close()
         self.logger.finish(metrics, failed=status != "finished")
 
-    def watch(self, base: DiffusionModel, evaluator: Evaluator, probe: Evaluator, cache_dir: Path) -> None:
+    def watch(self, base: DiffusionModel, evaluator: Evaluator, probe: Evaluator) -> None:
         """Score the base model, and from now on score and compare with it."""
-        self.evaluator, self.probe, self.cache_dir = evaluator, probe, cache_dir
+        self.evaluator, self.probe = evaluator, probe
         self.provenance = evaluator.provenance()
         for sentence in evaluator.left_out():
             self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the base model")
-        self.before = evaluator.once(base, cache_dir)
+        self.before = evaluator.once(base)
         self._record(0, "base", self.before, "before")
 
     def relearn(self, prefix: str, model: DiffusionModel, relearning: Relearning) -> None:
@@ -135,7 +133,7 @@ class RunRecorder(Recorder):
     def compare_with_oracle(self, model: DiffusionModel) -> None:
         """Score the model that never saw the forget set."""
         self.console.print("measuring the oracle")
-        oracle = self.evaluator.once(model, self.cache_dir, self.before.judged)
+        oracle = self.evaluator.once(model, self.before.judged)
         self._record(self.trainer.total_steps, "oracle", oracle, "oracle")
 
     def log(self, step: int, values: dict[str, float]) -> None:
