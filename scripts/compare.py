@@ -71,12 +71,13 @@ def rows_of(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def cell(values: list[float]) -> str:
-    """Three significant digits, and the interval where the values differ at all."""
+def cell(values: list[float], of: int) -> str:
+    """The mean, the interval where the values differ at all, and how many of the row's seeds have one if not all."""
     centre, half = mean(values), half_width(values)
     digits = 0 if abs(centre) >= 100 else 1 if abs(centre) >= 10 else 3
     text = f"{centre:.{digits}f}"
-    return text if half is None or half == 0 else f"{text} ± {half:.{digits}f}"
+    text = text if half is None or half == 0 else f"{text} ± {half:.{digits}f}"
+    return text if len(values) == of else f"{text} ({len(values)} of {of})"
 
 
 def markdown(rows: dict[str, dict[str, list[float]]]) -> str:
@@ -84,7 +85,7 @@ def markdown(rows: dict[str, dict[str, list[float]]]) -> str:
     lines = ["| | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for column in COLUMNS:
         if any(column in row for row in rows.values()):
-            cells = [cell(row[column]) if column in row else "" for row in rows.values()]
+            cells = [cell(row[column], max(map(len, row.values()))) if column in row else "" for row in rows.values()]
             lines.append(f"| {column} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -37,7 +37,8 @@ def command(*arguments):
 def test_table_of_means_and_intervals(tmp_path):
     for seed, rate in enumerate((0.1, 0.2, 0.3)):
         shared = {"base/forget_rate": 0.5, "oracle/forget_rate": 0.0, "cost/seconds": 120.0 + seed}
-        make_run(tmp_path, "siss", seed, shared | {"eval/forget_rate": rate})
+        once = {"eval/deletion_steps": 50.0} if seed == 2 else {}
+        make_run(tmp_path, "siss", seed, shared | {"eval/forget_rate": rate} | once)
         make_run(tmp_path, "neg_grad", seed, shared | {"eval/forget_rate": 0.0, "eval/mia_auc": 0.25})
     make_run(tmp_path, "siss", 3, {}, status="diverged")
     done = command(tmp_path)
@@ -47,6 +48,7 @@ def test_table_of_means_and_intervals(tmp_path):
     # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3)
     assert table["forget_rate"] == "| forget_rate | 0.500 | 0.000 | 0.000 | 0.200 ± 0.248 |"
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
+    assert table["deletion_steps"] == "| deletion_steps |  |  |  | 50.0 (1 of 3) |"
     assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
     assert "diverged (siss, seed 3)" in done.stdout
 
@@ -106,5 +108,5 @@ def test_bad_folders_get_one_sentence(tmp_path, what):
 
 def test_one_value_has_no_interval():
     assert compare.half_width([1.0]) is None
-    assert compare.cell([0.1234]) == "0.123"
-    assert compare.cell([12.34, 12.34]) == "12.3"
+    assert compare.cell([0.1234], 1) == "0.123"
+    assert compare.cell([12.34, 12.34], 2) == "12.3"
