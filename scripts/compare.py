@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,7 +26,7 @@ COLUMNS = (
 
 def finished_runs(folders: list[Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """The finished runs below the folders, of each method and seed the newest, and a line for each other run."""
-    runs: list[dict[str, Any]] = []
+    newest: dict[tuple[str, int], dict[str, Any]] = {}
     others: list[str] = []
     found = {path for folder in folders for path in folder.glob("**/summary.json")}
     for path in sorted(found, key=lambda path: path.stat().st_mtime):
@@ -37,12 +38,12 @@ def finished_runs(folders: list[Path]) -> tuple[list[dict[str, Any]], list[str]]
             others.append(f"{path.parent}: unreadable ({type(error).__name__}: {error})")
             continue
         if run["status"] == "finished":
-            again = [old for old in runs if (old["method"], old["seed"]) == (run["method"], run["seed"])]
-            others += [f"{old['folder']}: made again later ({old['method']}, seed {old['seed']})" for old in again]
-            runs = [old for old in runs if old not in again] + [run]
+            if old := newest.get((run["method"], run["seed"])):
+                others.append(f"{old['folder']}: made again later ({old['method']}, seed {old['seed']})")
+            newest[run["method"], run["seed"]] = run
         else:
             others.append(f"{path.parent}: {run['status']} ({run['method']}, seed {run['seed']})")
-    return runs, others
+    return list(newest.values()), others
 
 
 def half_width(values: list[float]) -> float | None:
@@ -90,15 +91,15 @@ def markdown(rows: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
-def pictures_of(runs: list[dict[str, Any]]) -> dict[str, Path]:
-    """The sample grids of the lowest seed: base, oracle, then the methods in alphabetical order."""
+def pictures_of(runs: list[dict[str, Any]], rows: Iterable[str]) -> dict[str, Path]:
+    """The sample grids of the lowest seed, by row and in the order of the rows."""
     found: dict[str, Path] = {}
     for run in sorted(runs, key=lambda run: (run["seed"], run["method"])):
         for title, name in (("base", "before"), ("oracle", "oracle"), (run["method"], "after")):
             path = run["folder"] / "samples" / f"{name}.png"
             if path.is_file():
                 found.setdefault(title, path)
-    return {title: found[title] for title in sorted(found, key=lambda title: (title not in ("base", "oracle"), title))}
+    return {row: found[row] for row in rows if row in found}
 
 
 def side_by_side(pictures: dict[str, Path], columns: int = 6) -> Any:
@@ -140,10 +141,11 @@ def main() -> None:
     if len(settings) > 1:
         sys.exit("these runs were not measured alike (data, samples, sampler or metrics differ): give them separately.")
     seeds = sorted({run["seed"] for run in runs})
-    print(markdown(rows_of(runs)))
+    rows = rows_of(runs)
+    print(markdown(rows))
     print(f"\n{len(runs)} runs, seeds {', '.join(map(str, seeds))}; mean ± half the 95 % interval over seeds.")
     if arguments.grid:
-        side_by_side(pictures_of(runs)).save(arguments.grid)
+        side_by_side(pictures_of(runs, rows)).save(arguments.grid)
         print(f"Samples of the lowest seed: {arguments.grid}")
     if others:
         print("Not in the table:", *others, sep="\n  ")

@@ -65,7 +65,7 @@ def test_samples_side_by_side(tmp_path):
     for (method, seed, name), shade in shades.items():
         folder = tmp_path / f"{method}_{seed}_finished"
         if not folder.exists():
-            make_run(tmp_path, method, seed, {"eval/forget_rate": 0.0})
+            make_run(tmp_path, method, seed, {"base/forget_rate": 0.5, "eval/forget_rate": 0.0})
         config = {"choices": {"method": method}, "seed": seed}
         RunFolder(folder, config).save_grid(name, torch.full((30, 1, 48, 48), shade, dtype=torch.uint8), 10)
     done = command(tmp_path, "--grid", tmp_path / "grid.png")

@@ -50,7 +50,7 @@ class ProgressRecorder(Recorder):
         pass
 
     def finish(self, model: DiffusionModel, step: int) -> None:
-        self.progress.close()
+        pass
 
     def state_dict(self) -> dict[str, Any]:
         return {}
