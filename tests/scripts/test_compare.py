@@ -110,3 +110,12 @@ def test_one_value_has_no_interval():
     assert compare.half_width([1.0]) is None
     assert compare.cell([0.1234], 1) == "0.123"
     assert compare.cell([12.34, 12.34], 2) == "12.3"
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "runs").iterdir()), ids=lambda folder: folder.name)
+def test_tables_in_the_docs_are_those_of_the_published_runs(folder):
+    runs, others = compare.finished_runs([folder])
+    assert not others
+    text = (ROOT / "docs" / "results.md").read_text()
+    section = text.split(f"### {folder.name}\n", 1)[1].split("\n#", 1)[0]
+    assert compare.markdown(compare.rows_of(runs)) in section
