@@ -1,0 +1,31 @@
+"""What `hardware` sets for the whole process."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, torch
+from unlearn_runner.hardware import Hardware
+if {apply}:
+    Hardware("cpu").apply()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    torch.zeros(8_000_000)
+before = faults()
+for _ in range(10):
+    torch.zeros(8_000_000)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_for_the_next_step():
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(apply=apply)], capture_output=True, check=True).stdout)
+        for apply in (False, True)
+    )
+    assert plain > 1000  # each of the ten times 32 MB; else there is nothing to gain here
+    assert kept < plain / 10
