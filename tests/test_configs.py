@@ -1,6 +1,8 @@
 """Every option of every group composes and builds; every method steps twice, resets and resumes to the bit."""
 
 import copy
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +13,12 @@ from conftest import ROOT, assert_same_bits
 from hydra.utils import instantiate
 from rich.console import Console
 
+from unlearn_runner.cache import digest
 from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
+from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
@@ -207,6 +212,29 @@ def test_experiments_compose_with_every_method(composed, experiment):
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], features, num_labels)
     header = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     assert "CPU" in header or "GPU" in header, "the header says how long it takes"
+
+
+def test_published_models_spare_an_experiment_its_training(composed, digits, tmp_path):
+    """docs/cache, copied over a user's cache, holds the base, oracle and classifier that the experiment looks for."""
+    cache = shutil.copytree(ROOT / "docs" / "cache", tmp_path / "cache")
+    cfg = composed("experiment=mnist_trousers_small", debug=False)
+    key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
+    [fingerprint] = {json.loads(path.read_text())["data"] for path in cache.glob("*/*/key.json")}
+    data = copy.copy(digits)  # as many contents as MNIST + trousers, of which only the fingerprint is asked for
+    data.__dict__["fingerprint"] = fingerprint
+
+    def build(seed: int):
+        raise AssertionError("it would be trained")
+
+    network = make(key["network"], image_shape=(1, 28, 28), num_labels=10, seed=0)
+    digests = {digest(network.state_dict())}
+    for population in ("all", "retain"):
+        recipe = make(key["pretraining"])
+        network.load(pretrained(population, recipe, key, build, data, cache, Interrupts(), Console()))
+        digests.add(digest(network.state_dict()))
+    assert len(digests) == 3
+    judge = trained_judge(data, make(cfg["evaluation"])["classifier"], cache, CPU, show=build)
+    assert judge.test_accuracy["retain"] >= 0.985
 
 
 def test_tuned_settings_belong_to_an_experiment_and_a_method(composed):
