@@ -228,8 +228,8 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
 
     network = make(key["network"], image_shape=(1, 28, 28), num_labels=10, seed=0)
     digests = {digest(network.state_dict())}
+    recipe = make(key["pretraining"])
     for population in ("all", "retain"):
-        recipe = make(key["pretraining"])
         network.load(pretrained(population, recipe, key, build, data, cache, Interrupts(), Console()))
         digests.add(digest(network.state_dict()))
     assert len(digests) == 3
