@@ -19,7 +19,8 @@ def test_relearning_trains_a_copy_until_the_content_is_back(digits, tiny_network
     seen = []
 
     def probe(model):
-        moved = sum(float((a - b).abs().sum()) for a, b in zip(model.parameters(), network.parameters(), strict=True))
+        pairs = zip(model.parameters(), network.parameters(), strict=True)
+        moved = sum(float((a - b).detach().abs().sum()) for a, b in pairs)
         seen.append(moved)
         return 0.1 * (len(seen) - 1)
 
