@@ -57,8 +57,10 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
     network = build_network(seed)
     pretraining = make(cfg["model"]["pretraining"])
-    method = make(cfg["method"], model=network, generator=make_generator(seed, "method", hardware.device))
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
+    if plan.init == "base":
+        network.freeze_for_unlearning()
+    method = make(cfg["method"], model=network, generator=make_generator(seed, "method", hardware.device))
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
-    done = command("logger=jsonl", "evaluation=full", outputs=tmp_path / "o", cache=tmp_path / "c")
+    done = command("logger=jsonl", "evaluation=full", outputs=tmp_path / "o", cache=tmp_path / "c", timeout=1800)
     assert done.returncode == 0, done.stderr
     (folder,) = runs_below(tmp_path / "o")
     metrics = summary(folder)["metrics"]

@@ -18,12 +18,12 @@ from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.training.run_folder import claim, config_hash
 
 
-def command(*overrides: str, outputs: Path, cache: Path, **more) -> subprocess.CompletedProcess:
+def command(*overrides: str, outputs: Path, cache: Path, timeout: float = 300, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *overrides],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         env=environment(outputs, cache),
         **more,
     )

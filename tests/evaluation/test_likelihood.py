@@ -51,7 +51,7 @@ class GaussianModel(DiffusionModel):
     def sample(self, *_, **__):
         raise NotImplementedError
 
-    save = load = sample
+    save = load = noising = loss = freeze_for_unlearning = sample
 
 
 def gaussian(d, seed=0):

@@ -5,7 +5,7 @@ import torch
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.membership import Membership, attack, losses_at
-from unlearn_runner.methods.denoising import squared_error
+from unlearn_runner.models.model import squared_error
 
 
 def test_attack_on_known_losses():

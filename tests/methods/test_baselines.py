@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.denoising import Denoising, denoising_loss, draw_noise, predict_noised, squared_error
+from unlearn_runner.methods.denoising import Denoising, denoising_loss, draw_noise, drawn_loss
 from unlearn_runner.methods.erase_diff import EraseDiff, combine, erase_diff_loss
 from unlearn_runner.methods.method import Update
 from unlearn_runner.methods.neg_grad import NegGrad, neg_grad_loss
+from unlearn_runner.models.model import squared_error
 from unlearn_runner.types import Batch, make_generator
 
 
@@ -24,9 +25,22 @@ def test_losses_golden_values():
     prediction = torch.tensor([[1.0, 3.0], [0.0, 0.0]]).view(2, 1, 1, 2)
     target = torch.tensor([[0.0, 1.0], [2.0, 0.0]]).view(2, 1, 1, 2)
     assert squared_error(prediction, target).tolist() == [5.0, 4.0]
-    assert denoising_loss(prediction, target).item() == pytest.approx(9 / 4)
-    assert neg_grad_loss(prediction, target).item() == pytest.approx(-9 / 2)
+    assert neg_grad_loss(squared_error(prediction, target)).item() == pytest.approx(-9 / 2)
     assert erase_diff_loss(prediction, target).item() == pytest.approx(9 / 2)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_denoising_loss_is_the_published_one(tiny_network, prediction_type):
+    """||eps_theta(gamma x0 + sigma eps, t) - eps||^2, or the same of v, with diffusers' own noising and targets."""
+    network, images = tiny_network(prediction_type=prediction_type), batch()
+    timesteps = torch.arange(16) * 60
+    eps = torch.randn(images.x0_retain.shape, generator=torch.Generator().manual_seed(1))
+    found = denoising_loss(network, images.x0_retain, images.cond_retain, timesteps, eps)
+    x_t = network.scheduler.add_noise(images.x0_retain, eps, timesteps)
+    velocity = network.scheduler.get_velocity(images.x0_retain, eps, timesteps)
+    answer = network.unet(x_t, timesteps, class_labels=images.cond_retain).sample
+    target = eps if prediction_type == "epsilon" else velocity
+    torch.testing.assert_close(found, ((answer - target) ** 2).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_erase_diff_direction():
@@ -55,7 +69,7 @@ def test_erase_diff_speaks_of_noise_whatever_the_network_predicts(tiny_network):
     network, images = tiny_network(prediction_type="v_prediction"), batch()
     found = EraseDiff(network, sgd, make_generator(0, "m")).step(images)["loss/forget"]
     network, g = tiny_network(prediction_type="v_prediction"), make_generator(0, "m")
-    predict_noised(network, images.x0_retain, images.cond_retain, g)
+    drawn_loss(network, images.x0_retain, images.cond_retain, g)
     timesteps, eps = draw_noise(network, images.x0_forget, g)
     gamma, sigma = network.gamma_sigma(timesteps)
     x_t = gamma * images.x0_forget + sigma * eps

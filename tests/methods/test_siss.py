@@ -17,6 +17,7 @@ from unlearn_runner.methods.siss import (
     mix,
     siss_loss,
 )
+from unlearn_runner.models.model import Noising, squared_error
 from unlearn_runner.types import Batch, make_generator
 
 F64 = torch.float64
@@ -25,6 +26,12 @@ F64 = torch.float64
 def log_density(m, image, gamma, sigma):
     """log N(m; gamma image, sigma^2 I), summed over pixels, without its constant."""
     return -((m - gamma * image).square() / (2 * sigma**2)).flatten(1).sum(1)
+
+
+def mixed(batch, gamma, sigma, eps, from_forget, lambd):
+    """The mixture of a diffusion model: both images at one amplitude and one standard deviation of the noise."""
+    noisings = (Noising(gamma, x0, sigma) for x0 in (batch.x0_retain, batch.x0_forget))
+    return mix(batch, torch.zeros(len(eps), dtype=torch.int64), *noisings, eps, from_forget, lambd)
 
 
 def pairs(b=64, scale=0.3, seed=0, labels=None):
@@ -41,22 +48,25 @@ def pairs(b=64, scale=0.3, seed=0, labels=None):
 def test_weights_are_the_density_ratios(lambd):
     batch, gamma, sigma, eps, from_forget = pairs()
     from_forget = torch.full_like(from_forget, bool(lambd)) if lambd in (0.0, 1.0) else from_forget
-    mixture = mix(batch, gamma, sigma, eps, from_forget, lambd)
-    q_x = log_density(mixture.x_t, batch.x0_retain, gamma, sigma).exp()
-    q_a = log_density(mixture.x_t, batch.x0_forget, gamma, sigma).exp()
+    mixture = mixed(batch, gamma, sigma, eps, from_forget, lambd)
+    q_x = log_density(mixture.m, batch.x0_retain, gamma, sigma).exp()
+    q_a = log_density(mixture.m, batch.x0_forget, gamma, sigma).exp()
     q_lambda = (1 - lambd) * q_x + lambd * q_a
-    torch.testing.assert_close(mixture.w_retain, q_x / q_lambda, rtol=1e-10, atol=0)
-    torch.testing.assert_close(mixture.w_forget, q_a / q_lambda, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mixture.retain.weight, q_x / q_lambda, rtol=1e-10, atol=0)
+    torch.testing.assert_close(mixture.forget.weight, q_a / q_lambda, rtol=1e-10, atol=0)
     torch.testing.assert_close(
-        (1 - lambd) * mixture.w_retain + lambd * mixture.w_forget, torch.ones(64, dtype=F64), rtol=1e-12, atol=0
+        (1 - lambd) * mixture.retain.weight + lambd * mixture.forget.weight,
+        torch.ones(64, dtype=F64),
+        rtol=1e-12,
+        atol=0,
     )
 
 
 def test_targets_lead_from_each_image_to_the_sample():
     batch, gamma, sigma, eps, from_forget = pairs()
-    mixture = mix(batch, gamma, sigma, eps, from_forget, 0.5)
-    torch.testing.assert_close(gamma * batch.x0_retain + sigma * mixture.eps_retain, mixture.x_t)
-    torch.testing.assert_close(gamma * batch.x0_forget + sigma * mixture.eps_forget, mixture.x_t)
+    mixture = mixed(batch, gamma, sigma, eps, from_forget, 0.5)
+    torch.testing.assert_close(gamma * batch.x0_retain + sigma * mixture.retain.eps, mixture.m)
+    torch.testing.assert_close(gamma * batch.x0_forget + sigma * mixture.forget.eps, mixture.m)
 
 
 def test_extreme_log_ratios_neither_overflow_nor_vanish():
@@ -73,7 +83,8 @@ def test_loss_golden_value():
     prediction = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=F64).view(2, 1, 1, 2)
     zeros, ones = torch.zeros_like(prediction), torch.ones_like(prediction)
     w_retain, w_forget = torch.tensor([2.0, 0.5], dtype=F64), torch.tensor([0.25, 1.5], dtype=F64)
-    retain, forget = siss_loss(prediction, zeros, ones, w_retain, w_forget)
+    losses = (squared_error(prediction, target) for target in (zeros, ones))
+    retain, forget = siss_loss(*losses, w_retain, w_forget)
     assert retain.item() == pytest.approx((2 * 1 + 0.5 * 4) / 2)
     assert forget.item() == pytest.approx((0.25 * 1 + 1.5 * 2) / 2)
 
@@ -98,19 +109,18 @@ def test_mean_gradient_is_naive_deletions(lambd):
     gamma, sigma = abar.sqrt(), (1 - abar).sqrt()
     eps = torch.randn(draws, 1, 1, 2, generator=g, dtype=F64)
     batch = Batch(draw(0, n), draw(0, k), None, None, k / n)
-    mixture = mix(batch, gamma, sigma, eps, torch.rand(draws, generator=g) < lambd, lambd)
+    mixture = mixed(batch, gamma, sigma, eps, torch.rand(draws, generator=g) < lambd, lambd)
 
     def per_sample_gradient(m, target, w):
         residual = weight[0] * m + weight[1] - target
         return w[:, None] * 2 * torch.stack([(residual * m).flatten(1).sum(1), residual.flatten(1).sum(1)], 1)
 
     retain_factor, forget_factor = n / (n - k), k / (n - k)
-    siss = retain_factor * per_sample_gradient(mixture.x_t, mixture.eps_retain, mixture.w_retain)
-    siss = (siss - forget_factor * per_sample_gradient(mixture.x_t, mixture.eps_forget, mixture.w_forget)).detach()
-    losses = siss_loss(
-        weight[0] * mixture.x_t + weight[1],
-        mixture.eps_retain, mixture.eps_forget, mixture.w_retain, mixture.w_forget,
-    )  # fmt: skip
+    siss = retain_factor * per_sample_gradient(mixture.m, mixture.retain.eps, mixture.retain.weight)
+    siss = (siss - forget_factor * per_sample_gradient(mixture.m, mixture.forget.eps, mixture.forget.weight)).detach()
+    answer = weight[0] * mixture.m + weight[1]
+    errors = (squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget))
+    losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
     (gradient,) = torch.autograd.grad(retain_factor * losses[0] - forget_factor * losses[1], weight)
     torch.testing.assert_close(siss.mean(0), gradient)
 
@@ -124,14 +134,14 @@ def test_mean_gradient_is_naive_deletions(lambd):
 def test_differing_conditions_make_the_weights_one_hot():
     labels = (torch.arange(64) % 3, torch.ones(64, dtype=torch.int64))
     batch, gamma, sigma, eps, from_forget = pairs(labels=labels)
-    mixture = mix(batch, gamma, sigma, eps, from_forget, 0.2)
+    mixture = mixed(batch, gamma, sigma, eps, from_forget, 0.2)
     differ = labels[0] != labels[1]
     expected_retain = torch.where(from_forget, 0.0, 1 / 0.8).double()
     expected_forget = torch.where(from_forget, 1 / 0.2, 0.0).double()
-    torch.testing.assert_close(mixture.w_retain[differ], expected_retain[differ])
-    torch.testing.assert_close(mixture.w_forget[differ], expected_forget[differ])
-    same = mix(Batch(*batch[:2], None, None, 0.0), gamma, sigma, eps, from_forget, 0.2)
-    torch.testing.assert_close(mixture.w_retain[~differ], same.w_retain[~differ])
+    torch.testing.assert_close(mixture.retain.weight[differ], expected_retain[differ])
+    torch.testing.assert_close(mixture.forget.weight[differ], expected_forget[differ])
+    same = mixed(Batch(*batch[:2], None, None, 0.0), gamma, sigma, eps, from_forget, 0.2)
+    torch.testing.assert_close(mixture.retain.weight[~differ], same.retain.weight[~differ])
     assert torch.equal(mixture.cond, torch.where(from_forget, labels[1], labels[0]))
 
 
@@ -205,12 +215,11 @@ def test_step_is_the_published_update(tiny_network):
     timesteps = torch.randint(1000, (32,), generator=generator)
     eps = torch.randn(batch.x0_retain.shape, generator=generator)
     coin = torch.rand(32, generator=generator)
-    mixture = mix(batch, *reference.gamma_sigma(timesteps), eps, coin < 0.4, 0.4)
+    mixture = mixed(batch, *reference.gamma_sigma(timesteps), eps, coin < 0.4, 0.4)
     weights = list(reference.parameters())
-    losses = siss_loss(
-        reference.predict(mixture.x_t, timesteps, mixture.cond),
-        mixture.eps_retain, mixture.eps_forget, mixture.w_retain, mixture.w_forget,
-    )  # fmt: skip
+    answer = reference.predict(mixture.m, timesteps, mixture.cond)
+    errors = (squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget))
+    losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
     g_x, g_a = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
     norm_a = math.sqrt(sum(g.square().sum().item() for g in g_a))
     with torch.no_grad():
@@ -250,4 +259,4 @@ def test_refuses(tiny_network, settings):
 
 
 def test_constant_controller_takes_the_ends():
-    assert [Constant(value).next({}) for value in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]
+    assert [Constant(value).next(torch.zeros(4)).lambd for value in (0.0, 0.5, 1.0)] == [0.0, 0.5, 1.0]

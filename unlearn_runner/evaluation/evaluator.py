@@ -20,7 +20,7 @@ from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, Samples
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import make_generator
 
 
@@ -135,7 +135,7 @@ class Evaluator:
         needed = any(metric.needs_references for metric in self.on_samples.values())
         self.references = self._references() if needed else {}
 
-    def __call__(self, model: DiffusionModel, before: dict[str, Judged] | None = None) -> Evaluation:
+    def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """Score `model`; `before` are the base model's samples, for the metrics that compare with them."""
         clock = _Clock()
         judged = {}
@@ -160,7 +160,7 @@ class Evaluator:
             intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
         return Evaluation(scores, intervals, clock.seconds, *self._grid(judged), judged)
 
-    def once(self, model: DiffusionModel, before: dict[str, Judged] | None = None) -> Evaluation:
+    def once(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
         key = {
             "weights": digest(model.state_dict()),
@@ -205,7 +205,7 @@ class Evaluator:
                     )
         return sentences
 
-    def _draw(self, model: DiffusionModel, name: str) -> Float[Tensor, "n c h w"]:
+    def _draw(self, model: GenerativeModel, name: str) -> Float[Tensor, "n c h w"]:
         labels, device = self.conditions[name], self.judge.device
         return model.sample(
             self.sampling.num_samples,

@@ -15,7 +15,7 @@ from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledIm
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judged
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 
 
 class Group(NamedTuple):
@@ -68,7 +68,7 @@ class ImageMetric(ABC):
     """Scores by key, without the prefix `eval/`, from what a model answers to real images."""
 
     @abstractmethod
-    def measure(self, model: DiffusionModel, data: ForgetRetain) -> dict[str, Tensor]:
+    def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
         """Tables with a row for each image, by the set of images."""
 
     @abstractmethod

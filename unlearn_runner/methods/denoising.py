@@ -13,38 +13,50 @@ from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Method, Update
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
-def denoising_loss(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
-    """L_simple: squared error of the predicted noise, mean over pixels and batch. In [0, inf)."""
-    return squared_error(prediction, target).mean() / prediction[0].numel()
+def denoising_loss(
+    model: GenerativeModel,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "b"],
+    eps: Float[Tensor, "b ..."],
+) -> Float[Tensor, "b"]:
+    """L_simple of each image: ||eps_theta(x_t) - eps||^2 at x_t = gamma_t x0 + sigma_t eps, summed over pixels.
 
-
-def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
-    """||prediction - target||^2 of each sample: a sum over its pixels."""
-    return (prediction - target).square().flatten(1).sum(1)
+    A network that predicts v is held to v instead. For a VAE, whose noisy sample is the latent z: minus the evidence
+    lower bound at one z, log q(z|x0) - log p(z) - log p(x0|z), in nats.
+    """
+    noising = model.noising(x0, timesteps, cond)
+    m = noising.sample(eps)
+    return model.loss(model.predict(m, timesteps, cond), x0, m, eps, noising.std, timesteps)
 
 
 def draw_noise(
-    model: DiffusionModel, x0: Float[Tensor, "b c h w"], generator: torch.Generator
-) -> tuple[Int64[Tensor, "b"], Float[Tensor, "b c h w"]]:
+    model: GenerativeModel, x0: Float[Tensor, "b c h w"], generator: torch.Generator
+) -> tuple[Int64[Tensor, "b"], Float[Tensor, "b ..."]]:
     """Timesteps, uniform over the schedule, and standard normal noise, one of each for every image."""
     timesteps = torch.randint(model.num_train_timesteps, (x0.shape[0],), generator=generator, device=x0.device)
-    return timesteps, torch.randn(x0.shape, generator=generator, device=x0.device, dtype=x0.dtype)
+    return timesteps, draw_eps(model, x0, generator)
 
 
-def predict_noised(
-    model: DiffusionModel,
+def draw_eps(
+    model: GenerativeModel, x0: Float[Tensor, "b c h w"], generator: torch.Generator
+) -> Float[Tensor, "b ..."]:
+    """Standard normal noise for every image."""
+    return torch.randn((len(x0), *model.sample_shape), generator=generator, device=x0.device, dtype=x0.dtype)
+
+
+def drawn_loss(
+    model: GenerativeModel,
     x0: Float[Tensor, "b c h w"],
     cond: Shaped[Tensor, "b ..."] | None,
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-    """The network's answer to x_t = gamma_t x0 + sigma_t eps for a random t and eps, and its target."""
-    timesteps, eps = draw_noise(model, x0, generator)
-    gamma, sigma = model.gamma_sigma(timesteps)
-    return model.predict(gamma * x0 + sigma * eps, timesteps, cond), model.target(x0, eps, timesteps)
+) -> Float[Tensor, "b"]:
+    """The denoising loss of each image at a random t and eps."""
+    return denoising_loss(model, x0, cond, *draw_noise(model, x0, generator))
 
 
 @final
@@ -53,8 +65,8 @@ class Denoising(Method):
 
     def __init__(
         self,
-        model: DiffusionModel,
-        update: Callable[[DiffusionModel], Update],
+        model: GenerativeModel,
+        update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
         population: str = "retain",
     ):
@@ -67,11 +79,12 @@ class Denoising(Method):
         self.generator = generator
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
-        loss = denoising_loss(*predict_noised(self.trained, batch.x0_retain, batch.cond_retain, self.generator))
+        losses = drawn_loss(self.trained, batch.x0_retain, batch.cond_retain, self.generator)
+        loss = losses.mean() / batch.x0_retain[0].numel()
         gradient = self.update.gradient(loss)
         self.update.apply(gradient)
         return {"loss/retain": loss.detach(), "grad_norm/retain": gradient.norm()}

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.denoising import draw_noise, predict_noised, squared_error
+from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.method import Method, Update
-from unlearn_runner.models.model import DiffusionModel, predict_eps
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, predict_eps, squared_error
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -42,11 +42,15 @@ class EraseDiff(Method):
 
     def __init__(
         self,
-        model: DiffusionModel,
-        update: Callable[[DiffusionModel], Update],
+        model: GenerativeModel,
+        update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
         eta: float = 0.1,
     ):
+        if not isinstance(model, DiffusionModel):
+            raise ConfigurationError(
+                "method=erase_diff speaks of a diffusion model's noise; take model=ddpm_tiny, or another method."
+            )
         if not eta > 0:
             raise ConfigurationError(f"method.eta must be positive, got {eta}.")
         self.reads = Streams(retain="retain", forget=True)
@@ -57,14 +61,12 @@ class EraseDiff(Method):
         self.generator = generator
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
         # 1. the retain loss and its gradient
-        loss_retain = squared_error(
-            *predict_noised(self.trained, batch.x0_retain, batch.cond_retain, self.generator)
-        ).mean()
+        loss_retain = drawn_loss(self.trained, batch.x0_retain, batch.cond_retain, self.generator).mean()
         grad_retain = self.update.gradient(loss_retain)
 
         # 2. the erasing objective and its gradient

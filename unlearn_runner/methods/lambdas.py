@@ -1,17 +1,132 @@
-"""Who chooses lambda, SISS's share of samples drawn from the forget image, at every step."""
+"""Who chooses lambda, SISS's share of samples drawn from the forget image, at every step (2512.01054, section 5.1).
 
+What lambda can and cannot do. For m ~ q_lambda = (1 - lambda) q(.|x) + lambda q(.|a),
+    d w_x / d lambda = (w_x - w_a) w_x,   d w_a / d lambda = (w_x - w_a) w_a,   d log q_lambda / d lambda = w_a - w_x.
+With L = c_x w_x l_x - c_a w_a l_a at a sample, the derivative of E[L] has a pathwise part E[P] and a score part E[S],
+and P + S = 0 at every m: the expected loss does not depend on lambda. What does is the variance of its gradient
+G = c_x w_x grad l_x - c_a w_a grad l_a, and with it, since forget gradients are rescaled and Adam divides by its own
+second moment, how strongly a step forgets.
+
+# Notation (variable -> paper)
+# mean, std -> mu, sigma of q_phi(z|c);  lambd -> lambda = sigmoid(z);  beta -> weight of KL(q_phi || prior)
+# c_retain, c_forget -> the constants before the two terms;  slope -> d (objective at a sample) / d lambda
+"""
+
+import math
 from abc import ABC, abstractmethod
-from typing import Any, final
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.types import Metrics
+from unlearn_runner.types import GeneratorState, Metrics, make_generator
+
+LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
+
+
+class Seen(NamedTuple):
+    """What one step of SISS saw at its b samples; detached. Losses are means over pixels."""
+
+    level: Float[Tensor, "b"]  # t / T
+    w_retain: Float[Tensor, "b"]
+    w_forget: Float[Tensor, "b"]
+    losses_retain: Float[Tensor, "b"]  # w_x l_x
+    losses_forget: Float[Tensor, "b"]  # w_a l_a
+    square_retain: Float[Tensor, "b"]  # ||w_x grad l_x||^2, the gradient with respect to the network's answer
+    square_forget: Float[Tensor, "b"]  # ||w_a grad l_a||^2
+    inner_product: Float[Tensor, "b"]  # <w_x grad l_x, w_a grad l_a>
+    norm_retain: Float[Tensor, ""]  # of the batch's gradients over the network's weights
+    norm_forget: Float[Tensor, ""]
+    c_retain: Float[Tensor, ""]  # what the two gradients were multiplied by before they were added
+    c_forget: Float[Tensor, ""]
+
+    def square_norm(self) -> Float[Tensor, "b"]:
+        """||G||^2 of each sample.
+
+        With respect to the network's answer, not to its weights: Katharopoulos and Fleuret's bound (1803.00942) up to a
+        factor that all samples share. It costs nothing; per-sample gradients over the weights cost more than the step.
+        """
+        cross = 2 * self.c_retain * self.c_forget * self.inner_product
+        return self.c_retain**2 * self.square_retain + self.c_forget**2 * self.square_forget - cross
+
+
+def pathwise_slope(seen: Seen) -> Float[Tensor, "b"]:
+    """P = (w_x - w_a)(c_x w_x l_x - c_a w_a l_a): the paper's gradient, through the weights alone. BIASED.
+
+    The samples' own dependence on lambda (the score part, S = -P) is left out, as the paper's reparameterisation
+    leaves it out. Where weights are one-hot P is positive at every sample, so it pulls lambda to 0 whatever the model
+    does; the prior alone holds it.
+    """
+    loss = seen.losses_retain - seen.losses_forget  # the paper's constants are 1
+    return (seen.w_retain - seen.w_forget) * loss
+
+
+def variance_slope(seen: Seen) -> Float[Tensor, "b"]:
+    """d M / d lambda = -E[||G||^2 (w_a - w_x)], M = E||G||^2: UNBIASED for M, which is convex.
+
+    In units of M itself, so that it does not depend on the size of network and images. ||G||^2 is `Seen.square_norm`.
+    """
+    square = seen.square_norm()
+    return -square * (seen.w_forget - seen.w_retain) / square.mean().clamp(min=torch.finfo(square.dtype).tiny)
+
+
+def blend_slope(seen: Seen) -> Float[Tensor, "b"]:
+    """d/d lambda of (1 - lambda) w_x l_x - lambda w_a l_a, as the paper's section 5.3 reads: UNBIASED, but for a loss
+    that falls with lambda whatever the model does; the prior alone holds it below 1.
+    """
+    return -(seen.losses_retain + seen.losses_forget)
+
+
+def closed_form(rms_retain: Float[Tensor, "..."], rms_forget: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """lambda* = c_a R_a / (c_x R_x + c_a R_a): the minimiser of M = (c_x R_x)^2 / (1 - lambda) + (c_a R_a)^2 / lambda.
+
+    That is E||G||^2 where weights are one-hot; R is the root mean square of a sample's gradient norm; the arguments
+    are c_x R_x and c_a R_a. One half where both are 0.
+    """
+    total = rms_retain + rms_forget
+    return torch.where(total > 0, rms_forget / total, 0.5)
+
+
+def kl_to_gaussian(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
+    """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) of the logit, in nats, in [0, inf)."""
+    ratio = std / prior_std
+    return ((mean - prior_mean).square() / prior_std**2 + ratio.square() - 1) / 2 - ratio.log()
+
+
+def kl_to_uniform(mean: Tensor, std: Tensor, nodes: int = 32) -> Tensor:
+    """KL of a Gaussian logit to the logit of a lambda that is uniform on [0, 1], in nats, by Gauss-Hermite quadrature.
+
+    The logit of a uniform variable is standard logistic: log p(z) = -z - 2 log(1 + exp(-z)).
+    """
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    z = mean[..., None] + std[..., None] * mean.new_tensor(points)
+    log_prior = (-z - 2 * nn.functional.softplus(-z)) @ mean.new_tensor(weights / math.sqrt(2 * math.pi))
+    entropy = std.log() + 0.5 * math.log(2 * math.pi * math.e)
+    return -entropy - log_prior
+
+
+class Mixing(NamedTuple):
+    """lambda, and what a sample's two losses are multiplied by beside their weights: one number, or one a sample."""
+
+    lambd: float | Tensor
+    scale_retain: Tensor | None = None
+    scale_forget: Tensor | None = None
 
 
 class LambdaController(ABC):
-    """Chooses lambda in [0, 1] from what the previous step measured. Stateful: checkpoints store it."""
+    """Chooses lambda before a step and learns from what the step saw. Stateful: checkpoints store it."""
 
     @abstractmethod
-    def next(self, last: Metrics) -> float: ...
+    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+        """lambda for samples at these noise levels, t / T in [0, 1)."""
+
+    @abstractmethod
+    def learn(self, seen: Seen) -> Metrics:
+        """Learn from the step that `next` was called for; returns what to log."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]: ...
@@ -21,33 +136,242 @@ class LambdaController(ABC):
 
 
 @final
-class LastMetrics:
-    """What the previous step measured, kept for the controller and for checkpoints."""
-
-    def __init__(self) -> None:
-        self.metrics: Metrics = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self.metrics)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.metrics = dict(state_dict)
-
-
-@final
 class Constant(LambdaController):
-    """The same lambda at every step: static SISS."""
+    """The same lambda in [0, 1] at every step: static SISS."""
 
     def __init__(self, value: float):
         if not 0 <= value <= 1:
             raise ConfigurationError(f"method.lambd must lie in [0, 1], got {value}.")
         self.value = float(value)
 
-    def next(self, last: Metrics) -> float:
-        return self.value
+    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+        return Mixing(self.value)
+
+    def learn(self, seen: Seen) -> Metrics:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+OBJECTIVES = {"pathwise": pathwise_slope, "variance": variance_slope, "blend": blend_slope}
+
+
+@final
+class Inferred(LambdaController):
+    """lambda = sigmoid(z), z ~ q_phi(z|c) = N(mean, std^2), by a small network phi that learns at every step.
+
+    phi minimises objective + beta KL(q_phi || prior). The context c is [l_x, l_a, ||g_x||, ||g_a||] of the steps before
+    (log1p, moving average), so it does not depend on this step's samples, which would bias the gradient. Before the
+    first step, q_phi is the prior.
+
+    Args:
+        objective: "pathwise", the paper to the letter; "variance"; or "blend", where the mixture keeps lambda 1/2 and
+            the terms are multiplied by 2 (1 - lambda) and 2 lambda, so that 1/2 is plain SISS. See their functions.
+        optimizer: called with phi's weights.
+        beta: weight of the KL, > 0 [?].
+        prior: "gaussian" on the logit, or "uniform" on lambda.
+        prior_mean, prior_std: of the Gaussian, on the logit.
+        per_sample: a lambda for each sample, which also sees the sample's t / T.
+        hidden: width of the two hidden layers.
+        ema_decay: of the context.
+    """
+
+    def __init__(
+        self,
+        objective: str,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        beta: float = 0.1,
+        prior: str = "gaussian",
+        prior_mean: float = 0.0,
+        prior_std: float = 1.0,
+        per_sample: bool = False,
+        hidden: int = 32,
+        ema_decay: float = 0.9,
+        seed: int = 0,
+    ):
+        if objective not in OBJECTIVES:
+            raise ConfigurationError(
+                f"method.lambd.objective must be one of {', '.join(OBJECTIVES)}, got '{objective}'."
+            )
+        if prior not in ("gaussian", "uniform"):
+            raise ConfigurationError(f"method.lambd.prior must be gaussian or uniform, got '{prior}'.")
+        if not beta > 0:
+            raise ConfigurationError(f"method.lambd.beta must be positive, got {beta}: only the prior holds lambda.")
+        if not prior_std > 0:
+            raise ConfigurationError(f"method.lambd.prior_std must be positive, got {prior_std}.")
+        if not 0 <= ema_decay < 1:
+            raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
+        self.objective = objective
+        self.slope = OBJECTIVES[objective]
+        self.beta = beta
+        self.uniform_prior = prior == "uniform"
+        # A uniform lambda's logit has mean 0 and standard deviation pi / sqrt(3); 1.6 is nearest to it in KL.
+        self.prior_mean, self.prior_std = (0.0, 1.6) if self.uniform_prior else (float(prior_mean), float(prior_std))
+        self.per_sample = per_sample
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
+            self.network = nn.Sequential(
+                nn.Linear(6 if per_sample else 4, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(),
+                nn.Linear(hidden, 2),
+            )  # fmt: skip
+        for weight in self.network[-1].parameters():
+            nn.init.zeros_(weight)
+        self.optimizer = optimizer(self.network.parameters())
+        self.ema_decay = ema_decay
+        self.context = torch.zeros(4)
+        self.generator = make_generator(seed, "lambda")
+        self._asked: tuple[Tensor, Tensor, Tensor] | None = None  # lambda, mean, std of this step, with their graph
+
+    def posterior(self, level: Float[Tensor, "b"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+        """Mean and standard deviation of the logit: for each sample, or one for all."""
+        self._move(level.device)
+        if self.per_sample:
+            turn = torch.stack([2 * level - 1, (torch.pi * level).cos()], 1)
+            context = torch.cat([self.context.expand(len(level), 4), turn], 1)
+        else:
+            context = self.context[None]
+        mean, log_std = self.network(context).unbind(1)
+        return self.prior_mean + mean, self.prior_std * log_std.exp()
+
+    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+        mean, std = self.posterior(level)
+        e = torch.randn(mean.shape, generator=self.generator).to(mean.device)
+        lambd = torch.sigmoid(mean + std * e).clamp(LEAST, 1 - LEAST)
+        self._asked = (lambd, mean, std)
+        if self.objective == "blend":
+            return Mixing(0.5, 2 * (1 - lambd.detach()), 2 * lambd.detach())
+        return Mixing(lambd.detach())
+
+    def learn(self, seen: Seen) -> Metrics:
+        # 1. phi's own step: the slope at each sample times d lambda / d phi, and the prior
+        lambd, mean, std = self._asked
+        slope = self.slope(seen)
+        if self.uniform_prior:
+            kl = kl_to_uniform(mean, std).mean()
+        else:
+            kl = kl_to_gaussian(mean, std, self.prior_mean, self.prior_std).mean()
+        loss = (slope * lambd).mean() + self.beta * kl
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self._asked = None
+
+        # 2. the context of the next step
+        found = (
+            torch.stack([seen.losses_retain.mean(), seen.losses_forget.mean(), seen.norm_retain, seen.norm_forget])
+            .float()
+            .log1p()
+        )
+        self.context = self.ema_decay * self.context + (1 - self.ema_decay) * found
+        return {
+            "lambda/inferred": lambd.detach().mean(),
+            "lambda/posterior_mean": mean.detach().mean(),
+            "lambda/posterior_std": std.detach().mean(),
+            "lambda/kl": kl.detach(),
+            **(self._over_levels(seen.level.device) if self.per_sample else {}),
+        }
+
+    def _over_levels(self, device: torch.device) -> Metrics:
+        with torch.no_grad():
+            mean, _ = self.posterior(LEVELS.to(device))
+        return over_levels(torch.sigmoid(mean))
+
+    def _move(self, device: torch.device) -> None:
+        """To where the samples are. Adam has made no state before the first step, so this leaves nothing behind."""
+        if self.context.device != device:
+            self.network.to(device)
+            self.context = self.context.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "context": self.context,
+            "generator": GeneratorState(self.generator).state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.network.load_state_dict(state_dict["network"])
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.context = state_dict["context"].to(self.context.device)
+        GeneratorState(self.generator).load_state_dict(state_dict["generator"])
+
+
+@final
+class ClosedForm(LambdaController):
+    """lambda* of `closed_form`, from moving averages of what the steps before saw: the `variance` objective without a
+    network, exact where weights are one-hot.
+
+    E[||grad l_x||^2] over q(.|x) is estimated without bias from the mixture's samples, as E[w_x ||grad l_x||^2].
+
+    Args:
+        per_sample: R_x and R_a, and so lambda, for each of `num_levels` equal ranges of t / T.
+        ema_decay: of all averages.
+        initial: lambda of the first step.
+    """
+
+    def __init__(self, per_sample: bool = False, num_levels: int = 10, ema_decay: float = 0.9, initial: float = 0.5):
+        if not num_levels > 0:
+            raise ConfigurationError(f"method.lambd.num_levels must be positive, got {num_levels}.")
+        if not 0 <= ema_decay < 1:
+            raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
+        if not 0 < initial < 1:
+            raise ConfigurationError(f"method.lambd.initial must lie strictly between 0 and 1, got {initial}.")
+        self.num_levels = num_levels if per_sample else 1
+        self.ema_decay = ema_decay
+        self.initial = initial
+        self.sums: Tensor | None = None  # rows: samples, R_x^2, R_a^2; a column for each range of levels
+        self.ratio: Tensor | None = None  # c_a / c_x
+
+    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+        if self.sums is None:
+            return Mixing(torch.full_like(level[:1], self.initial))
+        return Mixing(self._lambdas()[self._ranges(level)] if self.num_levels > 1 else self._lambdas())
+
+    def learn(self, seen: Seen) -> Metrics:
+        tiny = torch.finfo(seen.w_retain.dtype).tiny
+        squares = [
+            torch.where(w > 0, square / w.clamp(min=tiny), 0.0)
+            for square, w in ((seen.square_retain, seen.w_retain), (seen.square_forget, seen.w_forget))
+        ]
+        rows = torch.stack([torch.ones_like(squares[0]), *squares])
+        found = rows.new_zeros(3, self.num_levels).index_add_(1, self._ranges(seen.level), rows)
+        ratio = seen.c_forget / seen.c_retain
+        if self.sums is None:
+            self.sums, self.ratio = found, ratio
+        else:
+            self.sums = self.ema_decay * self.sums + (1 - self.ema_decay) * found
+            self.ratio = self.ema_decay * self.ratio + (1 - self.ema_decay) * ratio
+        if self.num_levels == 1:
+            return {}
+        return over_levels(self._lambdas()[self._ranges(LEVELS.to(rows.device))])
+
+    def _lambdas(self) -> Float[Tensor, "levels"]:
+        count, retain, forget = self.sums
+        whole = self.sums.sum(1)  # a range that no sample has met takes the mean of all
+        rms_retain, rms_forget = (
+            torch.where(count > 0, part / count, total / whole[0]).sqrt()
+            for part, total in ((retain, whole[1]), (forget, whole[2]))
+        )
+        return closed_form(rms_retain, self.ratio * rms_forget).clamp(LEAST, 1 - LEAST)
+
+    def _ranges(self, level: Float[Tensor, "b"]) -> Tensor:
+        return (level * self.num_levels).long().clamp(max=self.num_levels - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "ratio": self.ratio}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sums, self.ratio = state_dict["sums"], state_dict["ratio"]
+
+
+LEVELS = torch.linspace(0.05, 0.95, 10)  # t / T at which a lambda over t is logged
+
+
+def over_levels(lambdas: Float[Tensor, "10"]) -> Metrics:
+    """lambda at ten noise levels, as scalars to log: lambda/at/0.05 to lambda/at/0.95."""
+    return {f"lambda/at/{level:.2f}": value for level, value in zip(LEVELS.tolist(), lambdas, strict=True)}

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
 
@@ -19,11 +19,11 @@ class Method(ABC):
     """An unlearning method: owns its gradients and every optimizer it needs. Subclasses are final."""
 
     reads: Streams  # which images `step` needs
-    networks: tuple[DiffusionModel, ...]  # all that `step` runs, the trained one first; their passes are counted
+    networks: tuple[GenerativeModel, ...]  # all that `step` runs, the trained one first; their passes are counted
 
     @property
     @abstractmethod
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         """What ships: sampled, evaluated and saved. With an EMA, the averaged weights."""
 
     @abstractmethod
@@ -53,7 +53,7 @@ class Update:
 
     def __init__(
         self,
-        model: DiffusionModel,
+        model: GenerativeModel,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         max_grad_norm: float | None = None,
         lr_schedule: Callable[..., Any] | None = None,
@@ -81,17 +81,23 @@ class Update:
         return EMAModel(self.trained.parameters(), decay=self.ema_decay)
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         """The network with the weights that ship."""
         if self.ema is None:
             return self.trained
         self.ema.copy_to(self._averaged.parameters())
         return self._averaged
 
-    def gradient(self, loss: Float[Tensor, ""], retain_graph: bool = False) -> Float[Tensor, "p"]:
+    def gradient(self, loss: Float[Tensor, ""]) -> Float[Tensor, "p"]:
         """The gradient of a loss over all trainable weights, as one vector."""
-        parts = torch.autograd.grad(loss, self.weights, retain_graph=retain_graph)
-        return torch.cat([part.reshape(-1) for part in parts])
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, self.weights)])
+
+    def gradient_through(
+        self, answer: Float[Tensor, "b c h w"], loss: Float[Tensor, ""], retain_graph: bool = False
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "p"]]:
+        """The gradients of a loss over the network's answer, and over all trainable weights as one vector."""
+        over_answer, *parts = torch.autograd.grad(loss, [answer, *self.weights], retain_graph=retain_graph)
+        return over_answer, torch.cat([part.reshape(-1) for part in parts])
 
     def zero_gradient(self) -> Float[Tensor, "p"]:
         """The gradient of a loss over no samples."""

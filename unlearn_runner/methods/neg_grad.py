@@ -7,27 +7,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner.methods.denoising import predict_noised, squared_error
+from unlearn_runner.methods.denoising import drawn_loss
 from unlearn_runner.methods.method import Method, Update
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
-def neg_grad_loss(
-    prediction_forget: Float[Tensor, "b c h w"], target_forget: Float[Tensor, "b c h w"]
-) -> Float[Tensor, ""]:
+def neg_grad_loss(losses_forget: Float[Tensor, "b"]) -> Float[Tensor, ""]:
     """-L_forget, in (-inf, 0]: nothing holds the model back from ruin, which is the point of the baseline.
 
-    Squared error summed over pixels, averaged over the batch.
+    L_forget is the denoising loss of the forget images, summed over pixels, averaged over the batch.
     """
-    return -squared_error(prediction_forget, target_forget).mean()
+    return -losses_forget.mean()
 
 
 @final
 class NegGrad(Method):
     """Reads forget images only."""
 
-    def __init__(self, model: DiffusionModel, update: Callable[[DiffusionModel], Update], generator: torch.Generator):
+    def __init__(self, model: GenerativeModel, update: Callable[[GenerativeModel], Update], generator: torch.Generator):
         self.reads = Streams(retain=None, forget=True)
         self.networks = (model,)
         self.trained = model
@@ -35,11 +33,11 @@ class NegGrad(Method):
         self.generator = generator
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
-        loss = neg_grad_loss(*predict_noised(self.trained, batch.x0_forget, batch.cond_forget, self.generator))
+        loss = neg_grad_loss(drawn_loss(self.trained, batch.x0_forget, batch.cond_forget, self.generator))
         gradient = self.update.gradient(loss)
         self.update.apply(gradient)
         return {

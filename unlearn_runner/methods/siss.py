@@ -1,9 +1,9 @@
 """SISS: subtracted importance sampled scores (Data Unlearning in Diffusion Models, ICLR 2025, 2503.01034).
 
 # Notation (variable -> paper)
-# x0_retain, x0_forget -> x, a;  lambd -> lambda;  gamma, sigma -> gamma_t, sigma_t
-# mixture.x_t -> m_t ~ q_lambda = (1 - lambda) q(.|x) + lambda q(.|a)
-# w_retain, w_forget -> q(m|x) / q_lambda(m), q(m|a) / q_lambda(m)
+# x0_retain, x0_forget -> x, a;  lambd -> lambda;  scale, std of a Noising -> gamma_t, sigma_t
+# mixture.m -> m_t ~ q_lambda = (1 - lambda) q(.|x) + lambda q(.|a)
+# w_retain, w_forget, or weight of an Origin -> q(m|x) / q_lambda(m), q(m|a) / q_lambda(m)
 # forget_share -> K/N, forget images among all;  superfactor -> s
 """
 
@@ -16,93 +16,117 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.denoising import draw_noise, predict_noised, squared_error
-from unlearn_runner.methods.lambdas import Constant, LambdaController, LastMetrics
+from unlearn_runner.methods.denoising import draw_eps, drawn_loss
+from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Update
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
+from unlearn_runner.models.model import GenerativeModel, Noising
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
 def siss_loss(
-    prediction: Float[Tensor, "b c h w"],
-    target_retain: Float[Tensor, "b c h w"],
-    target_forget: Float[Tensor, "b c h w"],
+    losses_retain: Float[Tensor, "b"],
+    losses_forget: Float[Tensor, "b"],
     w_retain: Float[Tensor, "b"],
     w_forget: Float[Tensor, "b"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The two terms of SISS (2503.01034, equation 9): L_retain to descend, L_forget to ascend.
 
-    The prediction at the mixture's sample m is compared with the noise that would have made m from x, and with
-    the noise that would have made it from a. Each term is weighted, summed over pixels, averaged over the
-    batch. With all of X as retain stream, N/(N-K) L_retain - K/(N-K) L_forget is naive deletion's loss in
-    expectation, for every lambda.
+    losses_retain: l_x = ||eps_theta(m) - eps_x||^2, the answer at the mixture's sample m compared with the noise
+    that would have made m from x; losses_forget: l_a, with the noise that would have made it from a. Each is
+    weighted and averaged over the batch. With all of X as retain stream, N/(N-K) L_retain - K/(N-K) L_forget is
+    naive deletion's loss in expectation, for every lambda.
     """
-    retain = w_retain * squared_error(prediction, target_retain)
-    forget = w_forget * squared_error(prediction, target_forget)
-    return retain.mean(), forget.mean()
+    return (w_retain * losses_retain).mean(), (w_forget * losses_forget).mean()
 
 
-def importance_weights(log_ratio: Float[Tensor, "b"], lambd: float) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+def importance_weights(
+    log_ratio: Float[Tensor, "b"], lambd: float | Float[Tensor, "#b"]
+) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
     """w_retain in [0, 1/(1-lambda)] and w_forget in [0, 1/lambda], from log_ratio = log q(m|a) - log q(m|x).
 
     Written with sigmoids, which neither overflow nor cancel however far the images are apart;
-    (1 - lambda) w_retain + lambda w_forget = 1. At lambda 0 and 1 the weight of the other image is the plain,
-    unbounded ratio of the two densities.
+    (1 - lambda) w_retain + lambda w_forget = 1. At lambda 0 and 1, which a number may be but no tensor, the weight of
+    the other image is the plain, unbounded ratio of the two densities.
     """
-    if lambd == 0:
+    if isinstance(lambd, Tensor):
+        u = torch.logit(lambd) + log_ratio
+    elif lambd == 0:
         return torch.ones_like(log_ratio), log_ratio.exp()
-    if lambd == 1:
+    elif lambd == 1:
         return (-log_ratio).exp(), torch.ones_like(log_ratio)
-    u = math.log(lambd) - math.log1p(-lambd) + log_ratio
+    else:
+        u = math.log(lambd) - math.log1p(-lambd) + log_ratio
     return torch.sigmoid(-u) / (1 - lambd), torch.sigmoid(u) / lambd
 
 
-class Mixture(NamedTuple):
-    """Samples of q_lambda with the weights of both images and the noise that leads from each to the sample."""
+class Origin(NamedTuple):
+    """The mixture's samples seen as noised from one of the two images."""
 
-    x_t: Float[Tensor, "b c h w"]
+    x0: Float[Tensor, "b c h w"]
+    eps: Float[Tensor, "b ..."]  # that leads from x0 to the sample
+    std: Float[Tensor, "b ..."]
+    weight: Float[Tensor, "b"]  # q(m|x0) / q_lambda(m)
+
+
+class Mixture(NamedTuple):
+    """Samples m of q_lambda, and what they are to the two images they may have come from."""
+
+    m: Float[Tensor, "b ..."]
+    timesteps: Int64[Tensor, "b"]
     cond: Shaped[Tensor, "b ..."] | None  # of the image that the sample was drawn from
-    eps_retain: Float[Tensor, "b c h w"]
-    eps_forget: Float[Tensor, "b c h w"]
-    w_retain: Float[Tensor, "b"]
-    w_forget: Float[Tensor, "b"]
+    retain: Origin
+    forget: Origin
+
+    def select(self, rows: Tensor) -> "Mixture":
+        retain, forget = (Origin(*(part[rows] for part in origin)) for origin in (self.retain, self.forget))
+        cond = None if self.cond is None else self.cond[rows]
+        return Mixture(self.m[rows], self.timesteps[rows], cond, retain, forget)
 
 
 def mix(
     batch: Batch,
-    gamma: Float[Tensor, "b 1 1 1"],
-    sigma: Float[Tensor, "b 1 1 1"],
-    eps: Float[Tensor, "b c h w"],
+    timesteps: Int64[Tensor, "b"],
+    noising_retain: Noising,
+    noising_forget: Noising,
+    eps: Float[Tensor, "b ..."],
     from_forget: Bool[Tensor, "b"],
-    lambd: float,
+    lambd: float | Float[Tensor, "#b"],
 ) -> Mixture:
     """Noise x or a, as `from_forget` says, by the pair's common eps, and weigh the outcome (equations 6 to 8).
 
     With conditions the mixture is over (m, c): where the two images' conditions differ, m's condition tells
     which of them it came from, and the weights are exactly one-hot.
     """
-    pick = from_forget[:, None, None, None]
-    difference = batch.x0_retain - batch.x0_forget
-    shift = (gamma / sigma) * difference
-    # log q(m|a) - log q(m|x), without the cancellation of subtracting two log-densities.
-    across = -(eps * shift).flatten(1).sum(1)
-    half_distance = shift.square().flatten(1).sum(1) / 2
-    log_ratio = across + torch.where(from_forget, half_distance, -half_distance)
+    pick = from_forget.view(-1, *[1] * (eps.ndim - 1))
+    std_retain, std_forget = noising_retain.std, noising_forget.std
+    std_own, std_other = torch.where(pick, std_forget, std_retain), torch.where(pick, std_retain, std_forget)
+    # Standardised by the other image's q, m is ratio eps + shift or ratio eps - shift: no log-densities are subtracted
+    # that are nearly equal. A diffusion model's ratio is 1.
+    ratio = std_own / std_other
+    shift = (noising_retain.scale / std_other) * (noising_retain.center - noising_forget.center)
+    across = -(eps * shift * ratio).flatten(1).sum(1)
+    half_distance = shift.square().flatten(1).sum(1) / 2 - ((1 - ratio.square()) * eps.square()).flatten(1).sum(1) / 2
+    log_volume = (std_retain.log() - std_forget.log()).expand_as(eps).flatten(1).sum(1)
+    log_ratio = across + torch.where(from_forget, half_distance, -half_distance) + log_volume
     w_retain, w_forget = importance_weights(log_ratio, lambd)
     cond = batch.cond_retain
     if cond is not None:
         differ = (batch.cond_retain != batch.cond_forget).reshape(len(cond), -1).any(1)
-        w_retain = torch.where(differ, (~from_forget) / (1 - lambd if lambd < 1 else 1), w_retain)
-        w_forget = torch.where(differ, from_forget / (lambd if lambd > 0 else 1), w_forget)
+        ends = not isinstance(lambd, Tensor)
+        w_retain = torch.where(differ, (~from_forget) / (1 if ends and lambd == 1 else 1 - lambd), w_retain)
+        w_forget = torch.where(differ, from_forget / (1 if ends and lambd == 0 else lambd), w_forget)
         chosen = from_forget.view(-1, *[1] * (cond.ndim - 1))
         cond = torch.where(chosen, batch.cond_forget, batch.cond_retain)
+    drawn = Noising(
+        noising_retain.scale, torch.where(pick, noising_forget.center, noising_retain.center), std_own
+    ).sample(eps)
     return Mixture(
-        x_t=gamma * torch.where(pick, batch.x0_forget, batch.x0_retain) + sigma * eps,
+        m=drawn,
+        timesteps=timesteps,
         cond=cond,
-        eps_retain=torch.where(pick, eps - shift, eps),
-        eps_forget=torch.where(pick, eps, eps + shift),
-        w_retain=w_retain,
-        w_forget=w_forget,
+        retain=Origin(batch.x0_retain, torch.where(pick, ratio * eps - shift, eps), std_retain, w_retain),
+        forget=Origin(batch.x0_forget, torch.where(pick, eps, ratio * eps + shift), std_forget, w_forget),
     )
 
 
@@ -148,6 +172,42 @@ class NormFix:
         self.average = state_dict["average"]
 
 
+class Gradients(NamedTuple):
+    """The two terms of one batch; all detached."""
+
+    losses_retain: Float[Tensor, "b"]  # w_x l_x, summed over pixels
+    losses_forget: Float[Tensor, "b"]
+    slopes_retain: Float[Tensor, "b c h w"]  # gradient of w_x l_x over the network's answer
+    slopes_forget: Float[Tensor, "b c h w"]
+    grad_retain: Float[Tensor, "p"]  # gradient of the batch's mean over the network's weights
+    grad_forget: Float[Tensor, "p"]
+
+
+@final
+class GradientVariance:
+    """(1/2) ||g_t - g_(t-1)||^2: the variance of a batch's gradient, summed over weights, as long as a step moves its
+    mean by less than its noise. Three more vectors of the network's size, also in checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, Tensor] = {}
+
+    def __call__(self, gradients: dict[str, Float[Tensor, "p"]]) -> Metrics:
+        found = {
+            f"grad_variance/{name}": (gradient - self.before[name]).square().sum() / 2
+            for name, gradient in gradients.items()
+            if name in self.before
+        }
+        self.before = gradients
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.before)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = dict(state_dict)
+
+
 @final
 class SISS(Method):
     """Descends L_retain and ascends L_forget on samples of a mixture of a retain and a forget image.
@@ -159,12 +219,14 @@ class SISS(Method):
             with the factors N/(N-K) and K/(N-K), as in the theory. Either is right, both together would be wrong.
         superfactor: s, how much more than deletion's share the forget term weighs. Without effect under a norm fix.
         split: back-propagate each term only through the samples that carry weight in it.
+        timesteps: which timesteps to look at; None: uniformly drawn ones.
+        gradient_variance: log grad_variance/{retain,forget,update}.
     """
 
     def __init__(
         self,
-        model: DiffusionModel,
-        update: Callable[[DiffusionModel], Update],
+        model: GenerativeModel,
+        update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
         lambd: float | LambdaController = 0.5,
         tau: float | None = None,
@@ -172,6 +234,8 @@ class SISS(Method):
         population: str = "retain",
         superfactor: float = 0.0,
         split: bool = True,
+        timesteps: TimestepSampler | None = None,
+        gradient_variance: bool = False,
     ):
         if population not in ("retain", "all"):
             raise ConfigurationError(f"method.population must be retain or all, got '{population}'.")
@@ -184,93 +248,144 @@ class SISS(Method):
         self.norm_fix = NormFix(tau, rho)
         self.superfactor = superfactor
         self.split = split
+        self.timesteps = Uniform() if timesteps is None else timesteps
+        self.gradient_variance = GradientVariance() if gradient_variance else None
         self.update = update(model)
         self.generator = generator
-        self.last = LastMetrics()
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
-        # 1. lambda, then t and eps common to each pair, and from which of the two images m is drawn
-        lambd = self.lambd.next(self.last.metrics)
-        timesteps, eps = draw_noise(self.trained, batch.x0_retain, self.generator)
-        coin = torch.rand(timesteps.shape, generator=self.generator, device=timesteps.device)
+        model, b, pixels = self.trained, len(batch.x0_retain), batch.x0_retain[0].numel()
 
-        # 2. the sample m, its weights, and the network's targets seen from x and from a
-        mixture = mix(batch, *self.trained.gamma_sigma(timesteps), eps, coin < lambd, lambd)
+        # 1. t and eps common to each pair, lambda, and from which of the two images m is drawn
+        timesteps, t_weights = self.timesteps.draw(b, model.num_train_timesteps, self.generator, batch.x0_retain.device)
+        eps = draw_eps(model, batch.x0_retain, self.generator)
+        coin = torch.rand((b,), generator=self.generator, device=eps.device)
+        level = timesteps / model.num_train_timesteps
+        lambd, scale_retain, scale_forget = self.lambd.next(level)
+
+        # 2. the sample m, its weights, and the noise that leads to it from x and from a
+        noising_retain = model.noising(batch.x0_retain, timesteps, batch.cond_retain)
+        noising_forget = model.noising(batch.x0_forget, timesteps, batch.cond_forget)
+        mixture = mix(batch, timesteps, noising_retain, noising_forget, eps, coin < lambd, lambd)
 
         # 3. the gradients of both terms
-        loss_retain, loss_forget, grad_retain, grad_forget = self._gradients(batch, mixture, timesteps)
+        found = self._gradients(mixture, _product(t_weights, scale_retain), _product(t_weights, scale_forget))
         share = batch.forget_share if self.reads.retain == "all" else 0.0
-        grad_retain = grad_retain / (1 - share)
-        grad_forget = grad_forget * (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+        c_retain = 1 / (1 - share)
+        c_forget = (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+        grad_retain, grad_forget = found.grad_retain * c_retain, found.grad_forget * c_forget
 
         # 4. the forget gradient at its norm, and the update
         norm_retain, norm_forget = grad_retain.norm(), grad_forget.norm()
-        self.update.apply(grad_retain - self.norm_fix.scale(norm_retain, norm_forget) * grad_forget)
+        fix = self.norm_fix.scale(norm_retain, norm_forget)
+        gradient = grad_retain - fix * grad_forget
+        self.update.apply(gradient)
 
-        pixels = batch.x0_retain[0].numel()
-        self.last.metrics = {
-            "loss/retain": loss_retain / pixels,
-            "loss/forget": loss_forget / pixels,
+        # 5. lambda's controller and the timesteps' sampler learn from what was seen
+        w_retain, w_forget = mixture.retain.weight, mixture.forget.weight
+        losses_retain, losses_forget = found.losses_retain / pixels, found.losses_forget / pixels
+        self.timesteps.learn(level, losses_retain + losses_forget)
+        seen = Seen(
+            level=level,
+            w_retain=w_retain,
+            w_forget=w_forget,
+            losses_retain=_product(losses_retain, t_weights),
+            losses_forget=_product(losses_forget, t_weights),
+            square_retain=found.slopes_retain.square().flatten(1).sum(1),
+            square_forget=found.slopes_forget.square().flatten(1).sum(1),
+            inner_product=(found.slopes_retain * found.slopes_forget).flatten(1).sum(1),
+            norm_retain=norm_retain,
+            norm_forget=norm_forget,
+            c_retain=torch.as_tensor(c_retain, device=eps.device),
+            c_forget=c_forget * fix,
+        )
+        noise = {}
+        if self.gradient_variance is not None:
+            noise = self.gradient_variance({"retain": grad_retain, "forget": grad_forget, "update": gradient})
+        from_retain = (1 - lambd) * w_retain
+        return {
+            "loss/retain": seen.losses_retain.mean(),
+            "loss/forget": seen.losses_forget.mean(),
             "grad_norm/retain": norm_retain,
             "grad_norm/forget": norm_forget,
-            "lambda/value": norm_retain.new_tensor(lambd),
-            "weights/ess_retain": effective_sample_size(mixture.w_retain),
-            "weights/ess_forget": effective_sample_size(mixture.w_forget),
+            "lambda/value": norm_retain.new_tensor(lambd) if isinstance(lambd, float) else lambd.mean(),
+            "weights/ess_retain": effective_sample_size(w_retain),
+            "weights/ess_forget": effective_sample_size(w_forget),
+            "weights/one_hot": (torch.minimum(from_retain, 1 - from_retain) < 1e-3).float().mean(),
+            **noise,
+            **self.lambd.learn(seen),
         }
-        return self.last.metrics
 
-    def _gradients(self, batch: Batch, mixture: Mixture, timesteps: Int64[Tensor, "b"]) -> tuple[Tensor, ...]:
-        """Both losses (detached) and their gradients.
+    def _gradients(self, mixture: Mixture, scale_retain: Tensor | None, scale_forget: Tensor | None) -> Gradients:
+        """Both terms and their gradients, each sample's losses multiplied by `scale_*` where they are given.
 
         A pass forward and back costs 3 units a sample, a second pass back over the same graph 2. Samples whose
         weight in a term is below rounding are left out of that term's passes, which is exact to rounding; when
         both weights matter for most samples, one forward pass with two backward passes is cheaper.
         """
-        target_retain = self.trained.target(batch.x0_retain, mixture.eps_retain, timesteps)
-        target_forget = self.trained.target(batch.x0_forget, mixture.eps_forget, timesteps)
-        negligible = torch.finfo(mixture.w_retain.dtype).eps / 16
-        in_retain = mixture.w_retain > negligible
-        in_forget = mixture.w_forget > negligible
-        b = len(timesteps)
+        negligible = torch.finfo(mixture.retain.weight.dtype).eps / 16
+        in_retain = mixture.retain.weight > negligible
+        in_forget = mixture.forget.weight > negligible
+        b = len(in_retain)
+        scales = (scale_retain, scale_forget)
 
         if not self.split or int(in_retain.sum() + in_forget.sum()) * 3 > 5 * b:
-            prediction = self.trained.predict(mixture.x_t, timesteps, mixture.cond)
-            losses = siss_loss(prediction, target_retain, target_forget, mixture.w_retain, mixture.w_forget)
-            return (
-                *(loss.detach() for loss in losses),
-                self.update.gradient(losses[0], retain_graph=True),
-                self.update.gradient(losses[1]),
+            answer, losses = self._losses(mixture)
+            terms = siss_loss(
+                *losses, _product(mixture.retain.weight, scale_retain), _product(mixture.forget.weight, scale_forget)
             )
+            slopes_retain, grad_retain = self.update.gradient_through(answer, terms[0], retain_graph=True)
+            slopes_forget, grad_forget = self.update.gradient_through(answer, terms[1])
+            weighted = (
+                (origin.weight * loss).detach()
+                for origin, loss in zip((mixture.retain, mixture.forget), losses, strict=True)
+            )
+            return Gradients(*weighted, slopes_retain * b, slopes_forget * b, grad_retain, grad_forget)
 
-        def term(rows: Bool[Tensor, "b"], which: int) -> tuple[Tensor, Tensor]:
+        def term(rows: Bool[Tensor, "b"], which: int) -> tuple[Tensor, Tensor, Tensor]:
+            losses, slopes = torch.zeros_like(mixture.retain.weight), torch.zeros_like(mixture.retain.x0)
             if not rows.any():
-                return mixture.w_retain.new_zeros(()), self.update.zero_gradient()
-            cond = None if mixture.cond is None else mixture.cond[rows]
-            loss = siss_loss(
-                self.trained.predict(mixture.x_t[rows], timesteps[rows], cond),
-                target_retain[rows],
-                target_forget[rows],
-                mixture.w_retain[rows],
-                mixture.w_forget[rows],
-            )[which] * (rows.sum() / b)
-            return loss.detach(), self.update.gradient(loss)
+                return losses, slopes, self.update.zero_gradient()
+            part = mixture.select(rows)
+            answer, found = self._losses(part)
+            weights = [part.retain.weight, part.forget.weight]
+            losses[rows] = (weights[which] * found[which]).detach()
+            if scales[which] is not None:
+                scale = scales[which]
+                weights[which] = weights[which] * (scale[rows] if scale.numel() > 1 else scale)
+            loss = siss_loss(*found, *weights)[which] * (rows.sum() / b)
+            over_answer, gradient = self.update.gradient_through(answer, loss)
+            slopes[rows] = over_answer * b
+            return losses, slopes, gradient
 
-        loss_retain, grad_retain = term(in_retain, 0)
-        loss_forget, grad_forget = term(in_forget, 1)
-        return loss_retain, loss_forget, grad_retain, grad_forget
+        (losses_retain, slopes_retain, grad_retain), (losses_forget, slopes_forget, grad_forget) = (
+            term(in_retain, 0), term(in_forget, 1)
+        )  # fmt: skip
+        return Gradients(losses_retain, losses_forget, slopes_retain, slopes_forget, grad_retain, grad_forget)
+
+    def _losses(self, mixture: Mixture) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The network's answer at m, and what it costs if m is a sample of x, and if m is a sample of a."""
+        answer = self.trained.predict(mixture.m, mixture.timesteps, mixture.cond)
+        return answer, tuple(
+            self.trained.loss(answer, origin.x0, mixture.m, origin.eps, origin.std, mixture.timesteps)
+            for origin in (mixture.retain, mixture.forget)
+        )
 
     def stateful(self) -> dict[str, Stateful]:
-        return {
+        parts = {
             **self.update.stateful(),
             "noise": GeneratorState(self.generator),
             "lambd": self.lambd,
             "norm_fix": self.norm_fix,
-            "last": self.last,
+            "timesteps": self.timesteps,
         }
+        if self.gradient_variance is not None:
+            parts["gradient_variance"] = self.gradient_variance
+        return parts
 
 
 @final
@@ -282,8 +397,8 @@ class SISSNoIS(Method):
 
     def __init__(
         self,
-        model: DiffusionModel,
-        update: Callable[[DiffusionModel], Update],
+        model: GenerativeModel,
+        update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
         tau: float | None = None,
         rho: float | None = None,
@@ -296,7 +411,7 @@ class SISSNoIS(Method):
         self.generator = generator
 
     @property
-    def model(self) -> DiffusionModel:
+    def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
@@ -304,7 +419,7 @@ class SISSNoIS(Method):
         (loss_retain, grad_retain), (loss_forget, grad_forget) = (
             (loss.detach() / x0[0].numel(), self.update.gradient(loss))
             for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget))
-            for loss in [squared_error(*predict_noised(self.trained, x0, cond, self.generator)).mean()]
+            for loss in [drawn_loss(self.trained, x0, cond, self.generator).mean()]
         )
 
         # 2. the forget gradient at its norm, and the update
@@ -329,3 +444,8 @@ def effective_sample_size(weights: Float[Tensor, "b"]) -> Float[Tensor, ""]:
     """(sum w)^2 / (b sum w^2): the share of the batch that the weights leave in effect, 0 if none has any."""
     tiny = torch.finfo(weights.dtype).tiny
     return weights.sum().square() / (len(weights) * weights.square().sum() + tiny)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a b, where None stands for 1."""
+    return b if a is None else a if b is None else a * b

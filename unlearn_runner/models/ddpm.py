@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import DiffusionModel, evaluating
+from unlearn_runner.models.model import DiffusionModel, Noising, evaluating, squared_error
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -44,6 +44,10 @@ class DDPM(DiffusionModel):
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    @property
     def num_labels(self) -> int | None:
         return self.unet.config.num_class_embeds
 
@@ -63,14 +67,38 @@ class DDPM(DiffusionModel):
         gamma, sigma = self.gamma_sigma(timesteps)
         return gamma * eps - sigma * x0
 
+    def noising(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        timesteps: Int64[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Noising:
+        gamma, sigma = self.gamma_sigma(timesteps)
+        return Noising(gamma, x0, sigma)
+
     def predict(
         self,
-        x_t: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b c h w"],
         timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
-        self.network_evaluations += x_t.shape[0]
-        return self.unet(x_t, timesteps, class_labels=cond, return_dict=False)[0]
+        self.network_evaluations += m.shape[0]
+        return self.unet(m, timesteps, class_labels=cond, return_dict=False)[0]
+
+    def loss(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x0: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b c h w"],
+        eps: Float[Tensor, "b c h w"],
+        std: Float[Tensor, "b 1 1 1"],
+        timesteps: Int64[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        """||answer - target||^2: eps_pred's squared error, or v_pred's."""
+        return squared_error(answer, self.target(x0, eps, timesteps))
+
+    def freeze_for_unlearning(self) -> None:
+        """Nothing to freeze: the noise of a diffusion model is not learnt."""
 
     def noise_of(
         self,

@@ -1,55 +1,76 @@
-"""The face that a diffusion model shows to methods and evaluation, whatever it is made of."""
+"""The face that a generative model shows to methods and evaluation, whatever it is made of."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 
-class DiffusionModel(nn.Module, ABC):
-    """x_t = gamma_t x0 + sigma_t eps with gamma_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
+class Noising(NamedTuple):
+    """q(m|x0) = N(scale * center, std^2), independent over m's entries: where noisy samples m of an image come from.
 
-    x0 is what the network denoises: pixels, or latents. Conditions are class labels [b], prompt embeddings
-    [b s d], or None.
+    A diffusion model's m is x_t, with scale gamma_t, center x0 and std sigma_t; a VAE's is the latent z, with the
+    encoder's mean and standard deviation.
+    """
+
+    scale: Float[Tensor, "b ..."] | float  # broadcast over the entries of m, as std may be
+    center: Float[Tensor, "b ..."]
+    std: Float[Tensor, "b ..."]
+
+    def sample(self, eps: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """The m that standard normal `eps` makes."""
+        return self.scale * self.center + self.std * eps
+
+
+class GenerativeModel(nn.Module, ABC):
+    """A model of images that learns to explain noisy samples m ~ q(m|x0) of them.
+
+    Conditions are class labels [b], prompt embeddings [b s d], or None.
     """
 
     image_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]  # of one image's m
     num_labels: int | None
-    num_train_timesteps: int
-    network_evaluations: int  # samples passed forward through the network so far
+    num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
+    network_evaluations: int  # samples passed forward through the trained network so far
 
     @abstractmethod
-    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-        """Amplitude of the signal and of the noise in x_t."""
-
-    @abstractmethod
-    def target(
-        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]
-    ) -> Float[Tensor, "b c h w"]:
-        """What `predict` should answer for the x_t made of x0 and eps."""
+    def noising(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        timesteps: Int64[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Noising:
+        """q(m|x0) at these timesteps."""
 
     @abstractmethod
     def predict(
         self,
-        x_t: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b ..."],
         timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's answer, in the parametrisation of `target`. A timestep may lie between two of the schedule."""
+        """The network's answer to m. A timestep may lie between two of the schedule."""
 
     @abstractmethod
-    def noise_of(
+    def loss(
         self,
         answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        """eps_pred from the network's answer, whatever its parametrisation."""
+        x0: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b ..."],
+        eps: Float[Tensor, "b ..."],
+        std: Float[Tensor, "b ..."],
+        timesteps: Int64[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        """What the answer to m costs if m is a sample of x0, made by eps at standard deviation std; summed over pixels.
+
+        `answer` is that of `predict`. Any image may be asked about: SISS asks two about one m.
+        """
 
     @abstractmethod
     def sample(
@@ -64,12 +85,48 @@ class DiffusionModel(nn.Module, ABC):
         """n images in [-1, 1]. Equal generator states and batch sizes give two models the same noise."""
 
     @abstractmethod
+    def freeze_for_unlearning(self) -> None:
+        """Take from training what q(m|x0) is made of, which unlearning must not move."""
+
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write a folder that diffusers' `from_pretrained` loads."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
+    def load(self, source: str | Path) -> None:
         """Take over the weights of a folder written by `save`."""
+
+
+class DiffusionModel(GenerativeModel):
+    """x_t = gamma_t x0 + sigma_t eps with gamma_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
+
+    x0 is what the network denoises: pixels, or latents.
+    """
+
+    @abstractmethod
+    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
+        """Amplitude of the signal and of the noise in x_t."""
+
+    @abstractmethod
+    def target(
+        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]
+    ) -> Float[Tensor, "b c h w"]:
+        """What `predict` should answer for the x_t made of x0 and eps; its squared error is `loss`."""
+
+    @abstractmethod
+    def noise_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        """eps_pred from the network's answer, whatever its parametrisation."""
+
+
+def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """||prediction - target||^2 of each sample: a sum over its pixels."""
+    return (prediction - target).square().flatten(1).sum(1)
 
 
 def predict_eps(

@@ -15,7 +15,7 @@ from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError, Interrupted
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Update
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
@@ -31,7 +31,7 @@ TITLES = {"all": "training the base model", "retain": "training the oracle, whic
 class Pretraining:
     """The recipe of a model from scratch. `update` is called with the network."""
 
-    update: Callable[[DiffusionModel], Update]
+    update: Callable[[GenerativeModel], Update]
     max_steps: int
     batch_size: int
     seed: int = 0
@@ -46,7 +46,7 @@ def pretrained(
     population: str,
     recipe: Pretraining,
     key: dict[str, Any],
-    build: Callable[[int], DiffusionModel],
+    build: Callable[[int], GenerativeModel],
     data: ForgetRetain,
     cache_dir: Path,
     interrupts: Interrupts,

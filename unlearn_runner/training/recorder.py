@@ -9,7 +9,7 @@ from rich.console import Console
 from unlearn_runner.cache import atomic
 from unlearn_runner.errors import Interrupted, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.loggers import Logger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
@@ -46,10 +46,10 @@ class ProgressRecorder(Recorder):
     def log(self, step: int, values: dict[str, float]) -> None:
         self.progress.update(step, values)
 
-    def evaluate(self, model: DiffusionModel, step: int) -> None:
+    def evaluate(self, model: GenerativeModel, step: int) -> None:
         pass
 
-    def finish(self, model: DiffusionModel, step: int) -> None:
+    def finish(self, model: GenerativeModel, step: int) -> None:
         pass
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class RunRecorder(Recorder):
         self.folder.close()
         self.logger.finish(metrics, failed=status != "finished")
 
-    def watch(self, base: DiffusionModel, evaluator: Evaluator, probe: Evaluator) -> None:
+    def watch(self, base: GenerativeModel, evaluator: Evaluator, probe: Evaluator) -> None:
         """Score the base model, and from now on score and compare with it."""
         self.evaluator, self.probe = evaluator, probe
         self.provenance = evaluator.provenance()
@@ -118,19 +118,19 @@ class RunRecorder(Recorder):
         self.before = evaluator.once(base)
         self._record(0, "base", self.before, "before")
 
-    def relearn(self, prefix: str, model: DiffusionModel, relearning: Relearning) -> None:
+    def relearn(self, prefix: str, model: GenerativeModel, relearning: Relearning) -> None:
         """Measure how fast a model learns again what it was to forget."""
         self.console.print(f"relearning ({prefix})")
         started = time.perf_counter()
 
-        def forget_rate_of(model: DiffusionModel) -> float:
+        def forget_rate_of(model: GenerativeModel) -> float:
             return self.probe(model).scores["forget_rate"]
 
         scores = relearning(model, self.evaluator.data, forget_rate_of, self.scores["base/forget_rate"])
         self._write(self.trainer.total_steps, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.costs.setdefault("cost/relearning_seconds", time.perf_counter() - started)  # the unlearned model's
 
-    def compare_with_oracle(self, model: DiffusionModel) -> None:
+    def compare_with_oracle(self, model: GenerativeModel) -> None:
         """Score the model that never saw the forget set."""
         self.console.print("measuring the oracle")
         oracle = self.evaluator.once(model, self.before.judged)
@@ -141,7 +141,7 @@ class RunRecorder(Recorder):
         self.logger.log(step, values)
         self.progress.update(step, values)
 
-    def evaluate(self, model: DiffusionModel, step: int) -> None:
+    def evaluate(self, model: GenerativeModel, step: int) -> None:
         evaluation = self.probe(model)
         self.progress.forget_rate = evaluation.scores["forget_rate"]
         self._record(step, "eval", evaluation, f"step_{step:06d}")
@@ -150,7 +150,7 @@ class RunRecorder(Recorder):
         else:
             self.deletion_steps.pop("lasting_deletion_steps", None)
 
-    def finish(self, model: DiffusionModel, step: int) -> None:
+    def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
         with atomic(self.folder.model) as temporary:  # before it is scored: a failing metric loses nothing
             model.save(temporary)

@@ -9,7 +9,7 @@ from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Update
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import make_generator
 
 
@@ -20,7 +20,7 @@ class Relearning:
     The content counts as back when the forget rate is `threshold` times the base model's.
     """
 
-    update: Callable[[DiffusionModel], Update]
+    update: Callable[[GenerativeModel], Update]
     max_steps: int = 50
     every: int = 5  # steps between two looks at the forget rate
     batch_size: int = 64
@@ -34,9 +34,9 @@ class Relearning:
 
     def __call__(
         self,
-        model: DiffusionModel,
+        model: GenerativeModel,
         data: ForgetRetain,
-        forget_rate_of: Callable[[DiffusionModel], float],
+        forget_rate_of: Callable[[GenerativeModel], float],
         base_rate: float,
     ) -> dict[str, float]:
         """relearn_steps: steps until the content is back, `max_steps` if it is not within them (relearn_reached 0).

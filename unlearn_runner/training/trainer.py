@@ -15,7 +15,7 @@ from unlearn_runner.data.forget_retain import DataSpec
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.method import Method
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.types import Metrics
@@ -63,11 +63,11 @@ class Recorder(ABC):
         """One logged step; `values` includes "seconds" and "images" so far."""
 
     @abstractmethod
-    def evaluate(self, model: DiffusionModel, step: int) -> None:
+    def evaluate(self, model: GenerativeModel, step: int) -> None:
         """An evaluation on the way is due."""
 
     @abstractmethod
-    def finish(self, model: DiffusionModel, step: int) -> None:
+    def finish(self, model: GenerativeModel, step: int) -> None:
         """Training is over and `model` is the result."""
 
     @abstractmethod

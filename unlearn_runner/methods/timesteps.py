@@ -1,0 +1,98 @@
+"""Which timesteps a step looks at."""
+
+from abc import ABC, abstractmethod
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+
+
+class TimestepSampler(ABC):
+    """Draws timesteps, with weights that keep the mean over them that of uniform timesteps. Stateful."""
+
+    @abstractmethod
+    def draw(
+        self, count: int, num_train_timesteps: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[Int64[Tensor, "{count}"], Float[Tensor, "{count}"] | None]:
+        """Timesteps and their weights, uniform probability / this sampler's; None: all 1."""
+
+    @abstractmethod
+    def learn(self, level: Float[Tensor, "b"], losses: Float[Tensor, "b"]) -> None:
+        """What the samples at these t / T cost, before the weights."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@final
+class Uniform(TimestepSampler):
+    """Every timestep of the schedule alike, as the papers have it."""
+
+    def draw(self, count, num_train_timesteps, generator, device):
+        return torch.randint(num_train_timesteps, (count,), generator=generator, device=device), None
+
+    def learn(self, level: Float[Tensor, "b"], losses: Float[Tensor, "b"]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+@final
+class SecondMoment(TimestepSampler):
+    """p_t proportional to sqrt(E[L_t^2]) (Improved DDPM, 2102.09672, section 3.3), mixed with the uniform distribution.
+
+    The paper keeps the ten newest losses of each of T timesteps, which a run of a few hundred steps never fills;
+    here L_t^2 is a moving average over each of `num_levels` equal ranges of t, and within a range t is uniform. Until
+    every range has been seen, all is uniform.
+
+    Args:
+        uniform_share: of the mixture, in (0, 1]; it bounds the weights by 1 / uniform_share. The paper has 0.001.
+    """
+
+    def __init__(self, num_levels: int = 20, ema_decay: float = 0.9, uniform_share: float = 0.1):
+        if not num_levels > 0:
+            raise ConfigurationError(f"method.timesteps.num_levels must be positive, got {num_levels}.")
+        if not 0 <= ema_decay < 1:
+            raise ConfigurationError(f"method.timesteps.ema_decay must lie in [0, 1), got {ema_decay}.")
+        if not 0 < uniform_share <= 1:
+            raise ConfigurationError(f"method.timesteps.uniform_share must lie in (0, 1], got {uniform_share}.")
+        self.num_levels, self.ema_decay, self.uniform_share = num_levels, ema_decay, uniform_share
+        self.sums = torch.zeros(2, num_levels)  # samples, and their squared losses
+
+    def probabilities(self) -> Float[Tensor, "levels"]:
+        """Of the ranges of timesteps; they sum to 1."""
+        count, squares = self.sums
+        root = (squares / count.clamp(min=torch.finfo(count.dtype).tiny)).sqrt()
+        known = (count > 0).all() & (root.sum() > 0)
+        learnt = torch.where(known, root / root.sum(), 1 / self.num_levels)
+        return (1 - self.uniform_share) * learnt + self.uniform_share / self.num_levels
+
+    def draw(self, count, num_train_timesteps, generator, device):
+        self.sums = self.sums.to(device)
+        probabilities = self.probabilities()
+        ranges = torch.multinomial(probabilities, count, replacement=True, generator=generator)
+        within = torch.rand(count, generator=generator, device=device)
+        timesteps = ((ranges + within) * (num_train_timesteps / self.num_levels)).long()
+        return timesteps.clamp(max=num_train_timesteps - 1), 1 / (self.num_levels * probabilities[ranges])
+
+    def learn(self, level: Float[Tensor, "b"], losses: Float[Tensor, "b"]) -> None:
+        ranges = (level * self.num_levels).long().clamp(max=self.num_levels - 1)
+        rows = torch.stack([torch.ones_like(losses), losses.square()])
+        found = torch.zeros_like(self.sums).index_add_(1, ranges, rows.to(self.sums))
+        self.sums = self.ema_decay * self.sums + found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sums = state_dict["sums"].clone()
