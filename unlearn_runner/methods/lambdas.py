@@ -209,8 +209,8 @@ class Inferred(LambdaController):
         self.slope = OBJECTIVES[objective]
         self.beta = beta
         self.uniform_prior = prior == "uniform"
-        # A uniform lambda's logit has mean 0 and standard deviation pi / sqrt(3); 1.6 is nearest to it in KL.
-        self.prior_mean, self.prior_std = (0.0, 1.6) if self.uniform_prior else (float(prior_mean), float(prior_std))
+        # A uniform lambda's logit has mean 0 and standard deviation pi / sqrt(3); 1.749 is nearest to it in KL.
+        self.prior_mean, self.prior_std = (0.0, 1.749) if self.uniform_prior else (float(prior_mean), float(prior_std))
         self.per_sample = per_sample
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
@@ -325,7 +325,7 @@ class ClosedForm(LambdaController):
         self.ema_decay = ema_decay
         self.initial = initial
         self.sums: Tensor | None = None  # rows: samples, R_x^2, R_a^2; a column for each range of levels
-        self.ratio: Tensor | None = None  # c_a / c_x
+        self.norms: Tensor | None = None  # of the retain and the forget gradient, before and after their constants
 
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
         if self.sums is None:
@@ -340,12 +340,13 @@ class ClosedForm(LambdaController):
         ]
         rows = torch.stack([torch.ones_like(squares[0]), *squares])
         found = rows.new_zeros(3, self.num_levels).index_add_(1, self._ranges(seen.level), rows)
-        ratio = seen.c_forget / seen.c_retain
+        norms = torch.stack([seen.norm_retain, seen.norm_forget])
+        norms = torch.stack([norms, norms * torch.stack([seen.c_retain, seen.c_forget])]).to(found)
         if self.sums is None:
-            self.sums, self.ratio = found, ratio
+            self.sums, self.norms = found, norms
         else:
             self.sums = self.ema_decay * self.sums + (1 - self.ema_decay) * found
-            self.ratio = self.ema_decay * self.ratio + (1 - self.ema_decay) * ratio
+            self.norms = self.ema_decay * self.norms + (1 - self.ema_decay) * norms
         if self.num_levels == 1:
             return {}
         return over_levels(self._lambdas()[self._ranges(LEVELS.to(rows.device))])
@@ -357,16 +358,18 @@ class ClosedForm(LambdaController):
             torch.where(count > 0, part / count, total / whole[0]).sqrt()
             for part, total in ((retain, whole[1]), (forget, whole[2]))
         )
-        return closed_form(rms_retain, self.ratio * rms_forget).clamp(LEAST, 1 - LEAST)
+        # Under a norm fix the constants change from step to step, and a single forget sample's is no guide.
+        c_retain, c_forget = self.norms[1] / self.norms[0].clamp(min=torch.finfo(self.norms.dtype).tiny)
+        return closed_form(c_retain * rms_retain, c_forget * rms_forget).clamp(LEAST, 1 - LEAST)
 
     def _ranges(self, level: Float[Tensor, "b"]) -> Tensor:
         return (level * self.num_levels).long().clamp(max=self.num_levels - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "ratio": self.ratio}
+        return {"sums": self.sums, "norms": self.norms}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.sums, self.ratio = state_dict["sums"], state_dict["ratio"]
+        self.sums, self.norms = state_dict["sums"], state_dict["norms"]
 
 
 LEVELS = torch.linspace(0.05, 0.95, 10)  # t / T at which a lambda over t is logged

@@ -301,7 +301,7 @@ class SISS(Method):
             norm_retain=norm_retain,
             norm_forget=norm_forget,
             c_retain=torch.as_tensor(c_retain, device=eps.device),
-            c_forget=c_forget * fix,
+            c_forget=torch.where(norm_forget > 0, c_forget * fix, 0.0),  # no forget sample was drawn, none is scaled
         )
         noise = {}
         if self.gradient_variance is not None:
