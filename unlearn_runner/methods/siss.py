@@ -222,7 +222,7 @@ class SISS(Method):
         superfactor: s, how much more than deletion's share the forget term weighs. Without effect under a norm fix.
         split: back-propagate each term only through the samples that carry weight in it.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
-        gradient_variance: compare the gradients with those of the step before; log grad_variance/{retain,forget,update}.
+        gradient_variance: compare gradients with those of the step before; log grad_variance/{retain,forget,update}.
     """
 
     def __init__(
