@@ -28,13 +28,6 @@ from unlearn_runner.types import GeneratorState, Metrics, make_generator
 LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
 
 
-class Pair(NamedTuple):
-    """What two consecutive gradients g, h of one term tell; their samples are independent of each other."""
-
-    variance: Float[Tensor, ""]  # ||g - h||^2 / 2: of a batch's gradient, summed over weights
-    signal: Float[Tensor, ""]  # <g, h>: the squared norm of its mean; unbiased, so it may be below 0
-
-
 class Seen(NamedTuple):
     """What one step of SISS saw at its b samples; detached. Losses are means over pixels."""
 
@@ -50,8 +43,6 @@ class Seen(NamedTuple):
     norm_forget: Float[Tensor, ""]
     c_retain: Float[Tensor, ""]  # what the two gradients were multiplied by before they were added
     c_forget: Float[Tensor, ""]
-    pair_retain: Pair | None = None  # with the step before; None at the first step
-    pair_forget: Pair | None = None
 
     def square_norm(self) -> Float[Tensor, "b"]:
         """||G||^2 of each sample.
@@ -98,24 +89,6 @@ def closed_form(rms_retain: Float[Tensor, "..."], rms_forget: Float[Tensor, "...
     """
     total = rms_retain + rms_forget
     return torch.where(total > 0, rms_forget / total, 0.5)
-
-
-def signal_share(
-    lambdas: Float[Tensor, "n"],
-    signal_retain: Float[Tensor, ""],
-    variance_retain: Float[Tensor, ""],
-    signal_forget: Float[Tensor, ""],
-    variance_forget: Float[Tensor, ""],
-) -> Float[Tensor, "n"]:
-    """log of cos^2(g_x, E g_x) cos^2(g_a, E g_a) to first order: how much of both gradients' directions is signal.
-
-    With one-hot weights the variance of g_x falls with its (1 - lambda) b samples, that of g_a with its lambda b;
-    the arguments are the squared norms of the means, and the variances that all b samples would leave. A gradient that
-    is rescaled to a fixed norm forgets by the signal in its direction, E[g/||g||] ~ mu / sqrt(||mu||^2 + V/(lambda b)).
-    """
-    noise = torch.stack([variance_retain / (1 - lambdas), variance_forget / lambdas])
-    signal = torch.stack([signal_retain, signal_forget])[:, None].clamp(min=torch.finfo(noise.dtype).tiny)
-    return (signal.log() - (signal + noise).log()).sum(0)
 
 
 def kl_to_gaussian(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
@@ -341,7 +314,7 @@ class ClosedForm(LambdaController):
         initial: lambda of the first step.
     """
 
-    def __init__(self, per_sample: bool = False, num_levels: int = 10, ema_decay: float = 0.9, initial: float = 0.5):
+    def __init__(self, per_sample: bool = False, num_levels: int = 10, ema_decay: float = 0.9, initial: float = 0.1):
         if not num_levels > 0:
             raise ConfigurationError(f"method.lambd.num_levels must be positive, got {num_levels}.")
         if not 0 <= ema_decay < 1:
@@ -397,59 +370,6 @@ class ClosedForm(LambdaController):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sums, self.norms = state_dict["sums"], state_dict["norms"]
-
-
-@final
-class Signal(LambdaController):
-    """The lambda at which the two gradients' directions together carry most signal; see `signal_share`. No network.
-
-    Both are measured, not bounded: consecutive batch gradients over the network's weights give their variance and the
-    squared norm of their mean (Pair), kept as moving averages. Needs `gradient_variance`.
-
-    Args:
-        ema_decay: of all averages.
-        initial: lambda of the first two steps.
-    """
-
-    def __init__(self, ema_decay: float = 0.9, initial: float = 0.5):
-        if not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
-        if not 0 < initial < 1:
-            raise ConfigurationError(f"method.lambd.initial must lie strictly between 0 and 1, got {initial}.")
-        self.ema_decay = ema_decay
-        self.initial = initial
-        self.found: Tensor | None = None  # signal and variance of the retain, of the forget gradient
-        self.shares: Tensor | None = None  # of the samples in the two terms, at the step before
-
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
-        self.lambd = torch.full_like(level[:1], self.initial) if self.found is None else self._best()
-        return Mixing(self.lambd)
-
-    def learn(self, seen: Seen) -> Metrics:
-        shares = torch.cat([1 - self.lambd, self.lambd])
-        if seen.pair_retain is not None and self.shares is not None:
-            signal = torch.stack([seen.pair_retain.signal, seen.pair_forget.signal])
-            variance = torch.stack([seen.pair_retain.variance, seen.pair_forget.variance])
-            variance = variance / (0.5 / shares + 0.5 / self.shares)  # that all b samples would leave
-            found = torch.stack([signal, variance]).to(shares)
-            decay = self.ema_decay
-            self.found = found if self.found is None else decay * self.found + (1 - decay) * found
-        self.shares = shares
-        return {} if self.found is None else {
-            "lambda/signal_retain": self.found[0, 0], "lambda/signal_forget": self.found[0, 1],
-        }  # fmt: skip
-
-    def _best(self) -> Float[Tensor, "1"]:
-        lambdas = torch.linspace(0.01, 0.99, 99, device=self.found.device)
-        (signal_retain, signal_forget), (variance_retain, variance_forget) = self.found
-        share = signal_share(lambdas, signal_retain, variance_retain, signal_forget, variance_forget)
-        return lambdas[share.argmax()][None]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found, "shares": self.shares}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.found, self.shares = state_dict["found"], state_dict["shares"]
 
 
 LEVELS = torch.linspace(0.05, 0.95, 10)  # t / T at which a lambda over t is logged
