@@ -111,16 +111,17 @@ def pictures_of(runs: list[dict[str, Any]], rows: Iterable[str]) -> dict[str, Pa
 
 
 def curves_of(runs: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """Values by row, key and step: the looks on the way, from metrics.jsonl."""
+    """Values by row, key and step: the looks on the way, from metrics.jsonl, without the final, larger evaluation."""
     curves: dict[str, dict[str, dict[int, list[float]]]] = {}
     for run in sorted(runs, key=lambda run: (run["method"], run["seed"])):
         path = run["folder"] / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            values = json.loads(line)
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        looks = [line for line in lines if any(key in line for key in keys)]
+        for look in looks:
             for key in keys:
-                if key in values:
+                if key in look and look.keys() == looks[0].keys():
                     row = curves.setdefault(run["method"], {}).setdefault(key, {})
-                    row.setdefault(values["step"], []).append(values[key])
+                    row.setdefault(look["step"], []).append(look[key])
     return curves
 
 
