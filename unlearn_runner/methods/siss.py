@@ -291,7 +291,8 @@ class SISS(Method):
         # 5. lambda's controller and the timesteps' sampler learn from what was seen
         w_retain, w_forget = mixture.retain.weight, mixture.forget.weight
         losses_retain, losses_forget = found.losses_retain / pixels, found.losses_forget / pixels
-        self.timesteps.learn(level, losses_retain + losses_forget)
+        c_forget = torch.where(norm_forget > 0, c_forget * fix, 0.0)  # no forget sample was drawn, none is scaled
+        self.timesteps.learn(level, c_retain * losses_retain + c_forget * losses_forget)
         variances = {}
         if self.gradient_variance is not None:
             variances = self.gradient_variance({"retain": grad_retain, "forget": grad_forget, "update": gradient})
@@ -307,7 +308,7 @@ class SISS(Method):
             norm_retain=norm_retain,
             norm_forget=norm_forget,
             c_retain=torch.as_tensor(c_retain, device=eps.device),
-            c_forget=torch.where(norm_forget > 0, c_forget * fix, 0.0),  # no forget sample was drawn, none is scaled
+            c_forget=c_forget,
         )
         from_retain = (1 - lambd) * w_retain
         return {
