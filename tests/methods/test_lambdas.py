@@ -216,7 +216,8 @@ def test_a_strong_prior_holds_lambda():
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_closed_form_tracks_the_norms(per_sample):
     assert train(ClosedForm(per_sample)) == pytest.approx(3 / 4, abs=0.05)
-    assert train(ClosedForm(per_sample), rms=(1.0, 0.0)) == pytest.approx(LEAST)
+    assert train(ClosedForm(per_sample, least_samples=0), rms=(1.0, 0.0)) == pytest.approx(LEAST)
+    assert train(ClosedForm(per_sample), rms=(1.0, 0.0)) == pytest.approx(2 / 64)
 
 
 def test_closed_form_knows_levels_apart():
@@ -312,7 +313,7 @@ def test_inferred_refuses(settings, names):
         inferred(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"num_levels": 0}, {"ema_decay": -0.1}, {"initial": 1.0}])
+@pytest.mark.parametrize("settings", [{"num_levels": 0}, {"ema_decay": -0.1}, {"initial": 1.0}, {"least_samples": -1}])
 def test_closed_form_refuses(settings):
     with pytest.raises(ConfigurationError, match=f"method.lambd.{next(iter(settings))}"):
         ClosedForm(**settings)

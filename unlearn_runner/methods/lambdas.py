@@ -312,25 +312,39 @@ class ClosedForm(LambdaController):
         per_sample: R_x and R_a, and so lambda, for each of `num_levels` equal ranges of t / T.
         ema_decay: of all averages.
         initial: lambda of the first step.
+        least_samples: lambda is at least this many of a batch's samples: a batch without any forgets nothing, and the
+            norm fix does not make up for it in the next.
     """
 
-    def __init__(self, per_sample: bool = False, num_levels: int = 10, ema_decay: float = 0.9, initial: float = 0.1):
+    def __init__(
+        self,
+        per_sample: bool = False,
+        num_levels: int = 10,
+        ema_decay: float = 0.9,
+        initial: float = 0.1,
+        least_samples: float = 2.0,
+    ):
         if not num_levels > 0:
             raise ConfigurationError(f"method.lambd.num_levels must be positive, got {num_levels}.")
         if not 0 <= ema_decay < 1:
             raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
         if not 0 < initial < 1:
             raise ConfigurationError(f"method.lambd.initial must lie strictly between 0 and 1, got {initial}.")
+        if not least_samples >= 0:
+            raise ConfigurationError(f"method.lambd.least_samples must not be negative, got {least_samples}.")
         self.num_levels = num_levels if per_sample else 1
         self.ema_decay = ema_decay
         self.initial = initial
+        self.least_samples = least_samples
         self.sums: Tensor | None = None  # rows: samples, R_x^2, R_a^2; a column for each range of levels
         self.norms: Tensor | None = None  # of the retain and the forget gradient, before and after their constants
 
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
         if self.sums is None:
             return Mixing(torch.full_like(level[:1], self.initial))
-        return Mixing(self._lambdas()[self._ranges(level)] if self.num_levels > 1 else self._lambdas())
+        least = min(max(LEAST, self.least_samples / len(level)), 1 - LEAST)
+        lambdas = self._lambdas().clamp(min=least)
+        return Mixing(lambdas[self._ranges(level)] if self.num_levels > 1 else lambdas)
 
     def learn(self, seen: Seen) -> Metrics:
         tiny = torch.finfo(seen.w_retain.dtype).tiny
