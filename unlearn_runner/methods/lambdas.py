@@ -322,7 +322,7 @@ class ClosedForm(LambdaController):
         num_levels: int = 10,
         ema_decay: float = 0.9,
         initial: float = 0.1,
-        least_samples: float = 2.0,
+        least_samples: int = 2,
     ):
         if not num_levels > 0:
             raise ConfigurationError(f"method.lambd.num_levels must be positive, got {num_levels}.")
@@ -342,8 +342,7 @@ class ClosedForm(LambdaController):
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
         if self.sums is None:
             return Mixing(torch.full_like(level[:1], self.initial))
-        least = min(max(LEAST, self.least_samples / len(level)), 1 - LEAST)
-        lambdas = self._lambdas().clamp(min=least)
+        lambdas = self._lambdas(len(level))
         return Mixing(lambdas[self._ranges(level)] if self.num_levels > 1 else lambdas)
 
     def learn(self, seen: Seen) -> Metrics:
@@ -363,9 +362,9 @@ class ClosedForm(LambdaController):
             self.norms = self.ema_decay * self.norms + (1 - self.ema_decay) * norms
         if self.num_levels == 1:
             return {}
-        return over_levels(self._lambdas()[self._ranges(LEVELS.to(rows.device))])
+        return over_levels(self._lambdas(len(seen.level))[self._ranges(LEVELS.to(rows.device))])
 
-    def _lambdas(self) -> Float[Tensor, "levels"]:
+    def _lambdas(self, batch_size: int) -> Float[Tensor, "levels"]:
         count, retain, forget = self.sums
         whole = self.sums.sum(1)  # a range that no sample has met takes the mean of all
         rms_retain, rms_forget = (
@@ -374,7 +373,8 @@ class ClosedForm(LambdaController):
         )
         # Under a norm fix the constants change from step to step, and a single forget sample's is no guide.
         c_retain, c_forget = self.norms[1] / self.norms[0].clamp(min=torch.finfo(self.norms.dtype).tiny)
-        return closed_form(c_retain * rms_retain, c_forget * rms_forget).clamp(LEAST, 1 - LEAST)
+        least = min(max(LEAST, self.least_samples / batch_size), 1 - LEAST)
+        return closed_form(c_retain * rms_retain, c_forget * rms_forget).clamp(least, 1 - LEAST)
 
     def _ranges(self, level: Float[Tensor, "b"]) -> Tensor:
         return (level * self.num_levels).long().clamp(max=self.num_levels - 1)
