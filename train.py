@@ -88,7 +88,11 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
         recorder.watch(
             network,
             Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir),
-            Evaluator(data, judge, evaluation["probe"]["metrics"], evaluation["probe"]["sampling"], cache_dir),
+            *(
+                node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir)
+                for node in (evaluation["probe"], evaluation["at_threshold"])
+            ),
+            evaluation["threshold"],
         )
         if plan.init == "scratch":
             network.load_state_dict(build_network(seed).state_dict())

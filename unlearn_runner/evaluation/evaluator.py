@@ -30,7 +30,8 @@ class Sampling:
 
     `num_samples` under the forget conditions and as many under all other conditions together, evenly over the
     conditions; an unconditional model draws `num_samples` in all. Always from the same `seed`. `bootstrap` is the
-    number of resamplings for 95 % intervals; None: no intervals.
+    number of resamplings for 95 % intervals; None: no intervals. `forget_only` leaves out the other conditions, where
+    there are conditions.
     """
 
     num_samples: int = 200
@@ -39,6 +40,7 @@ class Sampling:
     batch_size: int = 200
     seed: int = 0
     bootstrap: int | None = None
+    forget_only: bool = False
 
     def __post_init__(self) -> None:
         if self.bootstrap is not None and self.bootstrap < 20:
@@ -266,6 +268,8 @@ class Evaluator:
         if self.spec.label_names is None:
             return {"all": None}
         sets = {"forget": self.data.forget_labels, "retain": self.retain_labels}
+        if self.sampling.forget_only:
+            del sets["retain"]
         return {name: _evenly(labels, self.sampling.num_samples) for name, labels in sets.items() if labels}
 
     def _references(self) -> dict[str, Judged]:

@@ -11,6 +11,7 @@ from unlearn_runner.errors import Interrupted, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.loggers import Logger
+from unlearn_runner.training.pictures import draw_lambda
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
 from unlearn_runner.training.relearning import Relearning
@@ -74,11 +75,14 @@ class RunRecorder(Recorder):
         self.progress = ProgressBar("unlearning", max_steps, console)
         self.evaluator: Evaluator | None = None  # set by `watch`
         self.probe: Evaluator | None = None
+        self.at_threshold: Evaluator | None = None
+        self.threshold = 0.0
         self.before: Evaluation | None = None
         self.scores: dict[str, float] = {}
         self.costs: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
         self.deletion_steps: dict[str, int] = {}
+        self.reached: dict[str, float] = {}  # empty until a look finds at most `threshold`
         self.provenance: dict[str, Any] = {}
         self.trainer: Trainer | None = None
 
@@ -108,9 +112,20 @@ class RunRecorder(Recorder):
         self.folder.close()
         self.logger.finish(metrics, failed=status != "finished")
 
-    def watch(self, base: GenerativeModel, evaluator: Evaluator, probe: Evaluator) -> None:
-        """Score the base model, and from now on score and compare with it."""
-        self.evaluator, self.probe = evaluator, probe
+    def watch(
+        self,
+        base: GenerativeModel,
+        evaluator: Evaluator,
+        probe: Evaluator,
+        at_threshold: Evaluator | None = None,
+        threshold: float = 0.0,
+    ) -> None:
+        """Score the base model, and from now on score and compare with it.
+
+        `probe` takes the looks on the way; `at_threshold`, if it is given, scores the model once more when for the first
+        time a look finds a forget_rate of at most `threshold`.
+        """
+        self.evaluator, self.probe, self.at_threshold, self.threshold = evaluator, probe, at_threshold, threshold
         self.provenance = evaluator.provenance()
         for sentence in evaluator.left_out():
             self.console.print(sentence, soft_wrap=True)
@@ -149,6 +164,18 @@ class RunRecorder(Recorder):
             self.deletion_steps = {"deletion_steps": step, "lasting_deletion_steps": step} | self.deletion_steps
         else:
             self.deletion_steps.pop("lasting_deletion_steps", None)
+        if not self.reached and evaluation.scores["forget_rate"] <= self.threshold:
+            self._reach(model, step)
+
+    def _reach(self, model: GenerativeModel, step: int) -> None:
+        """The first look that finds little enough of the forgotten content: what it took, and what is left of the rest."""
+        reached = {"steps": float(step)}
+        for name in ("seconds", "network_evaluations"):
+            reached[name] = float(getattr(self.trainer, name))
+        if self.at_threshold is not None:
+            reached |= self.at_threshold(model, self.before.judged).scores
+        self.reached = {f"reached/{key}": value for key, value in reached.items()}
+        self._write(step, self.reached)
 
     def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
@@ -158,6 +185,8 @@ class RunRecorder(Recorder):
         after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
         self._write(step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
+        self.scores |= self.reached
+        self._draw_lambda()
         self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
         self.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
         self.provenance["seconds"] = after.seconds
@@ -187,12 +216,19 @@ class RunRecorder(Recorder):
             "position": self.folder.position(),
             "forget_rate": self.progress.forget_rate,
             "deletion_steps": dict(self.deletion_steps),
+            "reached": dict(self.reached),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.folder.truncate(state_dict["position"])
         self.progress.forget_rate = state_dict["forget_rate"]
-        self.deletion_steps = state_dict["deletion_steps"]
+        self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
+
+    def _draw_lambda(self) -> None:
+        """samples/lambda.png, where lambda was not the same all the time."""
+        path = self.folder.path / "samples" / "lambda.png"
+        if draw_lambda(self.folder.lines(), path):
+            self.logger.image(self.trainer.total_steps, "samples/lambda", path)
 
     def _record(self, step: int, prefix: str, evaluation: Evaluation, picture: str) -> None:
         self._write(step, {f"{prefix}/{key}": value for key, value in evaluation.scores.items()})

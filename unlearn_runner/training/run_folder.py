@@ -53,6 +53,11 @@ class RunFolder:
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything appended so far."""
+        with open(self.path / "metrics.jsonl", encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
     def position(self) -> int:
         """Where the next line of metrics.jsonl will begin, in bytes."""
         return self._lines.tell()
