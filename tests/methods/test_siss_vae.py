@@ -31,7 +31,9 @@ def posteriors(b=64, latent=4, seed=0):
     means = torch.randn(2, b, latent, generator=g, dtype=F64) * 0.5
     stds = 0.3 * (torch.randn(2, b, latent, generator=g, dtype=F64) * 0.7).exp()
     eps = torch.randn(b, latent, generator=g, dtype=F64)
-    return Posteriors(*(Noising(1.0, *part) for part in zip(means, stds, strict=True)), eps, torch.rand(b, generator=g) < 0.5)
+    return Posteriors(
+        *(Noising(1.0, *part) for part in zip(means, stds, strict=True)), eps, torch.rand(b, generator=g) < 0.5
+    )
 
 
 def mixed(found, lambd, labels=(None, None)):
