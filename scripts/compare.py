@@ -33,7 +33,12 @@ def finished_runs(folders: list[Path]) -> tuple[list[dict[str, Any]], list[str]]
         try:
             summary = json.loads(path.read_text())
             config = yaml.safe_load((path.parent / "config.yaml").read_text())
-            run = {"folder": path.parent, "method": config.get("label", config["choices"]["method"]), "seed": config["seed"], **summary}
+            run = {
+                "folder": path.parent,
+                "method": config.get("label", config["choices"]["method"]),
+                "seed": config["seed"],
+                **summary,
+            }
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             others.append(f"{path.parent}: unreadable ({type(error).__name__}: {error})")
             continue

@@ -33,6 +33,15 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
+LAMBDAS = [
+    ("adaptive_siss", f"method/lambd={name}", *more)
+    for name in options("method/lambd")
+    for more in ((), ("method.lambd.per_sample=true", "method/timesteps=second_moment"))
+    if not (more and name == "constant")
+]
+METHODS = [(method,) for method in options("method")] + LAMBDAS
+
+
 def ema(method: str, decay: str) -> str:
     """The override of the averaging's decay; `retrain` has the base's recipe."""
     return f"{'model.pretraining' if method == 'retrain' else 'method'}.update.ema_decay={decay}"
@@ -78,10 +87,10 @@ def flat_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return dict(walk(copy.deepcopy(trainer._learner_state()), ""))
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", METHODS, ids=" ".join)
 @pytest.mark.parametrize("ema_decay", ["null", "0.9"])
 def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema_decay):
-    cfg = composed(f"method={method}", ema(method, ema_decay))
+    cfg = composed(f"method={method[0]}", *method[1:], ema(method[0], ema_decay))
     trainer = build_trainer(cfg, digits, tmp_path)
     start = flat_state(trainer)
     first = [trainer.step() for _ in range(2)]
@@ -97,9 +106,11 @@ def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema
     assert_same_bits(flat_state(trainer), after)
 
 
-@pytest.mark.parametrize("method", options("method"))
+@pytest.mark.parametrize("method", METHODS, ids=" ".join)
 def test_resume_is_the_uninterrupted_run(composed, digits, tmp_path, method):
-    cfg = composed(f"method={method}", ema(method, "0.9"), "trainer.max_steps=6", "trainer.init=base")
+    cfg = composed(
+        f"method={method[0]}", *method[1:], ema(method[0], "0.9"), "trainer.max_steps=6", "trainer.init=base"
+    )
     whole = build_trainer(cfg, digits, tmp_path / "a")
     while not whole.done:
         whole.step()

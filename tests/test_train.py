@@ -93,6 +93,40 @@ def test_leaves_the_run_folder_of_the_contract(whole):
         assert word in done.stdout
 
 
+def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
+    """In the run's scores and lines, also after a resumption; nothing where no look finds it."""
+    import train
+
+    overrides = (
+        "experiment=digits_trousers_lambda", "method=adaptive_siss", "evaluation.relearning=null",
+        "trainer.max_steps=5", "trainer.checkpointing_steps=3", "trainer.checkpoints_total_limit=null",
+    )  # fmt: skip
+    whole = run(*overrides, "evaluation.threshold=1.0", folder="whole")
+    metrics = summary(whole)["metrics"]
+    assert metrics["reached/steps"] == 2.0
+    assert 0 < metrics["reached/seconds"] < metrics["cost/seconds"]
+    assert 0 < metrics["reached/network_evaluations"] < metrics["cost/network_evaluations"]
+    assert {"reached/forget_rate", "reached/restored_rate", "reached/retain_accuracy", "reached/fid_retain",
+            "reached/kid_retain"} <= set(metrics)  # fmt: skip
+    assert [line["step"] for line in lines(whole) if "reached/steps" in line] == [2]
+    assert (whole / "samples" / "lambda.png").is_file()
+    looks = [line for line in lines(whole) if line["step"] == 2 and "eval/forget_rate" in line]
+    assert looks
+    assert "eval/retain_accuracy" not in looks[0], "this experiment looks at the forget condition alone"
+
+    shutil.rmtree(whole / "checkpoints" / "step_000005")
+    fresh = tmp_path / "outputs" / "fresh"
+    fresh.mkdir()
+    train.unlearn(composed(*overrides, "evaluation.threshold=1.0", f"resume_from_checkpoint={whole}"), fresh)
+    again = summary(whole)["metrics"]
+    assert {key: again[key] for key in metrics if "reached" in key} == {
+        key: value for key, value in metrics.items() if "reached" in key
+    }
+
+    never = run(*overrides, "evaluation.threshold=-1.0", folder="never")
+    assert not [key for key in summary(never)["metrics"] if "reached" in key]
+
+
 def test_wandb_file_can_be_read_back(whole):
     folder, _ = whole
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
-from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
+from unlearn_runner.methods.lambdas import Constant, LambdaController, Pair, Seen, Signal
 from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising
@@ -184,22 +184,24 @@ class Gradients(NamedTuple):
 
 
 @final
-class GradientVariance:
-    """(1/2) ||g_t - g_(t-1)||^2: the variance of a batch's gradient, summed over weights, as long as a step moves its
-    mean by less than its noise. Three more vectors of the network's size, also in checkpoints.
+class Consecutive:
+    """Compares each gradient with the one of the step before: nearly the same weights, and samples of its own.
+
+    A vector of the network's size for each gradient, also in checkpoints.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}
 
-    def __call__(self, gradients: dict[str, Float[Tensor, "p"]]) -> Metrics:
-        found = {
-            f"grad_variance/{name}": (gradient - self.before[name]).square().sum() / 2
+    def __call__(self, gradients: dict[str, Float[Tensor, "p"]]) -> dict[str, Pair]:
+        """What each pair tells, by name; nothing at the first step."""
+        pairs = {
+            name: Pair((gradient - self.before[name]).square().sum() / 2, gradient @ self.before[name])
             for name, gradient in gradients.items()
             if name in self.before
         }
         self.before = gradients
-        return found
+        return pairs
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.before)
@@ -220,7 +222,7 @@ class SISS(Method):
         superfactor: s, how much more than deletion's share the forget term weighs. Without effect under a norm fix.
         split: back-propagate each term only through the samples that carry weight in it.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
-        gradient_variance: log grad_variance/{retain,forget,update}.
+        gradient_variance: compare gradients with those of the step before; log grad_variance/{retain,forget,update}.
     """
 
     def __init__(
@@ -249,7 +251,9 @@ class SISS(Method):
         self.superfactor = superfactor
         self.split = split
         self.timesteps = Uniform() if timesteps is None else timesteps
-        self.gradient_variance = GradientVariance() if gradient_variance else None
+        if isinstance(lambd, Signal) and not gradient_variance:
+            raise ConfigurationError("method/lambd=signal needs method.gradient_variance=true, got false.")
+        self.consecutive = Consecutive() if gradient_variance else None
         self.update = update(model)
         self.generator = generator
 
@@ -289,6 +293,9 @@ class SISS(Method):
         w_retain, w_forget = mixture.retain.weight, mixture.forget.weight
         losses_retain, losses_forget = found.losses_retain / pixels, found.losses_forget / pixels
         self.timesteps.learn(level, losses_retain + losses_forget)
+        pairs = {}
+        if self.consecutive is not None:
+            pairs = self.consecutive({"retain": grad_retain, "forget": grad_forget, "update": gradient})
         seen = Seen(
             level=level,
             w_retain=w_retain,
@@ -301,11 +308,10 @@ class SISS(Method):
             norm_retain=norm_retain,
             norm_forget=norm_forget,
             c_retain=torch.as_tensor(c_retain, device=eps.device),
-            c_forget=c_forget * fix,
+            c_forget=torch.where(norm_forget > 0, c_forget * fix, 0.0),  # no forget sample was drawn, none is scaled
+            pair_retain=pairs.get("retain"),
+            pair_forget=pairs.get("forget"),
         )
-        noise = {}
-        if self.gradient_variance is not None:
-            noise = self.gradient_variance({"retain": grad_retain, "forget": grad_forget, "update": gradient})
         from_retain = (1 - lambd) * w_retain
         return {
             "loss/retain": seen.losses_retain.mean(),
@@ -316,7 +322,7 @@ class SISS(Method):
             "weights/ess_retain": effective_sample_size(w_retain),
             "weights/ess_forget": effective_sample_size(w_forget),
             "weights/one_hot": (torch.minimum(from_retain, 1 - from_retain) < 1e-3).float().mean(),
-            **noise,
+            **{f"grad_variance/{name}": pair.variance for name, pair in pairs.items()},
             **self.lambd.learn(seen),
         }
 
@@ -383,8 +389,8 @@ class SISS(Method):
             "norm_fix": self.norm_fix,
             "timesteps": self.timesteps,
         }
-        if self.gradient_variance is not None:
-            parts["gradient_variance"] = self.gradient_variance
+        if self.consecutive is not None:
+            parts["consecutive"] = self.consecutive
         return parts
 
 

@@ -29,10 +29,7 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     inferred = [line for line in logged if "lambda/posterior_mean" in line]
     if inferred:
         ends = [
-            [
-                1 / (1 + exp(-line["lambda/posterior_mean"] - sign * line["lambda/posterior_std"]))
-                for line in inferred
-            ]
+            [1 / (1 + exp(-line["lambda/posterior_mean"] - sign * line["lambda/posterior_std"])) for line in inferred]
             for sign in (-1, 0, 1)
         ]
         at = [line["step"] for line in inferred]

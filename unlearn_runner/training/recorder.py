@@ -122,8 +122,8 @@ class RunRecorder(Recorder):
     ) -> None:
         """Score the base model, and from now on score and compare with it.
 
-        `probe` takes the looks on the way; `at_threshold`, if it is given, scores the model once more when for the first
-        time a look finds a forget_rate of at most `threshold`.
+        `probe` takes the looks on the way; `at_threshold`, if it is given, scores the model once more when a look finds
+        a forget_rate of at most `threshold` for the first time.
         """
         self.evaluator, self.probe, self.at_threshold, self.threshold = evaluator, probe, at_threshold, threshold
         self.provenance = evaluator.provenance()
@@ -168,7 +168,7 @@ class RunRecorder(Recorder):
             self._reach(model, step)
 
     def _reach(self, model: GenerativeModel, step: int) -> None:
-        """The first look that finds little enough of the forgotten content: what it took, and what is left of the rest."""
+        """The first look that finds little enough to forget: what it took, and what is left of the rest."""
         reached = {"steps": float(step)}
         for name in ("seconds", "network_evaluations"):
             reached[name] = float(getattr(self.trainer, name))

@@ -1,0 +1,368 @@
+"""Lambda controllers against the calculus that they rest on."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from test_siss import method, unit_batch
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.lambdas import (
+    LEAST,
+    LEVELS,
+    ClosedForm,
+    Constant,
+    Inferred,
+    LambdaController,
+    Mixing,
+    Seen,
+    Signal,
+    closed_form,
+    kl_to_gaussian,
+    kl_to_uniform,
+    pathwise_slope,
+    variance_slope,
+)
+from unlearn_runner.methods.siss import SISS, Consecutive, importance_weights
+
+F64 = torch.float64
+adam = partial(torch.optim.Adam, lr=3e-2)
+OBJECTIVES = ("pathwise", "variance", "blend")
+
+
+def inferred(objective="variance", **settings):
+    return Inferred(objective, settings.pop("optimizer", adam), **settings)
+
+
+def seen_of(w_retain, w_forget, square_retain, square_forget, losses=None, level=None, c_forget=1.0):
+    """What a step saw whose two gradients are orthogonal at every sample."""
+    b = len(w_retain)
+    one = torch.ones((), dtype=w_retain.dtype)
+    losses_retain, losses_forget = losses or (w_retain, w_forget)
+    return Seen(
+        level=torch.zeros(b) if level is None else level,
+        w_retain=w_retain,
+        w_forget=w_forget,
+        losses_retain=losses_retain,
+        losses_forget=losses_forget,
+        square_retain=square_retain,
+        square_forget=square_forget,
+        inner_product=torch.zeros_like(w_retain),
+        norm_retain=one,
+        norm_forget=one,
+        c_retain=one,
+        c_forget=one * c_forget,
+    )
+
+
+X, A, SIGMA = -0.6, 0.8, 0.9  # q(.|x) and q(.|a) on a line
+
+
+def draws(lambd: float, n: int = 400_000, seed: int = 0):
+    """m ~ q_lambda."""
+    g = torch.Generator().manual_seed(seed)
+    from_forget = torch.rand(n, generator=g) < lambd
+    return torch.where(from_forget, A, X) + SIGMA * torch.randn(n, generator=g, dtype=F64)
+
+
+def at(m):
+    """log q(m|a) - log q(m|x), two losses and a two-dimensional gradient of each, none of them simple."""
+    log_ratio = ((m - X) ** 2 - (m - A) ** 2) / (2 * SIGMA**2)
+    losses = (m.sin() ** 2 + 0.3, 0.5 * (m - 1) ** 2)
+    gradients = (torch.stack([m.cos(), m], 1), torch.stack([m - 1, m**2 / 3], 1))
+    return log_ratio, losses, gradients
+
+
+def seen_at(lambd: float, m: torch.Tensor, c_forget: float = 0.7):
+    log_ratio, losses, gradients = at(m)
+    weights = importance_weights(log_ratio, lambd)
+    u = [w[:, None] * gradient for w, gradient in zip(weights, gradients, strict=True)]
+    weighted = [w * loss for w, loss in zip(weights, losses, strict=True)]
+    return seen_of(
+        *weights, *(part.square().sum(1) for part in u), losses=weighted, c_forget=c_forget
+    )._replace(inner_product=(u[0] * u[1]).sum(1))  # fmt: skip
+
+
+def test_pathwise_and_score_parts_cancel_at_every_sample():
+    m = draws(0.3, n=1000)
+    log_ratio, losses, _ = at(m)
+    lambd = torch.full((1000,), 0.3, dtype=F64, requires_grad=True)
+    w_retain, w_forget = importance_weights(log_ratio, lambd)
+    loss = w_retain * losses[0] - w_forget * losses[1]
+    (pathwise,) = torch.autograd.grad(loss.sum(), lambd)
+    # log q_lambda less log q(.|x), which does not depend on lambda
+    (score,) = torch.autograd.grad((1 - lambd + lambd * log_ratio.exp()).log().sum(), lambd)
+    torch.testing.assert_close(score, (w_forget - w_retain).detach())
+    torch.testing.assert_close(pathwise_slope(seen_at(0.3, m)), pathwise)
+    torch.testing.assert_close(pathwise + score * loss.detach(), torch.zeros(1000, dtype=F64))
+
+
+def test_expected_loss_does_not_depend_on_lambda_but_the_pathwise_gradient_is_not_zero():
+    means, errors = [], []
+    for lambd in (0.1, 0.5, 0.9):
+        seen = seen_at(lambd, draws(lambd))
+        loss = seen.losses_retain - seen.losses_forget
+        means.append(loss.mean())
+        errors.append(loss.std() / math.sqrt(len(loss)))
+        score = (seen.w_forget - seen.w_retain) * loss
+        assert abs((pathwise_slope(seen) + score).mean()) < 1e-9
+    assert all(abs(mean - means[0]) < 4 * (error + errors[0]) for mean, error in zip(means, errors, strict=True))
+    slope = pathwise_slope(seen_at(0.5, draws(0.5)))
+    assert abs(slope.mean()) > 20 * slope.std() / math.sqrt(len(slope)), "the paper's gradient is biased"
+
+
+@pytest.mark.parametrize("lambd", [0.2, 0.5, 0.85])
+def test_variance_slope_is_the_derivative_of_the_second_moment(lambd):
+    """Its mean over samples against central finite differences of M = E||G||^2, integrated over the line."""
+    grid = torch.linspace(-9, 9, 20_001, dtype=F64)
+
+    def second_moment(lambd):
+        q_x, q_a = (torch.distributions.Normal(centre, SIGMA).log_prob(grid).exp() for centre in (X, A))
+        density = (1 - lambd) * q_x + lambd * q_a
+        return torch.trapezoid(density * seen_at(lambd, grid).square_norm(), grid).item()
+
+    wanted = (second_moment(lambd + 1e-4) - second_moment(lambd - 1e-4)) / 2e-4
+    seen = seen_at(lambd, draws(lambd))
+    slopes = variance_slope(seen) * seen.square_norm().mean()
+    error = slopes.std().item() / math.sqrt(len(slopes))
+    assert slopes.mean().item() == pytest.approx(wanted, abs=4 * error)
+    assert error < 0.05 * abs(wanted) + 0.05, "the test would notice a wrong sign or factor"
+
+
+@pytest.mark.parametrize(("rms_retain", "rms_forget"), [(1.0, 1.0), (3.0, 0.2), (0.5, 4.0)])
+def test_closed_form_is_the_minimiser_found_by_search(rms_retain, rms_forget):
+    def second_moment(lambd):
+        return rms_retain**2 / (1 - lambd) + rms_forget**2 / lambd
+
+    found = minimize_scalar(second_moment, bounds=(1e-6, 1 - 1e-6), method="bounded", options={"xatol": 1e-9}).x
+    assert closed_form(torch.tensor(rms_retain), torch.tensor(rms_forget)).item() == pytest.approx(found, abs=1e-4)
+    assert closed_form(torch.zeros(()), torch.zeros(())).item() == 0.5
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (1.3, 0.4), (-2.0, 2.0)])
+def test_kl_against_monte_carlo(mean, std):
+    g = torch.Generator().manual_seed(0)
+    posterior = torch.distributions.Normal(torch.tensor(mean, dtype=F64), torch.tensor(std, dtype=F64))
+    z = mean + std * torch.randn(400_000, generator=g, dtype=F64)
+    gaussian = torch.distributions.Normal(torch.tensor(0.5, dtype=F64), torch.tensor(1.5, dtype=F64))
+    lambd = torch.sigmoid(z)
+    log_uniform = (lambd * (1 - lambd)).log()  # density of the logit of a uniform lambda
+    for found, log_prior in (
+        (kl_to_gaussian(posterior.loc, posterior.scale, 0.5, 1.5), gaussian.log_prob(z)),
+        (kl_to_uniform(posterior.loc, posterior.scale), log_uniform),
+    ):
+        ratio = posterior.log_prob(z) - log_prior
+        assert found.item() == pytest.approx(ratio.mean().item(), abs=4 * ratio.std().item() / math.sqrt(len(z)))
+    assert kl_to_gaussian(posterior.loc, posterior.scale, mean, std).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_uniform_prior_begins_where_its_kl_is_least():
+    mean, std = inferred(prior="uniform").posterior(torch.zeros(1))
+    (nearest,) = kl_to_uniform(mean, std).tolist()
+    for factor in (0.95, 1.05):
+        assert kl_to_uniform(mean, std * factor).item() > nearest
+    assert nearest < 0.02
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_lambda_frozen_at_one_half_is_static_siss_to_the_bit(tiny_network, objective, per_sample):
+    frozen = inferred(objective, prior_std=1e-12, optimizer=partial(torch.optim.Adam, lr=0.0), per_sample=per_sample)
+    weights = []
+    for lambd in (0.5, Constant(0.5), frozen):
+        siss = method(tiny_network(), SISS, lambd=lambd, rho=0.1)
+        for step in range(3):
+            siss.step(unit_batch(seed=step))
+        weights.append(list(siss.model.parameters()))
+    for static, constant, adaptive in zip(*weights, strict=True):
+        assert torch.equal(static, constant)
+        assert torch.equal(static, adaptive)
+
+
+def one_hot(lambd, rms_retain, rms_forget, g, b=64, level=None):
+    """A batch with one-hot weights, and gradients of these norms."""
+    from_forget = torch.rand(b, generator=g) < lambd
+    w_retain, w_forget = (~from_forget) / (1 - lambd), from_forget / lambd
+    squares = (w_retain * rms_retain).square(), (w_forget * rms_forget).square()
+    return seen_of(w_retain, w_forget, *squares, level=level)
+
+
+def train(controller, steps=500, rms=(1.0, 3.0)):
+    """Lambda over the last steps."""
+    g, found = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        level = torch.rand(64, generator=g)
+        lambd, _, scale_forget = controller.next(level)
+        found.append((lambd if scale_forget is None else scale_forget / 2) * torch.ones(64))
+        controller.learn(one_hot(lambd, *rms, g, level=level))
+    return torch.stack(found[-100:]).median().item()
+
+
+def test_variance_objective_finds_the_lambda_of_least_variance():
+    assert train(inferred("variance", beta=1e-3)) == pytest.approx(3 / 4, abs=0.06)
+    assert train(inferred("variance", beta=1e-3), rms=(4.0, 1.0)) == pytest.approx(1 / 5, abs=0.06)
+
+
+def test_pathwise_goes_to_zero_and_blend_to_one_where_the_prior_is_weak():
+    assert train(inferred("pathwise", beta=1e-3)) < 0.15
+    assert train(inferred("blend", beta=1e-3)) > 0.85
+
+
+def test_a_strong_prior_holds_lambda():
+    assert train(inferred("pathwise", beta=1e3, prior_mean=1.0, prior_std=0.05)) == pytest.approx(0.731, abs=0.02)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_closed_form_tracks_the_norms(per_sample):
+    assert train(ClosedForm(per_sample)) == pytest.approx(3 / 4, abs=0.05)
+    assert train(ClosedForm(per_sample), rms=(1.0, 0.0)) == pytest.approx(LEAST)
+
+
+def test_closed_form_knows_levels_apart():
+    controller, g = ClosedForm(per_sample=True, num_levels=2), torch.Generator().manual_seed(0)
+    for _ in range(60):
+        level = torch.rand(256, generator=g)
+        lambd = controller.next(level).lambd
+        from_forget = torch.rand(256, generator=g) < lambd
+        w_retain, w_forget = (~from_forget) / (1 - lambd), from_forget / lambd
+        rms_forget = torch.where(level < 0.5, 0.25, 4.0)
+        logged = controller.learn(
+            seen_of(w_retain, w_forget, w_retain.square(), (w_forget * rms_forget).square(), level=level)
+        )
+    low, high = controller.next(torch.tensor([0.1, 0.9])).lambd
+    assert low.item() == pytest.approx(0.2, abs=0.05)
+    assert high.item() == pytest.approx(0.8, abs=0.05)
+    assert [key for key in logged] == [f"lambda/at/{level:.2f}" for level in LEVELS.tolist()]
+    assert logged["lambda/at/0.05"] == low
+
+
+class Spy(LambdaController):
+    """Static, and remembers what it was shown."""
+
+    def next(self, level):
+        return Mixing(torch.full((1,), 0.4))
+
+    def learn(self, seen):
+        self.seen = seen
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    load_state_dict = None
+
+
+@pytest.mark.parametrize("one_label", [False, True], ids=["split", "plain"])
+def test_gradients_over_the_answer_are_those_of_autograd(tiny_network, one_label):
+    """||c_x w_x grad l_x - c_a w_a grad l_a||^2 for squared errors: 4 ||c_x w_x (f - y_x) - c_a w_a (f - y_a)||^2."""
+    shown = []
+    for split in (True, False):
+        spy = Spy()
+        method(tiny_network(), SISS, lambd=spy, rho=0.1, split=split).step(unit_batch(one_label=one_label))
+        shown.append(spy.seen)
+    for part, plain in zip(*shown, strict=True):
+        torch.testing.assert_close(part, plain, rtol=1e-4, atol=1e-4)
+    seen = shown[0]
+    # w l = ||w (f - y)||^2 / w, summed over the 64 pixels; the gradient's square is 4 w^2 ||f - y||^2
+    torch.testing.assert_close(seen.square_retain, 4 * 64 * seen.w_retain * seen.losses_retain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen.square_forget, 4 * 64 * seen.w_forget * seen.losses_forget, rtol=1e-3, atol=1e-3)
+    assert (seen.inner_product**2 <= seen.square_retain * seen.square_forget * 1.001 + 1e-6).all()
+    assert (seen.square_norm() >= -1e-3).all()
+
+
+@pytest.mark.parametrize("prior_mean", [-60.0, 60.0])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_lambda_at_its_clamps(tiny_network, prior_mean, per_sample):
+    controller = inferred("variance", prior_mean=prior_mean, per_sample=per_sample)
+    siss = method(tiny_network(), SISS, lambd=controller, rho=0.1)
+    wanted = LEAST if prior_mean < 0 else 1 - LEAST
+    for step in range(2):
+        metrics = siss.step(unit_batch(seed=step))
+        assert metrics["lambda/value"].item() == pytest.approx(wanted)
+        assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_lambda_and_its_diagnostics_are_logged(tiny_network):
+    siss = method(tiny_network(), SISS, lambd=inferred(per_sample=True), rho=0.1, gradient_variance=True)
+    first, second = siss.step(unit_batch()), siss.step(unit_batch(seed=1))
+    assert {"lambda/value", "lambda/posterior_mean", "lambda/posterior_std", "lambda/kl", "weights/ess_retain",
+            "weights/ess_forget", "weights/one_hot", "lambda/at/0.05", "lambda/at/0.95"} <= set(first)  # fmt: skip
+    assert {"grad_variance/retain", "grad_variance/forget", "grad_variance/update"} <= set(second) - set(first)
+    assert first["lambda/kl"].item() == pytest.approx(0, abs=1e-6), "before the first step, the prior"
+    assert 0 <= first["weights/one_hot"] <= 1
+
+
+def test_one_hot_share(tiny_network):
+    far = method(tiny_network(), SISS, lambd=0.3).step(unit_batch())
+    near = method(tiny_network(), SISS, lambd=0.3).step(unit_batch(one_label=True))
+    assert far["weights/one_hot"] > 0.85  # other labels
+    assert near["weights/one_hot"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"objective": "elbo"}, "objective"), ({"prior": "beta"}, "prior"), ({"beta": 0.0}, "beta"),
+        ({"prior_std": 0.0}, "prior_std"), ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)  # fmt: skip
+def test_inferred_refuses(settings, names):
+    with pytest.raises(ConfigurationError, match=f"method.lambd.{names}"):
+        inferred(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"num_levels": 0}, {"ema_decay": -0.1}, {"initial": 1.0}])
+def test_closed_form_refuses(settings):
+    with pytest.raises(ConfigurationError, match=f"method.lambd.{next(iter(settings))}"):
+        ClosedForm(**settings)
+
+
+def directions(lambd, signal, variance, g, b=64, d=2000):
+    """Batch gradients of one-hot terms: mean of norm^2 `signal`, and `variance` if all b samples were in the term."""
+    shares = (1 - lambd, lambd)
+    mean = torch.zeros(d)
+    return [
+        mean.index_fill(0, torch.tensor([which]), signal[which] ** 0.5)
+        + torch.randn(d, generator=g) * (variance[which] / d / share) ** 0.5
+        for which, share in enumerate(shares)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("signal", "variance"), [((1.0, 1.0), (1.0, 1.0)), ((0.2, 50.0), (5.0, 1.0)), ((50.0, 0.5), (1.0, 4.0))]
+)
+def test_signal_finds_the_lambda_of_most_signal(signal, variance):
+    """The cosines are measured with gradients of their own at each lambda of a grid."""
+    g = torch.Generator().manual_seed(0)
+    controller, compare = Signal(ema_decay=0.98), Consecutive()
+    level, found = torch.zeros(64), []
+    for _ in range(600):
+        lambd = controller.next(level).lambd
+        pairs = compare(dict(zip(("retain", "forget"), directions(lambd.item(), signal, variance, g), strict=True)))
+        seen = one_hot(0.5, 1.0, 1.0, g)
+        controller.learn(seen._replace(pair_retain=pairs.get("retain"), pair_forget=pairs.get("forget")))
+        found.append(lambd.item())
+
+    def carried(lambd):
+        cosines = []
+        for _ in range(40):
+            drawn = directions(lambd, signal, variance, g)
+            cosines.append([gradient[which] / gradient.norm() for which, gradient in enumerate(drawn)])
+        return torch.tensor(cosines).mean(0).log().sum().item()
+
+    grid = torch.linspace(0.02, 0.98, 25).tolist()
+    values = [carried(lambd) for lambd in grid]
+    settled = sum(found[-200:]) / 200
+    assert carried(settled) > max(values) - 0.06 > max(values[0], values[-1])
+    assert abs(settled - grid[max(range(25), key=values.__getitem__)]) < 0.12
+
+
+def test_signal_needs_consecutive_gradients(tiny_network):
+    with pytest.raises(ConfigurationError, match="gradient_variance=true"):
+        method(tiny_network(), SISS, lambd=Signal())
+    siss = method(tiny_network(), SISS, lambd=Signal(), rho=0.1, gradient_variance=True)
+    values = [siss.step(unit_batch(seed=seed))["lambda/value"].item() for seed in range(4)]
+    assert values[:2] == [0.5, 0.5]
+    assert all(0 < value < 1 for value in values)
