@@ -67,7 +67,7 @@ def test_a_memorising_vae_is_caught(digits, tiny_vae):
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     g = torch.Generator().manual_seed(0)
     x0, timesteps = few.pixels.float() / 127.5 - 1, torch.zeros(8, dtype=torch.int64)
-    for _ in range(150):
+    for _ in range(120):
         loss = denoising_loss(network, x0, few.labels, timesteps, torch.randn(8, 3, generator=g)).mean()
         optimizer.zero_grad()
         loss.backward()

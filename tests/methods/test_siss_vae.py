@@ -1,6 +1,7 @@
 """SISS on a VAE: z from a mixture of two posteriors whose standard deviations differ."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from unlearn_runner.methods.lambdas import Inferred
 from unlearn_runner.methods.method import Update
 from unlearn_runner.methods.siss import SISS, SISSNoIS, mix
 from unlearn_runner.models.model import Noising
@@ -155,3 +157,18 @@ def test_split_batches_give_the_plain_gradients(tiny_vae, close):
             siss.step(unit_batch(close=close, seed=step))
         weights.append(torch.cat([w.detach().flatten() for w in siss.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=2e-6)
+
+
+def test_a_learnt_lambda_bears_negative_losses(tiny_vae):
+    """Nats of a density: a VAE that explains its images well has losses below -1 a pixel."""
+    network = tiny_vae(num_labels=None)
+    network.vae.log_sigma.data.fill_(-3.0)
+    network.vae.decoder["blocks"][-1].weight.data.zero_()
+    network.vae.decoder["blocks"][-1].bias.data.zero_()
+    siss = method(network, lambd=Inferred("variance", partial(torch.optim.Adam, lr=1e-2)), rho=0.1)
+    images = unit_batch(close=True)
+    batch = Batch(0.01 * images.x0_retain, 0.01 * images.x0_forget, None, None, 0.1)
+    for _ in range(2):
+        metrics = siss.step(batch)
+    assert metrics["loss/retain"] < -1
+    assert all(torch.isfinite(value) for value in metrics.values())
