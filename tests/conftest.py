@@ -85,11 +85,24 @@ def tiny_network():
     return build
 
 
+@pytest.fixture
+def tiny_vae():
+    """`tiny_vae(...)`: a VAE small enough to be trained in milliseconds."""
+    from unlearn_runner.models.vae import build_vae
+
+    def build(image_shape=(1, 8, 8), num_labels=10, seed=0, **more):
+        settings = {"latent_size": 3, "hidden_size": 16, "block_out_channels": [8, 8], "norm_num_groups": 4} | more
+        return build_vae(image_shape, num_labels, seed, "auto", **settings)
+
+    return build
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The weights in a run's model/."""
     from safetensors.torch import load_file
 
-    return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    (file,) = (folder / "model").glob("*/diffusion_pytorch_model.safetensors")
+    return load_file(file)
 
 
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

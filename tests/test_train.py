@@ -300,6 +300,30 @@ def test_the_whole_evaluation(run, tmp_path):
     assert {"sampling", "judging", "nll", "mia", "bootstrap"} <= set(content["provenance"]["evaluation"]["seconds"])
 
 
+def test_a_vae_has_the_whole_evaluation_and_keeps_its_encoder(run):
+    full = run(
+        "model=vae", "evaluation=full", "evaluation.oracle=true", "evaluation.relearning.max_steps=2",
+        "evaluation.relearning.every=2", "evaluation.metrics.nll.num_importance_samples=4",
+        *(f"evaluation.metrics.{name}.per_class=false" for name in ("fid", "kid")), folder="full",
+    )  # fmt: skip
+    metrics = summary(full)["metrics"]
+    wanted = {
+        "forget_rate", "retain_accuracy", "fid_retain", "ssim_retain", "nll_forget", "nll_retain", "nll_bound_forget",
+        "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr",
+    }  # fmt: skip
+    for prefix in ("base", "eval", "oracle", "oracle_gap"):
+        assert {f"{prefix}/{name}" for name in wanted} <= set(metrics)
+    assert not [key for key in metrics if "per_timestep" in key]
+    assert "eval/relearn_steps" in metrics
+
+    deleted, retrained = (weights_of(run("model=vae", f"method={m}", folder=m)) for m in ("naive_deletion", "retrain"))
+    unlearned = weights_of(full)
+    moved = {key.split(".")[0] for key, weight in unlearned.items() if not torch.equal(weight, deleted[key])}
+    assert moved == {"decoder"}, "encoder and sigma are the base's"
+    moved = {key.split(".")[0] for key, weight in unlearned.items() if not torch.equal(weight, retrained[key])}
+    assert moved == {"encoder", "decoder", "log_sigma"}
+
+
 def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, monkeypatch):
     from unlearn_runner.evaluation.metrics import Rates
 
@@ -365,6 +389,8 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["dataset=digit"], r"Could not find 'dataset/digit'"),
         (["trainer.max_step=3"], r"Key 'max_step' is not in struct"),
         (["method.lambd=1.5"], r"method\.lambd must lie in \[0, 1\], got 1\.5"),
+        (["model=vae", "method=erase_diff"], r"method=erase_diff speaks of a diffusion model's noise"),
+        (["model=vae", "model.network.norm_num_groups=7"], r"divide by norm_num_groups=7, got \[16, 32\]"),
         (["method.tau=1"], r"give method\.tau or method\.rho, not both"),
         (["trainer.max_steps=0"], r"trainer\.max_steps must be positive, got 0"),
         (["dataset=cifar10", "dataset.source=./nowhere"], r"dataset\.source=\./nowhere: there is no such folder"),

@@ -1,4 +1,4 @@
-"""Likelihoods against Gaussians, whose likelihood is known."""
+"""Likelihoods against Gaussians and linear VAEs, whose likelihood is known."""
 
 import math
 
@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.likelihood import NLL, bound_bits_per_dim, flow_bits_per_dim, strata
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.evaluation.likelihood import (
+    NLL,
+    bound_bits_per_dim,
+    evidence_bits_per_dim,
+    flow_bits_per_dim,
+    latent_costs,
+    strata,
+)
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, Noising
 
 
 class GaussianModel(DiffusionModel):
@@ -171,7 +178,93 @@ def test_scores_of_a_network_repeat(digits, tiny_network):
     assert all(weight.grad is None for weight in network.parameters())
 
 
-@pytest.mark.parametrize("settings", [{"num_images": 0}, {"rtol": 0.0}, {"num_timesteps": 1000}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_images": 0}, {"rtol": 0.0}, {"num_timesteps": 1000}, {"num_importance_samples": 0}],
+)
 def test_refuses(settings):
     with pytest.raises(ConfigurationError, match=r"evaluation\.metrics\.nll"):
         NLL(**settings)
+
+
+class LinearVAE(GenerativeModel):
+    """x = W z + b + sigma noise, with a Gaussian q(z|x) whose mean is linear in x: its evidence is known."""
+
+    def __init__(self, d=16, latent=3, seed=0):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(d, latent, generator=g).double() * 0.4)
+        self.bias, self.sigma = torch.randn(d, generator=g).double() * 0.2, 0.3
+        self.sample_shape, self.num_train_timesteps, self.network_evaluations = (latent,), 1, 0
+        covariance = self.weight.detach() @ self.weight.detach().T + self.sigma**2 * torch.eye(d).double()
+        self.evidence = torch.distributions.MultivariateNormal(self.bias, covariance)
+        precision = torch.eye(latent).double() + self.weight.detach().T @ self.weight.detach() / self.sigma**2
+        self.posterior_covariance = torch.linalg.inv(precision)
+        self.std = self.posterior_covariance.diagonal().sqrt() * torch.tensor([0.8, 1.0, 1.2]).double()
+
+    def noising(self, x0, timesteps, cond):
+        exact = (x0.flatten(1).double() - self.bias) @ self.weight / self.sigma**2 @ self.posterior_covariance
+        return Noising(1.0, exact + 0.05, self.std.expand_as(exact))
+
+    def predict(self, m, timesteps, cond):
+        return (m @ self.weight.T + self.bias).view(len(m), 1, 4, 4)
+
+    def loss(self, answer, x0, m, eps, std, timesteps):
+        normal = torch.distributions.Normal
+        prior = normal(0.0, 1.0)
+        log_q = (prior.log_prob(eps) - std.log()).sum(1)
+        return log_q - prior.log_prob(m).sum(1) - normal(answer, self.sigma).log_prob(x0).flatten(1).sum(1)
+
+    def sample(self, *_, **__):
+        raise NotImplementedError
+
+    save = load = freeze_for_unlearning = sample
+
+
+def test_evidence_of_a_linear_vae():
+    """The importance-weighted bound falls to the exact density; minus the ELBO lies above it by KL(q || p(z|x))."""
+    model = LinearVAE()
+    g = torch.Generator().manual_seed(1)
+    x0 = model.evidence.sample((5,)).view(5, 1, 4, 4)
+    nats = 16 * math.log(2)
+    truth = -model.evidence.log_prob(x0.flatten(1)) / nats
+    eps = torch.randn(20, 5 * 1000, 3, generator=g, dtype=torch.float64)  # 20,000 latents an image
+    costs = latent_costs(model, x0.repeat_interleave(1000, 0), None, eps)
+    costs = costs.view(20, 5, 1000).transpose(1, 2).flatten(0, 1)
+    weighted, elbo = evidence_bits_per_dim(costs, 16).unbind(1)
+    assert weighted.tolist() == pytest.approx(truth.tolist(), abs=3e-3)
+
+    q = torch.distributions.MultivariateNormal(torch.full((3,), 0.05).double(), model.std.square().diag())
+    posterior = torch.distributions.MultivariateNormal(torch.zeros(3).double(), model.posterior_covariance)
+    divergence = float(torch.distributions.kl_divergence(q, posterior)) / nats
+    assert divergence > 0.02
+    assert elbo.tolist() == pytest.approx((truth + divergence).tolist(), abs=3e-3)
+
+    gaps = [float((evidence_bits_per_dim(part, 16)[:, 0] - truth).mean()) for part in costs[:2000].split(4)]
+    assert 0 < sum(gaps) / len(gaps) < divergence, "with few latents it lies between the two"
+    (single,) = evidence_bits_per_dim(costs[:1], 16).T[:1]
+    torch.testing.assert_close(single, costs[0] / nats)
+
+
+def test_evidence_stays_finite_where_weights_underflow():
+    costs = torch.tensor([[4000.0, -900.0], [4001.0, -900.0]])
+    found = evidence_bits_per_dim(costs, 1) * math.log(2)
+    wanted = [[4000 - math.log1p(math.exp(-1)) + math.log(2), 4000.5], [-900.0, -900.0]]
+    assert found.flatten().tolist() == pytest.approx([value for row in wanted for value in row])
+
+
+def test_scores_of_a_vae_repeat(digits, tiny_vae):
+    network = tiny_vae(image_shape=(1, 16, 16)).train()
+    metric = NLL(num_bound_images=5, num_importance_samples=3, batch_size=2)
+    rows = metric.measure(network, digits)
+    assert {name: tuple(values.shape) for name, values in rows.items()} == dict.fromkeys(
+        ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"), (5,)
+    )
+    scores = metric(rows)
+    torch.manual_seed(99)
+    assert metric(metric.measure(network, digits)) == scores
+    assert scores["nll_bound_forget"] > scores["nll_forget"]
+    assert network.network_evaluations == 2 * 2 * 5 * 3
+    # an untrained decoder answers about 0 with sigma 1: every pixel's density is that of N(0, 1), and one of 256 levels
+    pixel = -torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor([0.0, 1.0])) / math.log(2) + math.log2(127.5)
+    assert pixel[0] - 0.5 < scores["nll_forget"] < pixel[1] + 0.5

@@ -5,7 +5,10 @@ import torch
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.membership import Membership, attack, losses_at
+from unlearn_runner.evaluation.metrics import first_distinct
+from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.models.model import squared_error
+from unlearn_runner.types import make_generator
 
 
 def test_attack_on_known_losses():
@@ -56,7 +59,35 @@ def test_a_memorising_model_is_caught(digits, tiny_network):
     assert metric({"forget": rows["forget"]}) == {}, "nothing held out, nothing to tell"
 
 
-@pytest.mark.parametrize("settings", [{"num_images": 0}, {"timesteps": []}, {"timesteps": [1000]}])
+def test_a_memorising_vae_is_caught(digits, tiny_vae):
+    few = digits.forget.select(torch.arange(8))
+    data = digits.__class__(digits.spec, few, digits.retain, digits.forget_test, digits.retain_test)
+    network = tiny_vae(image_shape=(1, 16, 16), block_out_channels=[8, 8])
+    metric = Membership(num_images=8, num_draws=4)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
+    g = torch.Generator().manual_seed(0)
+    x0, timesteps = few.pixels.float() / 127.5 - 1, torch.zeros(8, dtype=torch.int64)
+    for _ in range(120):
+        loss = denoising_loss(network, x0, few.labels, timesteps, torch.randn(8, 3, generator=g)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = metric.measure(network, data)
+    assert rows["forget"].shape == (8,)
+    scores = metric(rows)
+    assert set(scores) == {"mia_auc", "mia_tpr_at_1pct_fpr"}, "it has no timesteps"
+    assert scores["mia_auc"] > 0.8
+    assert metric(metric.measure(network, data)) == scores
+    generator = make_generator(0, "membership/forget")
+    eps = torch.randn(4, 8, 3, generator=generator)
+    chosen = first_distinct(few, 8, 0)
+    x0 = chosen.pixels.float() / 127.5 - 1
+    with torch.no_grad():
+        wanted = [denoising_loss(network, x0, chosen.labels, timesteps, noise) for noise in eps]
+    torch.testing.assert_close(rows["forget"], torch.stack(wanted).mean(0))
+
+
+@pytest.mark.parametrize("settings", [{"num_images": 0}, {"num_draws": 0}, {"timesteps": []}, {"timesteps": [1000]}])
 def test_refuses(settings):
     with pytest.raises(ConfigurationError, match=r"evaluation\.metrics\.mia"):
         Membership(**settings)

@@ -1,7 +1,11 @@
-"""How likely the model finds an image, in bits per dimension: by the probability-flow ODE, and by the cheap bound.
+"""How likely the model finds an image, in bits per dimension.
+
+A diffusion model: by the probability-flow ODE, and by the cheap bound. A VAE: by importance sampling, and by its
+evidence lower bound.
 
 # Notation (variable -> papers)
 # gamma, sigma -> sqrt(abar_t), sqrt(1 - abar_t);  log_ratio -> log(sigma/gamma), half the negative log-SNR
+# -cost -> log w_k = log p(x, z_k) - log q(z_k|x)
 """
 
 import math
@@ -16,10 +20,11 @@ from torch import Tensor
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
-from unlearn_runner.models.model import DiffusionModel, evaluating, predict_eps
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
 from unlearn_runner.types import make_generator
 
 LEVELS = 255  # a pixel is one of 0..255, in [-1, 1] one of 256 values 2/255 apart
+LEVEL_BITS = math.log2(LEVELS / 2)  # from a density over [-1, 1] to the probability of a level
 
 
 def flow_bits_per_dim(
@@ -126,6 +131,33 @@ def _schedule(model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
     return gamma, np.sqrt(1 - gamma**2)
 
 
+def latent_costs(
+    model: GenerativeModel,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+    eps: Float[Tensor, "k b ..."],
+) -> Float[Tensor, "k b"]:
+    """log q(z|x0) - log p(z) - log p(x0|z), in nats, of each image at each z that `eps` makes: a VAE's loss."""
+    timesteps, costs = torch.zeros(len(x0), dtype=torch.int64, device=x0.device), []
+    with evaluating(model), torch.no_grad():
+        noising = model.noising(x0, timesteps, cond)
+        for noise in eps:
+            z = noising.sample(noise)
+            costs.append(model.loss(model.predict(z, timesteps, cond), x0, z, noise, noising.std, timesteps))
+    return torch.stack(costs)
+
+
+def evidence_bits_per_dim(costs: Float[Tensor, "k b"], dimensions: int) -> Float[Tensor, "b 2"]:
+    """A VAE's -log2 p(x0) / D, a density, by two bounds from above over the same k latents.
+
+    First the importance-weighted one, -log of the mean of exp(-cost) (Burda et al. 2016, 1509.00519, equation 8), which
+    falls to the truth as k grows; then minus the evidence lower bound, the mean cost, which never lies below it.
+    """
+    nats = costs.double()
+    weighted = math.log(len(nats)) - torch.logsumexp(-nats, 0)
+    return torch.stack([weighted, nats.mean(0)], 1) / (dimensions * math.log(2))
+
+
 @final
 class NLL(ImageMetric):
     """Negative log-likelihood in bits per dimension: nll_forget of training images to forget, which should rise, and
@@ -134,6 +166,9 @@ class NLL(ImageMetric):
     `nll_*` is by the probability-flow ODE on `num_images` images, pixels made continuous by uniform noise of one
     level's width; `nll_bound_*` the variational bound on `num_bound_images`, with `num_timesteps` strata, the
     smaller of the two variances'. The same images and noise for every model. `rtol`, `atol`: the solver's tolerances.
+
+    A VAE's are `evidence_bits_per_dim`'s two bounds, both on `num_bound_images` images with `num_importance_samples`
+    latents each, pixels made continuous likewise.
     """
 
     def __init__(
@@ -141,28 +176,36 @@ class NLL(ImageMetric):
         num_images: int = 16,
         num_bound_images: int = 64,
         num_timesteps: int = 20,
+        num_importance_samples: int = 64,
         rtol: float = 1e-3,
         atol: float = 1e-3,
         batch_size: int = 64,
         seed: int = 0,
     ):
-        for name, value in (("num_images", num_images), ("num_bound_images", num_bound_images), ("rtol", rtol)):
+        for name, value in (
+            ("num_images", num_images),
+            ("num_bound_images", num_bound_images),
+            ("num_importance_samples", num_importance_samples),
+            ("rtol", rtol),
+        ):
             if not value > 0:
                 raise ConfigurationError(f"evaluation.metrics.nll.{name} must be positive, got {value}.")
         if not 0 < num_timesteps < 1000:
             raise ConfigurationError(f"evaluation.metrics.nll.num_timesteps must lie in 1..999, got {num_timesteps}.")
         self.num_images, self.num_bound_images, self.num_timesteps = num_images, num_bound_images, num_timesteps
+        self.num_importance_samples = num_importance_samples
         self.rtol, self.atol, self.batch_size, self.seed = rtol, atol, batch_size, seed
 
-    def measure(self, model: DiffusionModel, data: ForgetRetain) -> dict[str, Tensor]:
+    def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
         device = next(model.parameters()).device
         rows = {}
+        if isinstance(model, DiffusionModel):
+            estimates = [("nll", self.num_images, self._flow), ("nll_bound", self.num_bound_images, self._bound)]
+        else:
+            estimates = [("evidence", self.num_bound_images, self._evidence)]
         for name, images in (("forget", data.forget), ("retain", data.retain_test)):
             generator = make_generator(self.seed, f"nll/{name}", device)
-            for key, count, measure in (
-                ("nll", self.num_images, self._flow),
-                ("nll_bound", self.num_bound_images, self._bound),
-            ):
+            for key, count, measure in estimates:
                 table = measure_images(
                     partial(measure, model, generator),
                     images,
@@ -172,7 +215,11 @@ class NLL(ImageMetric):
                     self.seed,
                     device,
                 )
-                if table is not None:
+                if table is None:
+                    continue
+                if key == "evidence":
+                    rows[f"nll_{name}"], rows[f"nll_bound_{name}"] = table.unbind(1)
+                else:
                     rows[f"{key}_{name}"] = table
         return rows
 
@@ -188,6 +235,8 @@ class NLL(ImageMetric):
             "solver": "scipy RK45 on the probability-flow ODE, one Rademacher probe",
             "rtol": self.rtol,
             "atol": self.atol,
+            "of_a_vae": "importance-weighted bound on num_bound_images, and minus the ELBO of the same latents",
+            "num_importance_samples": self.num_importance_samples,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -199,11 +248,23 @@ class NLL(ImageMetric):
         x0: Float[Tensor, "b c h w"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b"]:
-        shape = {"size": x0.shape, "generator": generator, "device": x0.device}
-        continuous = x0 + (torch.rand(**shape) - 0.5) * (2 / LEVELS)
-        probe = torch.randint(2, **shape).float() * 2 - 1
+        continuous = dequantised(x0, generator)
+        probe = torch.randint(2, x0.shape, generator=generator, device=x0.device).float() * 2 - 1
         density = flow_bits_per_dim(model, continuous, cond, probe, self.rtol, self.atol)
-        return density + math.log2(LEVELS / 2)  # from a density over [-1, 1] to the probability of a level
+        return density + LEVEL_BITS
+
+    def _evidence(
+        self,
+        model: GenerativeModel,
+        generator: torch.Generator,
+        x0: Float[Tensor, "b c h w"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b 2"]:
+        continuous = dequantised(x0, generator)
+        shape = (self.num_importance_samples, len(x0), *model.sample_shape)
+        eps = torch.randn(shape, generator=generator, device=x0.device)
+        densities = evidence_bits_per_dim(latent_costs(model, continuous, cond, eps), x0[0].numel())
+        return densities.cpu() + LEVEL_BITS
 
     def _bound(
         self,
@@ -218,6 +279,12 @@ class NLL(ImageMetric):
         timesteps = edges[:-1, None] + (uniform * sizes[:, None]).long()
         eps = torch.randn((len(sizes) + 1, *x0.shape), generator=generator, device=x0.device)
         return bound_bits_per_dim(model, x0, cond, timesteps, sizes.double(), eps)
+
+
+def dequantised(x0: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h w"]:
+    """Pixels made continuous by uniform noise as wide as one of the levels."""
+    noise = torch.rand(x0.shape, generator=generator, device=x0.device)
+    return x0 + (noise - 0.5) * (2 / LEVELS)
 
 
 def strata(num_train_timesteps: int, count: int) -> Int64[Tensor, "edges"]:

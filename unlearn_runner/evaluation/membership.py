@@ -10,8 +10,9 @@ from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.likelihood import latent_costs
 from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
-from unlearn_runner.models.model import DiffusionModel, evaluating, predict_eps
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
 from unlearn_runner.types import make_generator
 
 POPULATIONS = ("forget", "unseen")
@@ -57,30 +58,38 @@ class Membership(ImageMetric):
     mia_auc and mia_tpr_at_1pct_fpr: 0.5 and 0.01 after perfect forgetting, as for the oracle; an AUC below 0.5
     means that the forget images stand out by high losses, which gives them away as well.
     per_timestep/mia_{loss_forget, loss_unseen, auc}/<t> show where the model tells them apart.
+
+    A VAE has no timesteps: its score is minus the evidence lower bound, a mean over `num_draws` latents an image.
     """
 
     def __init__(
         self,
         num_images: int = 200,
         timesteps: Sequence[int] = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950),
+        num_draws: int = 10,
         batch_size: int = 200,
         seed: int = 0,
     ):
-        if not num_images > 0:
-            raise ConfigurationError(f"evaluation.metrics.mia.num_images must be positive, got {num_images}.")
+        for name, value in (("num_images", num_images), ("num_draws", num_draws)):
+            if not value > 0:
+                raise ConfigurationError(f"evaluation.metrics.mia.{name} must be positive, got {value}.")
         if not timesteps or not all(0 <= t < 1000 for t in timesteps):
             raise ConfigurationError(f"evaluation.metrics.mia.timesteps must lie in 0..999, got {list(timesteps)}.")
-        self.num_images, self.timesteps = num_images, list(timesteps)
+        self.num_images, self.timesteps, self.num_draws = num_images, list(timesteps), num_draws
         self.batch_size, self.seed = batch_size, seed
 
-    def measure(self, model: DiffusionModel, data: ForgetRetain) -> dict[str, Tensor]:
+    def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
         device = next(model.parameters()).device
-        timesteps = torch.tensor(self.timesteps, device=device) * model.num_train_timesteps // 1000
+        if isinstance(model, DiffusionModel):
+            timesteps = torch.tensor(self.timesteps, device=device) * model.num_train_timesteps // 1000
+            losses = partial(_noised_losses, model, timesteps)
+        else:
+            losses = partial(_drawn_bounds, model, self.num_draws)
         rows = {}
         for name, images in zip(POPULATIONS, (data.forget, data.forget_test), strict=True):
             generator = make_generator(self.seed, f"membership/{name}", device)
             table = measure_images(
-                partial(_noised_losses, model, timesteps, generator),
+                partial(losses, generator),
                 images,
                 data.spec.label_names is not None,
                 self.num_images,
@@ -96,6 +105,8 @@ class Membership(ImageMetric):
         if set(rows) != set(POPULATIONS):
             return {}  # nothing is held out
         forget, unseen = (rows[name] for name in POPULATIONS)
+        if forget.ndim == 1:  # a VAE
+            return dict(zip(("mia_auc", "mia_tpr_at_1pct_fpr"), attack(forget, unseen, 0.01), strict=True))
         auc, rate = attack(forget.mean(1), unseen.mean(1), 0.01)
         scores = {"mia_auc": auc, "mia_tpr_at_1pct_fpr": rate}
         for column, t in enumerate(self.timesteps):
@@ -109,6 +120,8 @@ class Membership(ImageMetric):
             "attack": "threshold on the denoising loss, mean over timesteps",
             "num_images": self.num_images,
             "timesteps": self.timesteps,
+            "attack_of_a_vae": "threshold on minus the ELBO, mean over num_draws latents",
+            "num_draws": self.num_draws,
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
@@ -123,3 +136,14 @@ def _noised_losses(
 ) -> Float[Tensor, "b t"]:
     eps = torch.randn((len(timesteps), *x0.shape), generator=generator, device=x0.device)
     return losses_at(model, x0, cond, timesteps, eps)
+
+
+def _drawn_bounds(
+    model: GenerativeModel,
+    num_draws: int,
+    generator: torch.Generator,
+    x0: Float[Tensor, "b c h w"],
+    cond: Shaped[Tensor, "b ..."] | None,
+) -> Float[Tensor, "b"]:
+    eps = torch.randn((num_draws, len(x0), *model.sample_shape), generator=generator, device=x0.device)
+    return latent_costs(model, x0, cond, eps).mean(0)

@@ -59,7 +59,7 @@ def pathwise_slope(seen: Seen) -> Float[Tensor, "b"]:
 
     The samples' own dependence on lambda (the score part, S = -P) is left out, as the paper's reparameterisation
     leaves it out. Where weights are one-hot P is positive at every sample, so it pulls lambda to 0 whatever the model
-    does; the prior alone holds it.
+    does; the prior alone holds it. (Where losses are negative, as a VAE's nats may be, it pulls lambda to 1.)
     """
     loss = seen.losses_retain - seen.losses_forget  # the paper's constants are 1
     return (seen.w_retain - seen.w_forget) * loss
@@ -165,8 +165,8 @@ class Inferred(LambdaController):
     """lambda = sigmoid(z), z ~ q_phi(z|c) = N(mean, std^2), by a small network phi that learns at every step.
 
     phi minimises objective + beta KL(q_phi || prior). The context c is [l_x, l_a, ||g_x||, ||g_a||] of the steps before
-    (log1p, moving average), so it does not depend on this step's samples, which would bias the gradient. Before the
-    first step, q_phi is the prior.
+    (log1p, with the sign of negative ones; moving average), so it does not depend on this step's samples, which would
+    bias the gradient. Before the first step, q_phi is the prior.
 
     Args:
         objective: "pathwise", the paper to the letter; "variance"; or "blend", where the mixture keeps lambda 1/2 and
@@ -261,11 +261,10 @@ class Inferred(LambdaController):
         self._asked = None
 
         # 2. the context of the next step
-        found = (
-            torch.stack([seen.losses_retain.mean(), seen.losses_forget.mean(), seen.norm_retain, seen.norm_forget])
-            .float()
-            .log1p()
-        )
+        found = torch.stack(
+            [seen.losses_retain.mean(), seen.losses_forget.mean(), seen.norm_retain, seen.norm_forget]
+        ).float()
+        found = found.sign() * found.abs().log1p()  # a VAE's nats may be negative
         self.context = self.ema_decay * self.context + (1 - self.ema_decay) * found
         return {
             "lambda/inferred": lambd.detach().mean(),

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import DiffusionModel, Noising, evaluating, squared_error
+from unlearn_runner.models.model import DiffusionModel, Noising, evaluating, in_words, squared_error
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
@@ -249,8 +249,8 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
         ) from error
     if found != tuple(image_shape) or config.get("num_class_embeds") != num_labels:
         raise ConfigurationError(
-            f"model.weights={weights} makes images of {found} with {_labels(config.get('num_class_embeds'))}, "
-            f"the dataset has {tuple(image_shape)} with {_labels(num_labels)}; choose weights and a dataset "
+            f"model.weights={weights} makes images of {found} with {in_words(config.get('num_class_embeds'))}, "
+            f"the dataset has {tuple(image_shape)} with {in_words(num_labels)}; choose weights and a dataset "
             "that fit each other."
         )
     return DDPM(UNet2DModel.from_config(config), scheduler)
@@ -268,7 +268,3 @@ def _subfolder(source: str | Path, name: str) -> dict[str, str]:
     except Exception:  # not there: then it is at the top, or the caller's own attempt says what is wrong
         return {}
     return {"subfolder": name}
-
-
-def _labels(count: int | None) -> str:
-    return "no labels" if count is None else f"{count} labels"

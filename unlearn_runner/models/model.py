@@ -142,6 +142,11 @@ def predict_eps(
     return model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma), x_t
 
 
+def in_words(num_labels: int | None) -> str:
+    """For messages: "10 labels", "no labels"."""
+    return "no labels" if num_labels is None else f"{num_labels} labels"
+
+
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Without dropout in here, and back as it was afterwards."""
