@@ -194,7 +194,7 @@ def train(controller, steps=500, rms=(1.0, 3.0)):
     for _ in range(steps):
         level = torch.rand(64, generator=g)
         lambd, _, scale_forget = controller.next(level)
-        found.append((lambd if scale_forget is None else scale_forget / 2) * torch.ones(64))
+        found.append((lambd if scale_forget == 1.0 else scale_forget / 2) * torch.ones(64))
         controller.learn(one_hot(lambd, *rms, g, level=level))
     return torch.stack(found[-100:]).median().item()
 

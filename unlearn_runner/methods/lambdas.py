@@ -113,8 +113,8 @@ class Mixing(NamedTuple):
     """lambda, and what a sample's two losses are multiplied by beside their weights: one number, or one a sample."""
 
     lambd: float | Tensor
-    scale_retain: Tensor | None = None
-    scale_forget: Tensor | None = None
+    scale_retain: float | Tensor = 1.0
+    scale_forget: float | Tensor = 1.0
 
 
 class LambdaController(ABC):

@@ -276,7 +276,7 @@ class SISS(Method):
         mixture = mix(batch, timesteps, noising_retain, noising_forget, eps, coin < lambd, lambd)
 
         # 3. the gradients of both terms
-        found = self._gradients(mixture, _product(t_weights, scale_retain), _product(t_weights, scale_forget))
+        found = self._gradients(mixture, t_weights * scale_retain, t_weights * scale_forget)
         share = batch.forget_share if self.reads.retain == "all" else 0.0
         c_retain = 1 / (1 - share)
         c_forget = (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
@@ -300,8 +300,8 @@ class SISS(Method):
             level=level,
             w_retain=w_retain,
             w_forget=w_forget,
-            losses_retain=_product(losses_retain, t_weights),
-            losses_forget=_product(losses_forget, t_weights),
+            losses_retain=losses_retain * t_weights,
+            losses_forget=losses_forget * t_weights,
             square_retain=found.slopes_retain.square().flatten(1).sum(1),
             square_forget=found.slopes_forget.square().flatten(1).sum(1),
             inner_product=(found.slopes_retain * found.slopes_forget).flatten(1).sum(1),
@@ -324,8 +324,10 @@ class SISS(Method):
             **self.lambd.learn(seen),
         }
 
-    def _gradients(self, mixture: Mixture, scale_retain: Tensor | None, scale_forget: Tensor | None) -> Gradients:
-        """Both terms and their gradients, each sample's losses multiplied by `scale_*` where they are given.
+    def _gradients(
+        self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]
+    ) -> Gradients:
+        """Both terms and their gradients, each sample's two losses multiplied by its scales besides its weights.
 
         A pass forward and back costs 3 units a sample, a second pass back over the same graph 2. Samples whose
         weight in a term is below rounding are left out of that term's passes, which is exact to rounding; when
@@ -335,13 +337,10 @@ class SISS(Method):
         in_retain = mixture.retain.weight > negligible
         in_forget = mixture.forget.weight > negligible
         b = len(in_retain)
-        scales = (scale_retain, scale_forget)
 
         if not self.split or int(in_retain.sum() + in_forget.sum()) * 3 > 5 * b:
             answer, losses = self._losses(mixture)
-            terms = siss_loss(
-                *losses, _product(mixture.retain.weight, scale_retain), _product(mixture.forget.weight, scale_forget)
-            )
+            terms = siss_loss(*losses, mixture.retain.weight * scale_retain, mixture.forget.weight * scale_forget)
             slopes_retain, grad_retain = self.update.gradient_through(answer, terms[0], retain_graph=True)
             slopes_forget, grad_forget = self.update.gradient_through(answer, terms[1])
             weighted = (
@@ -356,11 +355,8 @@ class SISS(Method):
                 return losses, slopes, self.update.zero_gradient()
             part = mixture.select(rows)
             answer, found = self._losses(part)
-            weights = [part.retain.weight, part.forget.weight]
-            losses[rows] = (weights[which] * found[which]).detach()
-            if scales[which] is not None:
-                scale = scales[which]
-                weights[which] = weights[which] * (scale[rows] if scale.numel() > 1 else scale)
+            losses[rows] = ((part.retain.weight, part.forget.weight)[which] * found[which]).detach()
+            weights = (part.retain.weight * scale_retain[rows], part.forget.weight * scale_forget[rows])
             loss = siss_loss(*found, *weights)[which] * (rows.sum() / b)
             over_answer, gradient = self.update.gradient_through(answer, loss)
             slopes[rows] = over_answer * b
@@ -448,8 +444,3 @@ def effective_sample_size(weights: Float[Tensor, "b"]) -> Float[Tensor, ""]:
     """(sum w)^2 / (b sum w^2): the share of the batch that the weights leave in effect, 0 if none has any."""
     tiny = torch.finfo(weights.dtype).tiny
     return weights.sum().square() / (len(weights) * weights.square().sum() + tiny)
-
-
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a b, where None stands for 1."""
-    return b if a is None else a if b is None else a * b
