@@ -113,9 +113,10 @@ def mix(
     cond = batch.cond_retain
     if cond is not None:
         differ = (batch.cond_retain != batch.cond_forget).reshape(len(cond), -1).any(1)
-        ends = not isinstance(lambd, Tensor)
-        w_retain = torch.where(differ, (~from_forget) / (1 if ends and lambd == 1 else 1 - lambd), w_retain)
-        w_forget = torch.where(differ, from_forget / (1 if ends and lambd == 0 else lambd), w_forget)
+        chance = torch.as_tensor(lambd, dtype=eps.dtype, device=eps.device)
+        tiny = torch.finfo(eps.dtype).tiny  # at the ends of lambda no sample is of the kind that would be divided by 0
+        w_retain = torch.where(differ, (~from_forget) / (1 - chance).clamp(min=tiny), w_retain)
+        w_forget = torch.where(differ, from_forget / chance.clamp(min=tiny), w_forget)
         chosen = from_forget.view(-1, *[1] * (cond.ndim - 1))
         cond = torch.where(chosen, batch.cond_forget, batch.cond_retain)
     drawn = Noising(
