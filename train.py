@@ -29,7 +29,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.evaluation.classifier import trained_judge
-    from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
+    from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples, require_threshold
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.pretraining import pretrained
     from unlearn_runner.training.progress import ProgressBar
@@ -63,6 +63,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     method = make(cfg["method"], model=network, generator=make_generator(seed, "method", hardware.device))
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
+    require_threshold(evaluation["threshold"])
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"])
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)

@@ -123,7 +123,7 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
         key: value for key, value in metrics.items() if "reached" in key
     }
 
-    never = run(*overrides, "evaluation.threshold=-1.0", folder="never")
+    never = run(*overrides, "evaluation.threshold=null", folder="never")
     assert not [key for key in summary(never)["metrics"] if "reached" in key]
 
 
@@ -391,6 +391,8 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["method.lambd=1.5"], r"method\.lambd must lie in \[0, 1\], got 1\.5"),
         (["model=vae", "method=erase_diff"], r"method=erase_diff speaks of a diffusion model's noise"),
         (["model=vae", "model.network.norm_num_groups=7"], r"divide by norm_num_groups=7, got \[16, 32\]"),
+        (["method.lambd=variance"], r"must be a number, got 'variance'; .* method=adaptive_siss method/lambd=variance"),
+        (["evaluation.threshold=few"], r"evaluation\.threshold must lie in \[0, 1\] or be null, got few"),
         (["method.tau=1"], r"give method\.tau or method\.rho, not both"),
         (["trainer.max_steps=0"], r"trainer\.max_steps must be positive, got 0"),
         (["dataset=cifar10", "dataset.source=./nowhere"], r"dataset\.source=\./nowhere: there is no such folder"),

@@ -107,6 +107,12 @@ def require_enough_samples(
                 )
 
 
+def require_threshold(threshold: float | None) -> None:
+    """Raise ConfigurationError unless it is a share, or None for no threshold."""
+    if threshold is not None and (isinstance(threshold, str) or not 0 <= threshold <= 1):
+        raise ConfigurationError(f"evaluation.threshold must lie in [0, 1] or be null, got {threshold}.")
+
+
 @final
 class Evaluator:
     """Scores a model on one dataset. The same object scores the base, the unlearned model and the oracle.

@@ -140,6 +140,11 @@ class Constant(LambdaController):
     """The same lambda in [0, 1] at every step: static SISS."""
 
     def __init__(self, value: float):
+        if isinstance(value, str):
+            raise ConfigurationError(
+                f"method.lambd must be a number, got '{value}'; or did you mean method=adaptive_siss "
+                f"method/lambd={value}?"
+            )
         if not 0 <= value <= 1:
             raise ConfigurationError(f"method.lambd must lie in [0, 1], got {value}.")
         self.value = float(value)

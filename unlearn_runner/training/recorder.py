@@ -78,7 +78,7 @@ class RunRecorder(Recorder):
         self.evaluator: Evaluator | None = None  # set by `watch`
         self.probe: Evaluator | None = None
         self.at_threshold: Evaluator | None = None
-        self.threshold = 0.0
+        self.threshold: float | None = None
         self.before: Evaluation | None = None
         self.scores: dict[str, float] = {}
         self.costs: dict[str, float] = {}
@@ -120,7 +120,7 @@ class RunRecorder(Recorder):
         evaluator: Evaluator,
         probe: Evaluator,
         at_threshold: Evaluator | None = None,
-        threshold: float = 0.0,
+        threshold: float | None = None,
     ) -> None:
         """Score the base model, and from now on score and compare with it.
 
@@ -166,7 +166,7 @@ class RunRecorder(Recorder):
             self.deletion_steps = {"deletion_steps": step, "lasting_deletion_steps": step} | self.deletion_steps
         else:
             self.deletion_steps.pop("lasting_deletion_steps", None)
-        if not self.reached and evaluation.scores["forget_rate"] <= self.threshold:
+        if self.threshold is not None and not self.reached and evaluation.scores["forget_rate"] <= self.threshold:
             self._reach(model, step)
 
     def _reach(self, model: GenerativeModel, step: int) -> None:
