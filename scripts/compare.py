@@ -1,8 +1,9 @@
 """A table of finished runs, one row for each method: mean +- half the 95 % interval over seeds. Reads run folders only.
 
-    python scripts/compare.py FOLDER [FOLDER ...] [--grid FILE.png]
+    python scripts/compare.py FOLDER [FOLDER ...] [--grid FILE.png] [--curves FILE.png]
 
-Rows "base" and "oracle" are the same runs' scores before unlearning and of the model that never saw the forget set.
+Runs of one `label` (the method's name, if it was not set) and several seeds are one row. Rows "base" and "oracle" are
+the same runs' scores before unlearning and of the model that never saw the forget set.
 """
 
 import argparse
@@ -20,7 +21,9 @@ COLUMNS = (
     "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
     "precision_retain", "recall_retain", "is_forget", "is_retain", "ssim_forget", "ssim_retain", "nll_forget",
     "nll_retain", "nll_bound_forget", "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr", "relearn_steps",
-    "deletion_steps", "lasting_deletion_steps", "cost/seconds", "cost/network_evaluations", "cost/peak_memory_gb",
+    "deletion_steps", "lasting_deletion_steps", "reached/steps", "reached/seconds", "reached/restored_rate",
+    "reached/retain_accuracy", "reached/fid_retain", "reached/kid_retain",
+    "mean/lambda/value", "mean/grad_variance/update", "cost/seconds", "cost/network_evaluations", "cost/peak_memory_gb",
 )  # fmt: skip
 
 
@@ -107,6 +110,40 @@ def pictures_of(runs: list[dict[str, Any]], rows: Iterable[str]) -> dict[str, Pa
     return {row: found[row] for row in rows if row in found}
 
 
+def curves_of(runs: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, dict[str, dict[int, list[float]]]]:
+    """Values by row, key and step: the looks on the way, from metrics.jsonl, without the final, larger evaluation."""
+    curves: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for run in sorted(runs, key=lambda run: (run["method"], run["seed"])):
+        path = run["folder"] / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        looks = [line for line in lines if any(key in line for key in keys)]
+        for look in looks:
+            for key in keys:
+                if key in look and look.keys() == looks[0].keys():
+                    row = curves.setdefault(run["method"], {}).setdefault(key, {})
+                    row.setdefault(look["step"], []).append(look[key])
+    return curves
+
+
+def draw_curves(curves: dict[str, dict[str, dict[int, list[float]]]], keys: tuple[str, ...], path: Path) -> None:
+    """A PNG: each key over the steps, a line for the mean of each row, a band from its lowest to its highest seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(keys), 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for row, by_key in curves.items():
+            points = sorted(by_key.get(key, {}).items())
+            steps, values = [step for step, _ in points], [values for _, values in points]
+            (line,) = axes.plot(steps, [mean(found) for found in values], label=row, linewidth=1.5)
+            axes.fill_between(
+                steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, color=line.get_color()
+            )
+        axes.set(xlabel="step", ylabel=key, ylim=(0, None))
+        axes.legend(fontsize=7)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
 def side_by_side(pictures: dict[str, Path], columns: int = 6) -> Any:
     """A PIL image: the first columns of each grid under its title."""
     import numpy as np
@@ -135,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs below it")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="also write a picture of everyone's samples")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="also write a picture of forgetting over the steps")
     arguments = parser.parse_args()
     folders = arguments.folders
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
@@ -152,6 +190,10 @@ def main() -> None:
     if arguments.grid:
         side_by_side(pictures_of(runs, rows)).save(arguments.grid)
         print(f"Samples of the lowest seed: {arguments.grid}")
+    if arguments.curves:
+        keys = ("eval/forget_rate", "eval/restored_rate")
+        draw_curves(curves_of(runs, keys), keys, arguments.curves)
+        print(f"Looks on the way: {arguments.curves}")
     if others:
         print("Not in the table:", *others, sep="\n  ")
 

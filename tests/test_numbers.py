@@ -1,7 +1,16 @@
 """The default run does what README and docs/results.md say. Trains a real base: minutes."""
 
+import time
+from statistics import median
+
 import pytest
+import torch
+from conftest import ROOT
+from hydra.utils import instantiate
 from test_train import command, runs_below, summary
+
+from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.types import make_generator
 
 pytestmark = pytest.mark.slow
 
@@ -18,3 +27,27 @@ def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
     assert metrics["eval/restored_rate"] >= 0.85
     assert metrics["eval/retain_accuracy"] >= metrics["base/retain_accuracy"] - 0.03
     assert metrics["cost/peak_memory_gb"] <= 2.0
+
+
+@pytest.mark.parametrize("lambd", sorted(path.stem for path in (ROOT / "conf" / "method" / "lambd").glob("*.yaml")))
+def test_choosing_lambda_costs_at_most_three_percent_of_a_step(composed, digits, lambd):
+    """Median of 50 steps each, static and adaptive in turns on the same batches. Nothing else may run on the machine.
+
+    Without split batches, for those make a step's cost depend on lambda itself.
+    """
+    methods = []
+    for overrides in (("method=siss",), ("method=adaptive_siss", f"method/lambd={lambd}")):
+        cfg = composed(*overrides, "method.split=false", debug=False)
+        network = instantiate(cfg["model"]["network"], image_shape=(1, 16, 16), num_labels=10, seed=0)
+        method = instantiate(cfg["method"], _convert_="all", model=network, generator=make_generator(0, "m"))
+        methods.append((method, BatchStream(digits, method.reads, 64, 0, torch.device("cpu")), []))
+    for step in range(55):
+        for method, stream, seconds in methods:
+            batch = stream.next()
+            started = time.perf_counter()
+            method.step(batch)
+            if step >= 5:
+                seconds.append(time.perf_counter() - started)
+    static, adaptive = (median(seconds) for _, _, seconds in methods)
+    print(f"{lambd}: {1000 * static:.1f} ms static, {1000 * adaptive:.1f} ms adaptive, {adaptive / static - 1:+.1%}")
+    assert adaptive <= 1.03 * static

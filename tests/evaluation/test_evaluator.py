@@ -73,8 +73,8 @@ def test_unconditional_models_have_one_pool(shared_cache, tiny_network):
     assert "fid_retain" in evaluation.scores
 
 
-def test_provenance_names_what_scores_depend_on(digits, judge, shared_cache):
-    provenance = Evaluator(digits, judge, METRICS, SAMPLING, shared_cache).provenance()
+def test_provenance_names_what_scores_depend_on(digits, judge, shared_cache, tiny_network):
+    provenance = Evaluator(digits, judge, METRICS, SAMPLING, shared_cache).provenance(tiny_network())
     assert provenance["features"]["extractor"].startswith("classifiers/")
     assert provenance["num_samples"] == {"forget": 27, "retain": 27}
     for key in ("sampler", "num_inference_steps", "guidance_scale", "seed", "metrics"):
@@ -140,13 +140,13 @@ def test_too_few_samples_are_refused_with_a_sentence():
     require_enough_samples({"fid": FID(per_class=True, min_samples=20)}, SAMPLING, 8, None)
 
 
-def test_too_few_references_are_said(digits, judge, shared_cache):
+def test_too_few_references_are_said(digits, judge, shared_cache, tiny_network):
     evaluator = Evaluator(
         digits, judge, {"fid": FID(min_samples=20), "kid": KID(min_samples=500)}, SAMPLING, shared_cache
     )
     count = len(digits.forget)
     assert evaluator.left_out() == [f"kid of forget is left out: {count} real images, it needs 500."]
-    assert evaluator.provenance()["left_out"] == evaluator.left_out()
+    assert evaluator.provenance(tiny_network())["left_out"] == evaluator.left_out()
 
 
 def test_references_are_mirrored_where_training_mirrors(judge, shared_cache):

@@ -78,6 +78,26 @@ def test_samples_side_by_side(tmp_path):
         assert (picture[title + 2 : title + cell, left + 2 : left + cell] == shade).all()
 
 
+def test_runs_are_told_apart_by_their_labels_and_drawn_over_steps(tmp_path):
+    from PIL import Image
+
+    for label in ("siss_0.1", "siss_0.5"):
+        for seed in (0, 1):
+            folder = make_run(tmp_path / label, "siss", seed, {"eval/forget_rate": 0.1, "reached/steps": 40.0})
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            (folder / "config.yaml").write_text(yaml.safe_dump({**config, "label": label}))
+            looks = [{"step": step, "eval/forget_rate": 0.5 / step, "seconds": 1.0} for step in (1, 2)]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    done = command(tmp_path, "--curves", tmp_path / "curves.png")
+    assert done.returncode == 0, done.stderr
+    assert "| | siss_0.1 | siss_0.5 |" in done.stdout
+    assert "| reached/steps | 40.0 | 40.0 |" in done.stdout
+    assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
+    runs, _ = compare.finished_runs([tmp_path])
+    curves = compare.curves_of(runs, ("eval/forget_rate",))
+    assert curves["siss_0.1"]["eval/forget_rate"] == {1: [0.5, 0.5], 2: [0.25, 0.25]}
+
+
 def test_a_run_that_was_made_again_counts_once(tmp_path):
     old = make_run(tmp_path / "a", "siss", 0, {"eval/forget_rate": 0.9})
     make_run(tmp_path / "b", "siss", 0, {"eval/forget_rate": 0.1})

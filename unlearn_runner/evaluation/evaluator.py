@@ -168,15 +168,15 @@ class Evaluator:
             "weights": digest(model.state_dict()),
             "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
             "data": self.data.fingerprint,
-            "settings": self.provenance(),
+            "settings": self.provenance(model),
             "code": _code(),
             "device": str(self.judge.device.type),
         }
         folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial))
         return open_evaluation(folder)
 
-    def provenance(self) -> dict[str, Any]:
-        """All that the scores depend on besides the model, the same for every metric; then metric by metric."""
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        """What scores depend on besides the weights: what all metrics have in common, then metric by metric."""
         sampling = self.sampling
         return {
             "features": self.judge.provenance(),
@@ -189,7 +189,10 @@ class Evaluator:
             "bootstrap": self.sampling.bootstrap,
             "num_references": {name: len(reference) for name, reference in self.references.items()},
             "left_out": self.left_out(),
-            "metrics": {name: metric.provenance() for name, metric in (self.on_samples | self.on_images).items()},
+            "metrics": {
+                **{name: metric.provenance() for name, metric in self.on_samples.items()},
+                **{name: metric.provenance(model) for name, metric in self.on_images.items()},
+            },
         }
 
     def left_out(self) -> list[str]:

@@ -226,20 +226,22 @@ class NLL(ImageMetric):
     def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
         return {name: float(values.mean(0).min()) for name, values in rows.items()}
 
-    def provenance(self) -> dict[str, Any]:
-        return {
-            "unit": "bits per dimension",
-            "num_images": self.num_images,
-            "num_bound_images": self.num_bound_images,
-            "num_timesteps": self.num_timesteps,
-            "solver": "scipy RK45 on the probability-flow ODE, one Rademacher probe",
-            "rtol": self.rtol,
-            "atol": self.atol,
-            "of_a_vae": "importance-weighted bound on num_bound_images, and minus the ELBO of the same latents",
-            "num_importance_samples": self.num_importance_samples,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        common = {"unit": "bits per dimension", "num_bound_images": self.num_bound_images}
+        if isinstance(model, DiffusionModel):
+            kind = {
+                "num_images": self.num_images,
+                "num_timesteps": self.num_timesteps,
+                "solver": "scipy RK45 on the probability-flow ODE, one Rademacher probe",
+                "rtol": self.rtol,
+                "atol": self.atol,
+            }
+        else:
+            kind = {
+                "estimate": "importance-weighted bound, and minus the ELBO of the same latents",
+                "num_importance_samples": self.num_importance_samples,
+            }
+        return {**common, **kind, "batch_size": self.batch_size, "seed": self.seed}
 
     def _flow(
         self,

@@ -115,16 +115,15 @@ class Membership(ImageMetric):
             scores[f"per_timestep/mia_auc/{t}"] = attack(forget[:, column], unseen[:, column], 0.01)[0]
         return scores
 
-    def provenance(self) -> dict[str, Any]:
-        return {
-            "attack": "threshold on the denoising loss, mean over timesteps",
-            "num_images": self.num_images,
-            "timesteps": self.timesteps,
-            "attack_of_a_vae": "threshold on minus the ELBO, mean over num_draws latents",
-            "num_draws": self.num_draws,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-        }
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        if isinstance(model, DiffusionModel):
+            kind = {
+                "attack": "threshold on the denoising loss, mean over timesteps",
+                "timesteps": self.timesteps,
+            }
+        else:
+            kind = {"attack": "threshold on minus the ELBO, mean over latents", "num_draws": self.num_draws}
+        return {**kind, "num_images": self.num_images, "batch_size": self.batch_size, "seed": self.seed}
 
 
 def _noised_losses(

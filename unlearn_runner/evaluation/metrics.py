@@ -76,7 +76,8 @@ class ImageMetric(ABC):
         """The scores of these rows, or of a bootstrap's choice of them."""
 
     @abstractmethod
-    def provenance(self) -> dict[str, Any]: ...
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        """What its numbers depend on, for this kind of model."""
 
 
 def measure_images(

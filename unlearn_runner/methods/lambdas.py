@@ -28,13 +28,6 @@ from unlearn_runner.types import GeneratorState, Metrics, make_generator
 LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
 
 
-class Pair(NamedTuple):
-    """What two consecutive gradients g, h of one term tell; their samples are independent of each other."""
-
-    variance: Float[Tensor, ""]  # ||g - h||^2 / 2: of a batch's gradient, summed over weights
-    signal: Float[Tensor, ""]  # <g, h>: the squared norm of its mean; unbiased, so it may be below 0
-
-
 class Seen(NamedTuple):
     """What one step of SISS saw at its b samples; detached. Losses are means over pixels."""
 
@@ -50,8 +43,6 @@ class Seen(NamedTuple):
     norm_forget: Float[Tensor, ""]
     c_retain: Float[Tensor, ""]  # what the two gradients were multiplied by before they were added
     c_forget: Float[Tensor, ""]
-    pair_retain: Pair | None = None  # with the step before; None at the first step
-    pair_forget: Pair | None = None
 
     def square_norm(self) -> Float[Tensor, "b"]:
         """||G||^2 of each sample.
@@ -100,24 +91,6 @@ def closed_form(rms_retain: Float[Tensor, "..."], rms_forget: Float[Tensor, "...
     return torch.where(total > 0, rms_forget / total, 0.5)
 
 
-def signal_share(
-    lambdas: Float[Tensor, "n"],
-    signal_retain: Float[Tensor, ""],
-    variance_retain: Float[Tensor, ""],
-    signal_forget: Float[Tensor, ""],
-    variance_forget: Float[Tensor, ""],
-) -> Float[Tensor, "n"]:
-    """log of cos^2(g_x, E g_x) cos^2(g_a, E g_a) to first order: how much of both gradients' directions is signal.
-
-    With one-hot weights the variance of g_x falls with its (1 - lambda) b samples, that of g_a with its lambda b;
-    the arguments are the squared norms of the means, and the variances that all b samples would leave. A gradient that
-    is rescaled to a fixed norm forgets by the signal in its direction, E[g/||g||] ~ mu / sqrt(||mu||^2 + V/(lambda b)).
-    """
-    noise = torch.stack([variance_retain / (1 - lambdas), variance_forget / lambdas])
-    signal = torch.stack([signal_retain, signal_forget])[:, None].clamp(min=torch.finfo(noise.dtype).tiny)
-    return (signal.log() - (signal + noise).log()).sum(0)
-
-
 def kl_to_gaussian(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
     """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) of the logit, in nats, in [0, inf)."""
     ratio = std / prior_std
@@ -140,8 +113,8 @@ class Mixing(NamedTuple):
     """lambda, and what a sample's two losses are multiplied by beside their weights: one number, or one a sample."""
 
     lambd: float | Tensor
-    scale_retain: Tensor | None = None
-    scale_forget: Tensor | None = None
+    scale_retain: float | Tensor = 1.0
+    scale_forget: float | Tensor = 1.0
 
 
 class LambdaController(ABC):
@@ -338,25 +311,38 @@ class ClosedForm(LambdaController):
         per_sample: R_x and R_a, and so lambda, for each of `num_levels` equal ranges of t / T.
         ema_decay: of all averages.
         initial: lambda of the first step.
+        least_samples: lambda is at least this many of a batch's samples: a batch without any forgets nothing, and the
+            norm fix does not make up for it in the next.
     """
 
-    def __init__(self, per_sample: bool = False, num_levels: int = 10, ema_decay: float = 0.9, initial: float = 0.5):
+    def __init__(
+        self,
+        per_sample: bool = False,
+        num_levels: int = 10,
+        ema_decay: float = 0.9,
+        initial: float = 0.1,
+        least_samples: int = 2,
+    ):
         if not num_levels > 0:
             raise ConfigurationError(f"method.lambd.num_levels must be positive, got {num_levels}.")
         if not 0 <= ema_decay < 1:
             raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
         if not 0 < initial < 1:
             raise ConfigurationError(f"method.lambd.initial must lie strictly between 0 and 1, got {initial}.")
+        if not least_samples >= 0:
+            raise ConfigurationError(f"method.lambd.least_samples must not be negative, got {least_samples}.")
         self.num_levels = num_levels if per_sample else 1
         self.ema_decay = ema_decay
         self.initial = initial
+        self.least_samples = least_samples
         self.sums: Tensor | None = None  # rows: samples, R_x^2, R_a^2; a column for each range of levels
         self.norms: Tensor | None = None  # of the retain and the forget gradient, before and after their constants
 
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
         if self.sums is None:
             return Mixing(torch.full_like(level[:1], self.initial))
-        return Mixing(self._lambdas()[self._ranges(level)] if self.num_levels > 1 else self._lambdas())
+        lambdas = self._lambdas(len(level))
+        return Mixing(lambdas[self._ranges(level)] if self.num_levels > 1 else lambdas)
 
     def learn(self, seen: Seen) -> Metrics:
         tiny = torch.finfo(seen.w_retain.dtype).tiny
@@ -375,9 +361,9 @@ class ClosedForm(LambdaController):
             self.norms = self.ema_decay * self.norms + (1 - self.ema_decay) * norms
         if self.num_levels == 1:
             return {}
-        return over_levels(self._lambdas()[self._ranges(LEVELS.to(rows.device))])
+        return over_levels(self._lambdas(len(seen.level))[self._ranges(LEVELS.to(rows.device))])
 
-    def _lambdas(self) -> Float[Tensor, "levels"]:
+    def _lambdas(self, batch_size: int) -> Float[Tensor, "levels"]:
         count, retain, forget = self.sums
         whole = self.sums.sum(1)  # a range that no sample has met takes the mean of all
         rms_retain, rms_forget = (
@@ -386,7 +372,8 @@ class ClosedForm(LambdaController):
         )
         # Under a norm fix the constants change from step to step, and a single forget sample's is no guide.
         c_retain, c_forget = self.norms[1] / self.norms[0].clamp(min=torch.finfo(self.norms.dtype).tiny)
-        return closed_form(c_retain * rms_retain, c_forget * rms_forget).clamp(LEAST, 1 - LEAST)
+        least = min(max(LEAST, self.least_samples / batch_size), 1 - LEAST)
+        return closed_form(c_retain * rms_retain, c_forget * rms_forget).clamp(least, 1 - LEAST)
 
     def _ranges(self, level: Float[Tensor, "b"]) -> Tensor:
         return (level * self.num_levels).long().clamp(max=self.num_levels - 1)
@@ -396,59 +383,6 @@ class ClosedForm(LambdaController):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sums, self.norms = state_dict["sums"], state_dict["norms"]
-
-
-@final
-class Signal(LambdaController):
-    """The lambda at which the two gradients' directions together carry most signal; see `signal_share`. No network.
-
-    Both are measured, not bounded: consecutive batch gradients over the network's weights give their variance and the
-    squared norm of their mean (Pair), kept as moving averages. Needs `gradient_variance`.
-
-    Args:
-        ema_decay: of all averages.
-        initial: lambda of the first two steps.
-    """
-
-    def __init__(self, ema_decay: float = 0.9, initial: float = 0.5):
-        if not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
-        if not 0 < initial < 1:
-            raise ConfigurationError(f"method.lambd.initial must lie strictly between 0 and 1, got {initial}.")
-        self.ema_decay = ema_decay
-        self.initial = initial
-        self.found: Tensor | None = None  # signal and variance of the retain, of the forget gradient
-        self.shares: Tensor | None = None  # of the samples in the two terms, at the step before
-
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
-        self.lambd = torch.full_like(level[:1], self.initial) if self.found is None else self._best()
-        return Mixing(self.lambd)
-
-    def learn(self, seen: Seen) -> Metrics:
-        shares = torch.cat([1 - self.lambd, self.lambd])
-        if seen.pair_retain is not None and self.shares is not None:
-            signal = torch.stack([seen.pair_retain.signal, seen.pair_forget.signal])
-            variance = torch.stack([seen.pair_retain.variance, seen.pair_forget.variance])
-            variance = variance / (0.5 / shares + 0.5 / self.shares)  # that all b samples would leave
-            found = torch.stack([signal, variance]).to(shares)
-            decay = self.ema_decay
-            self.found = found if self.found is None else decay * self.found + (1 - decay) * found
-        self.shares = shares
-        return {} if self.found is None else {
-            "lambda/signal_retain": self.found[0, 0], "lambda/signal_forget": self.found[0, 1],
-        }  # fmt: skip
-
-    def _best(self) -> Float[Tensor, "1"]:
-        lambdas = torch.linspace(0.01, 0.99, 99, device=self.found.device)
-        (signal_retain, signal_forget), (variance_retain, variance_forget) = self.found
-        share = signal_share(lambdas, signal_retain, variance_retain, signal_forget, variance_forget)
-        return lambdas[share.argmax()][None]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"found": self.found, "shares": self.shares}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.found, self.shares = state_dict["found"], state_dict["shares"]
 
 
 LEVELS = torch.linspace(0.05, 0.95, 10)  # t / T at which a lambda over t is logged

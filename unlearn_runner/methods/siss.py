@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
-from unlearn_runner.methods.lambdas import Constant, LambdaController, Pair, Seen, Signal
+from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising
@@ -113,9 +113,10 @@ def mix(
     cond = batch.cond_retain
     if cond is not None:
         differ = (batch.cond_retain != batch.cond_forget).reshape(len(cond), -1).any(1)
-        ends = not isinstance(lambd, Tensor)
-        w_retain = torch.where(differ, (~from_forget) / (1 if ends and lambd == 1 else 1 - lambd), w_retain)
-        w_forget = torch.where(differ, from_forget / (1 if ends and lambd == 0 else lambd), w_forget)
+        chance = torch.as_tensor(lambd, dtype=eps.dtype, device=eps.device)
+        tiny = torch.finfo(eps.dtype).tiny  # at the ends of lambda no sample is of the kind that would be divided by 0
+        w_retain = torch.where(differ, (~from_forget) / (1 - chance).clamp(min=tiny), w_retain)
+        w_forget = torch.where(differ, from_forget / chance.clamp(min=tiny), w_forget)
         chosen = from_forget.view(-1, *[1] * (cond.ndim - 1))
         cond = torch.where(chosen, batch.cond_forget, batch.cond_retain)
     drawn = Noising(
@@ -184,24 +185,25 @@ class Gradients(NamedTuple):
 
 
 @final
-class Consecutive:
-    """Compares each gradient with the one of the step before: nearly the same weights, and samples of its own.
+class GradientVariance:
+    """||g - h||^2 / 2 of the gradients g, h of two consecutive steps, which have nearly the same weights and samples of
+    their own: the variance of a batch's gradient, summed over the network's weights.
 
-    A vector of the network's size for each gradient, also in checkpoints.
+    Keeps a vector of the network's size for each gradient, also in checkpoints.
     """
 
     def __init__(self) -> None:
         self.before: dict[str, Tensor] = {}
 
-    def __call__(self, gradients: dict[str, Float[Tensor, "p"]]) -> dict[str, Pair]:
-        """What each pair tells, by name; nothing at the first step."""
-        pairs = {
-            name: Pair((gradient - self.before[name]).square().sum() / 2, gradient @ self.before[name])
+    def __call__(self, gradients: dict[str, Float[Tensor, "p"]]) -> Metrics:
+        """grad_variance/<name> of each; nothing at the first step."""
+        found = {
+            f"grad_variance/{name}": (gradient - self.before[name]).square().sum() / 2
             for name, gradient in gradients.items()
             if name in self.before
         }
         self.before = gradients
-        return pairs
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.before)
@@ -222,7 +224,7 @@ class SISS(Method):
         superfactor: s, how much more than deletion's share the forget term weighs. Without effect under a norm fix.
         split: back-propagate each term only through the samples that carry weight in it.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
-        gradient_variance: compare gradients with those of the step before; log grad_variance/{retain,forget,update}.
+        gradient_variance: log grad_variance/{retain,forget,update}.
     """
 
     def __init__(
@@ -251,9 +253,7 @@ class SISS(Method):
         self.superfactor = superfactor
         self.split = split
         self.timesteps = Uniform() if timesteps is None else timesteps
-        if isinstance(lambd, Signal) and not gradient_variance:
-            raise ConfigurationError("method/lambd=signal needs method.gradient_variance=true, got false.")
-        self.consecutive = Consecutive() if gradient_variance else None
+        self.gradient_variance = GradientVariance() if gradient_variance else None
         self.update = update(model)
         self.generator = generator
 
@@ -277,7 +277,7 @@ class SISS(Method):
         mixture = mix(batch, timesteps, noising_retain, noising_forget, eps, coin < lambd, lambd)
 
         # 3. the gradients of both terms
-        found = self._gradients(mixture, _product(t_weights, scale_retain), _product(t_weights, scale_forget))
+        found = self._gradients(mixture, t_weights * scale_retain, t_weights * scale_forget)
         share = batch.forget_share if self.reads.retain == "all" else 0.0
         c_retain = 1 / (1 - share)
         c_forget = (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
@@ -292,25 +292,24 @@ class SISS(Method):
         # 5. lambda's controller and the timesteps' sampler learn from what was seen
         w_retain, w_forget = mixture.retain.weight, mixture.forget.weight
         losses_retain, losses_forget = found.losses_retain / pixels, found.losses_forget / pixels
-        self.timesteps.learn(level, losses_retain + losses_forget)
-        pairs = {}
-        if self.consecutive is not None:
-            pairs = self.consecutive({"retain": grad_retain, "forget": grad_forget, "update": gradient})
+        c_forget = torch.where(norm_forget > 0, c_forget * fix, 0.0)  # no forget sample was drawn, none is scaled
+        self.timesteps.learn(level, c_retain * losses_retain + c_forget * losses_forget)
+        variances = {}
+        if self.gradient_variance is not None:
+            variances = self.gradient_variance({"retain": grad_retain, "forget": grad_forget, "update": gradient})
         seen = Seen(
             level=level,
             w_retain=w_retain,
             w_forget=w_forget,
-            losses_retain=_product(losses_retain, t_weights),
-            losses_forget=_product(losses_forget, t_weights),
+            losses_retain=losses_retain * t_weights,
+            losses_forget=losses_forget * t_weights,
             square_retain=found.slopes_retain.square().flatten(1).sum(1),
             square_forget=found.slopes_forget.square().flatten(1).sum(1),
             inner_product=(found.slopes_retain * found.slopes_forget).flatten(1).sum(1),
             norm_retain=norm_retain,
             norm_forget=norm_forget,
             c_retain=torch.as_tensor(c_retain, device=eps.device),
-            c_forget=torch.where(norm_forget > 0, c_forget * fix, 0.0),  # no forget sample was drawn, none is scaled
-            pair_retain=pairs.get("retain"),
-            pair_forget=pairs.get("forget"),
+            c_forget=c_forget,
         )
         from_retain = (1 - lambd) * w_retain
         return {
@@ -322,12 +321,14 @@ class SISS(Method):
             "weights/ess_retain": effective_sample_size(w_retain),
             "weights/ess_forget": effective_sample_size(w_forget),
             "weights/one_hot": (torch.minimum(from_retain, 1 - from_retain) < 1e-3).float().mean(),
-            **{f"grad_variance/{name}": pair.variance for name, pair in pairs.items()},
+            **variances,
             **self.lambd.learn(seen),
         }
 
-    def _gradients(self, mixture: Mixture, scale_retain: Tensor | None, scale_forget: Tensor | None) -> Gradients:
-        """Both terms and their gradients, each sample's losses multiplied by `scale_*` where they are given.
+    def _gradients(
+        self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]
+    ) -> Gradients:
+        """Both terms and their gradients, each sample's two losses multiplied by its scales besides its weights.
 
         A pass forward and back costs 3 units a sample, a second pass back over the same graph 2. Samples whose
         weight in a term is below rounding are left out of that term's passes, which is exact to rounding; when
@@ -337,13 +338,10 @@ class SISS(Method):
         in_retain = mixture.retain.weight > negligible
         in_forget = mixture.forget.weight > negligible
         b = len(in_retain)
-        scales = (scale_retain, scale_forget)
 
         if not self.split or int(in_retain.sum() + in_forget.sum()) * 3 > 5 * b:
             answer, losses = self._losses(mixture)
-            terms = siss_loss(
-                *losses, _product(mixture.retain.weight, scale_retain), _product(mixture.forget.weight, scale_forget)
-            )
+            terms = siss_loss(*losses, mixture.retain.weight * scale_retain, mixture.forget.weight * scale_forget)
             slopes_retain, grad_retain = self.update.gradient_through(answer, terms[0], retain_graph=True)
             slopes_forget, grad_forget = self.update.gradient_through(answer, terms[1])
             weighted = (
@@ -358,11 +356,8 @@ class SISS(Method):
                 return losses, slopes, self.update.zero_gradient()
             part = mixture.select(rows)
             answer, found = self._losses(part)
-            weights = [part.retain.weight, part.forget.weight]
-            losses[rows] = (weights[which] * found[which]).detach()
-            if scales[which] is not None:
-                scale = scales[which]
-                weights[which] = weights[which] * (scale[rows] if scale.numel() > 1 else scale)
+            losses[rows] = ((part.retain.weight, part.forget.weight)[which] * found[which]).detach()
+            weights = (part.retain.weight * scale_retain[rows], part.forget.weight * scale_forget[rows])
             loss = siss_loss(*found, *weights)[which] * (rows.sum() / b)
             over_answer, gradient = self.update.gradient_through(answer, loss)
             slopes[rows] = over_answer * b
@@ -389,8 +384,8 @@ class SISS(Method):
             "norm_fix": self.norm_fix,
             "timesteps": self.timesteps,
         }
-        if self.consecutive is not None:
-            parts["consecutive"] = self.consecutive
+        if self.gradient_variance is not None:
+            parts["gradient_variance"] = self.gradient_variance
         return parts
 
 
@@ -450,8 +445,3 @@ def effective_sample_size(weights: Float[Tensor, "b"]) -> Float[Tensor, ""]:
     """(sum w)^2 / (b sum w^2): the share of the batch that the weights leave in effect, 0 if none has any."""
     tiny = torch.finfo(weights.dtype).tiny
     return weights.sum().square() / (len(weights) * weights.square().sum() + tiny)
-
-
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a b, where None stands for 1."""
-    return b if a is None else a if b is None else a * b

@@ -16,8 +16,8 @@ class TimestepSampler(ABC):
     @abstractmethod
     def draw(
         self, count: int, num_train_timesteps: int, generator: torch.Generator, device: torch.device
-    ) -> tuple[Int64[Tensor, "{count}"], Float[Tensor, "{count}"] | None]:
-        """Timesteps and their weights, uniform probability / this sampler's; None: all 1."""
+    ) -> tuple[Int64[Tensor, "{count}"], Float[Tensor, "{count}"]]:
+        """Timesteps and their weights, uniform probability / this sampler's."""
 
     @abstractmethod
     def learn(self, level: Float[Tensor, "b"], losses: Float[Tensor, "b"]) -> None:
@@ -35,7 +35,8 @@ class Uniform(TimestepSampler):
     """Every timestep of the schedule alike, as the papers have it."""
 
     def draw(self, count, num_train_timesteps, generator, device):
-        return torch.randint(num_train_timesteps, (count,), generator=generator, device=device), None
+        timesteps = torch.randint(num_train_timesteps, (count,), generator=generator, device=device)
+        return timesteps, torch.ones(count, device=device)
 
     def learn(self, level: Float[Tensor, "b"], losses: Float[Tensor, "b"]) -> None:
         pass

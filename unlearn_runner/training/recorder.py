@@ -1,6 +1,7 @@
 """What a run leaves: lines, pictures, scores, the model and the summary, in its folder and its dashboard."""
 
 import time
+from statistics import mean
 from types import TracebackType
 from typing import Any, final
 
@@ -34,6 +35,7 @@ HEADLINES = (
     "relearn_steps",
     "deletion_steps",
 )
+DIAGNOSTICS = ("lambda/value", "grad_variance/", "weights/")
 STATUS = {None: "finished", NonFiniteError: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
 
 
@@ -126,7 +128,7 @@ class RunRecorder(Recorder):
         a forget_rate of at most `threshold` for the first time.
         """
         self.evaluator, self.probe, self.at_threshold, self.threshold = evaluator, probe, at_threshold, threshold
-        self.provenance = evaluator.provenance()
+        self.provenance = evaluator.provenance(base)
         for sentence in evaluator.left_out():
             self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the base model")
@@ -185,7 +187,7 @@ class RunRecorder(Recorder):
         after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
         self._write(step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
-        self.scores |= self.reached
+        self.scores |= self.reached | self._means()
         self._draw_lambda()
         self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
         self.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
@@ -223,6 +225,15 @@ class RunRecorder(Recorder):
         self.folder.truncate(state_dict["position"])
         self.progress.forget_rate = state_dict["forget_rate"]
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
+
+    def _means(self) -> dict[str, float]:
+        """What the method tells of itself at every step, on average over the run: mean/lambda/value, ..."""
+        logged: dict[str, list[float]] = {}
+        for line in self.folder.lines():
+            for key, value in line.items():
+                if key.startswith(DIAGNOSTICS):
+                    logged.setdefault(f"mean/{key}", []).append(value)
+        return {key: mean(values) for key, values in logged.items()}
 
     def _draw_lambda(self) -> None:
         """samples/lambda.png, where lambda was not the same all the time."""
