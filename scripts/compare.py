@@ -192,8 +192,11 @@ def main() -> None:
         print(f"Samples of the lowest seed: {arguments.grid}")
     if arguments.curves:
         keys = ("eval/forget_rate", "eval/restored_rate")
-        draw_curves(curves_of(runs, keys), keys, arguments.curves)
-        print(f"Looks on the way: {arguments.curves}")
+        if curves := curves_of(runs, keys):
+            draw_curves(curves, keys, arguments.curves)
+            print(f"Looks on the way: {arguments.curves}")
+        else:
+            print(f"{arguments.curves} is not written: no run has looks on the way in a metrics.jsonl.")
     if others:
         print("Not in the table:", *others, sep="\n  ")
 
