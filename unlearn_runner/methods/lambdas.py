@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.timesteps import range_of
 from unlearn_runner.types import GeneratorState, Metrics, make_generator
 
 LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
@@ -347,7 +348,7 @@ class ClosedForm(LambdaController):
         if self.sums is None:
             return Mixing(torch.full_like(level[:1], self.initial))
         lambdas = self._lambdas(len(level))
-        return Mixing(lambdas[self._ranges(level)] if self.num_levels > 1 else lambdas)
+        return Mixing(lambdas[range_of(level, self.num_levels)] if self.num_levels > 1 else lambdas)
 
     def learn(self, seen: Seen) -> Metrics:
         tiny = torch.finfo(seen.w_retain.dtype).tiny
@@ -356,7 +357,7 @@ class ClosedForm(LambdaController):
             for square, w in ((seen.square_retain, seen.w_retain), (seen.square_forget, seen.w_forget))
         ]
         rows = torch.stack([torch.ones_like(squares[0]), *squares])
-        found = rows.new_zeros(3, self.num_levels).index_add_(1, self._ranges(seen.level), rows)
+        found = rows.new_zeros(3, self.num_levels).index_add_(1, range_of(seen.level, self.num_levels), rows)
         norms = torch.stack([seen.norm_retain, seen.norm_forget])
         norms = torch.stack([norms, norms * torch.stack([seen.c_retain, seen.c_forget])]).to(found)
         if self.sums is None:
@@ -366,7 +367,7 @@ class ClosedForm(LambdaController):
             self.norms = self.ema_decay * self.norms + (1 - self.ema_decay) * norms
         if self.num_levels == 1:
             return {}
-        return over_levels(self._lambdas(len(seen.level))[self._ranges(LEVELS.to(rows.device))])
+        return over_levels(self._lambdas(len(seen.level))[range_of(LEVELS.to(rows.device), self.num_levels)])
 
     def _lambdas(self, batch_size: int) -> Float[Tensor, "levels"]:
         count, retain, forget = self.sums
@@ -380,9 +381,6 @@ class ClosedForm(LambdaController):
         least = min(max(LEAST, self.least_samples / batch_size), 1 - LEAST)
         return closed_form(c_retain * rms_retain, c_forget * rms_forget).clamp(least, 1 - LEAST)
 
-    def _ranges(self, level: Float[Tensor, "b"]) -> Tensor:
-        return (level * self.num_levels).long().clamp(max=self.num_levels - 1)
-
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "norms": self.norms}
 
@@ -391,8 +389,9 @@ class ClosedForm(LambdaController):
 
 
 LEVELS = torch.linspace(0.05, 0.95, 10)  # t / T at which a lambda over t is logged
+AT_LEVEL = "lambda/at/"  # its keys, before the level
 
 
 def over_levels(lambdas: Float[Tensor, "10"]) -> Metrics:
     """lambda at ten noise levels, as scalars to log: lambda/at/0.05 to lambda/at/0.95."""
-    return {f"lambda/at/{level:.2f}": value for level, value in zip(LEVELS.tolist(), lambdas, strict=True)}
+    return {f"{AT_LEVEL}{level:.2f}": value for level, value in zip(LEVELS.tolist(), lambdas, strict=True)}

@@ -10,6 +10,11 @@ from torch import Tensor
 from unlearn_runner.errors import ConfigurationError
 
 
+def range_of(level: Float[Tensor, "b"], num_ranges: int) -> Int64[Tensor, "b"]:
+    """In which of `num_ranges` equal ranges of [0, 1) each t / T lies."""
+    return (level * num_ranges).long().clamp(max=num_ranges - 1)
+
+
 class TimestepSampler(ABC):
     """Draws timesteps, with weights that keep the mean over them that of uniform timesteps. Stateful."""
 
@@ -34,7 +39,9 @@ class TimestepSampler(ABC):
 class Uniform(TimestepSampler):
     """Every timestep of the schedule alike, as the papers have it."""
 
-    def draw(self, count, num_train_timesteps, generator, device):
+    def draw(
+        self, count: int, num_train_timesteps: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[Int64[Tensor, "{count}"], Float[Tensor, "{count}"]]:
         timesteps = torch.randint(num_train_timesteps, (count,), generator=generator, device=device)
         return timesteps, torch.ones(count, device=device)
 
@@ -78,7 +85,9 @@ class SecondMoment(TimestepSampler):
         learnt = torch.where(known, root / root.sum(), 1 / self.num_levels)
         return (1 - self.uniform_share) * learnt + self.uniform_share / self.num_levels
 
-    def draw(self, count, num_train_timesteps, generator, device):
+    def draw(
+        self, count: int, num_train_timesteps: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[Int64[Tensor, "{count}"], Float[Tensor, "{count}"]]:
         self.sums = self.sums.to(device)
         probabilities = self.probabilities()
         ranges = torch.multinomial(probabilities, count, replacement=True, generator=generator)
@@ -87,7 +96,7 @@ class SecondMoment(TimestepSampler):
         return timesteps.clamp(max=num_train_timesteps - 1), 1 / (self.num_levels * probabilities[ranges])
 
     def learn(self, level: Float[Tensor, "b"], losses: Float[Tensor, "b"]) -> None:
-        ranges = (level * self.num_levels).long().clamp(max=self.num_levels - 1)
+        ranges = range_of(level, self.num_levels)
         rows = torch.stack([torch.ones_like(losses), losses.square()])
         found = torch.zeros_like(self.sums).index_add_(1, ranges, rows.to(self.sums))
         self.sums = self.ema_decay * self.sums + found

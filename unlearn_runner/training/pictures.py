@@ -1,9 +1,10 @@
 """Pictures of a run's numbers."""
 
+from math import exp
 from pathlib import Path
 from typing import Any
 
-AT = "lambda/at/"
+from unlearn_runner.methods.lambdas import AT_LEVEL
 
 
 def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
@@ -12,8 +13,6 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     `lines` are those of metrics.jsonl. The band is the inferred posterior's, one standard deviation of the logit on
     either side of its mean.
     """
-    from math import exp
-
     logged = [line for line in lines if "lambda/value" in line]
     values = [line.get("lambda/inferred", line["lambda/value"]) for line in logged]
     if len(set(values)) < 2:
@@ -21,7 +20,7 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    levels = sorted((key for key in logged[-1] if key.startswith(AT)), key=lambda key: float(key.removeprefix(AT)))
+    levels = {float(key.removeprefix(AT_LEVEL)): key for key in logged[-1] if key.startswith(AT_LEVEL)}
     figure = Figure(figsize=(10 if levels else 5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if levels else 1, squeeze=False)[0]
     steps = [line["step"] for line in logged]
@@ -38,10 +37,10 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     axes[0].set(xlabel="step", ylabel="lambda", ylim=(0, 1))
     axes[0].legend(fontsize=7)
     if levels:
-        at = [float(key.removeprefix(AT)) for key in levels]
         chosen = sorted({round(share * (len(logged) - 1)) for share in (0, 0.25, 0.5, 1)})
         for row in chosen:
-            axes[1].plot(at, [logged[row][key] for key in levels], ".-", label=f"step {logged[row]['step']}")
+            over_t = [logged[row][levels[level]] for level in sorted(levels)]
+            axes[1].plot(sorted(levels), over_t, ".-", label=f"step {logged[row]['step']}")
         axes[1].set(xlabel="t / T", ylabel="lambda", xlim=(0, 1), ylim=(0, 1))
         axes[1].legend(fontsize=7)
     FigureCanvasAgg(figure).print_png(str(path))

@@ -187,8 +187,11 @@ class RunRecorder(Recorder):
         after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
         self._write(step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
-        self.scores |= self.reached | self._means()
-        self._draw_lambda()
+        lines = self.folder.lines()
+        self.scores |= self.reached | means_of(lines)
+        path = self.folder.path / "samples" / "lambda.png"
+        if draw_lambda(lines, path):
+            self.logger.image(step, "samples/lambda", path)
         self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
         self.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
         self.provenance["seconds"] = after.seconds
@@ -226,21 +229,6 @@ class RunRecorder(Recorder):
         self.progress.forget_rate = state_dict["forget_rate"]
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
 
-    def _means(self) -> dict[str, float]:
-        """What the method tells of itself at every step, on average over the run: mean/lambda/value, ..."""
-        logged: dict[str, list[float]] = {}
-        for line in self.folder.lines():
-            for key, value in line.items():
-                if key.startswith(DIAGNOSTICS):
-                    logged.setdefault(f"mean/{key}", []).append(value)
-        return {key: mean(values) for key, values in logged.items()}
-
-    def _draw_lambda(self) -> None:
-        """samples/lambda.png, where lambda was not the same all the time."""
-        path = self.folder.path / "samples" / "lambda.png"
-        if draw_lambda(self.folder.lines(), path):
-            self.logger.image(self.trainer.total_steps, "samples/lambda", path)
-
     def _record(self, step: int, prefix: str, evaluation: Evaluation, picture: str) -> None:
         self._write(step, {f"{prefix}/{key}": value for key, value in evaluation.scores.items()})
         self.intervals |= {f"{prefix}/{key}": interval for key, interval in evaluation.intervals.items()}
@@ -258,3 +246,13 @@ class RunRecorder(Recorder):
             for name in ("seconds", "images", "network_evaluations"):
                 costs[f"cost/{name}"] = getattr(self.trainer, name)
         return costs
+
+
+def means_of(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """What the method tells of itself at every step, on average over the run: mean/lambda/value, ..."""
+    logged: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith(DIAGNOSTICS):
+                logged.setdefault(f"mean/{key}", []).append(value)
+    return {key: mean(values) for key, values in logged.items()}
