@@ -173,7 +173,8 @@ def test_experiments_compose_with_every_method(composed, experiment):
         network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
         if method == "erase_diff" and not isinstance(network, DiffusionModel):
             continue  # it refuses
-        make(cfg["method"], model=network, generator=make_generator(0, "method"))
+        built = make(cfg["method"], model=network, generator=make_generator(0, "method"))
+        assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
     assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (
         "never fewer metrics"
