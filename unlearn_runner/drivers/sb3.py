@@ -55,8 +55,9 @@ class LambdaDriver(Driver):
 
         # 1. The policy learns: in the run itself, or in episodes before it
         if not agent.trained:
-            agent.learn(trainer.plan.max_steps * (method.episodes if trainer.rehearsing else 1))
-            agent.save(trainer.checkpoints.folder.parent / "policy")
+            with trainer.interrupts.shield():  # only env.step may be interrupted: an update would be left half done
+                agent.learn(trainer.plan.max_steps * (method.episodes if trainer.rehearsing else 1))
+                agent.save(trainer.checkpoints.folder.parent / "policy")
 
         # 2. The run with the policy's mean action, if it was not that run in which it learnt
         agent.play()
@@ -115,11 +116,11 @@ class Agent:
         self.env = LambdaEnv(trainer, logits=on_policy, outside=self.randomness.outside)
         self.rollout: dict[str, Any] = {}  # the agent when the rollout began, as far as a rollout changes it
         self.trained = self.method.policy is not None
-        sizes: dict[str, Any] = {}
-        if not self.trained:
-            rollout = rollout_steps(self.method, trainer.plan)
-            episodes = self.method.episodes if trainer.rehearsing else 1
-            sizes = {"n_steps": rollout} if on_policy else {"buffer_size": episodes * trainer.plan.max_steps}
+        if on_policy:  # one that only plays makes no rollouts; its batch spares SB3's warning
+            batch = self.method.agent.keywords.get("batch_size", 64)
+            sizes = {"n_steps": batch if self.trained else rollout_steps(self.method, trainer.plan)}
+        else:
+            sizes = {"buffer_size": trainer.plan.max_steps * (self.method.episodes if trainer.rehearsing else 1)}
         with self.randomness.inside():
             self.model: BaseAlgorithm = self.method.agent(
                 env=DummyVecEnv([lambda: self.env]), seed=self.method.seed, device="cpu", **sizes
@@ -133,17 +134,16 @@ class Agent:
 
     def learn(self, steps: int) -> None:
         """`learn` until the environment has made `steps`, those before a checkpoint included."""
-        with self.trainer.interrupts.shield():  # only env.step may be interrupted: an update would be left half done
-            with self.randomness.inside():
-                remaining = steps - self.rollout.get("num_timesteps", 0)
-                callback = RolloutStart(self.rollout_started)
-                self.model.learn(remaining, callback, log_interval=None, reset_num_timesteps=False)
-                self.model.logger.dump()
-            self.env.charge()
-            self.trained = True
-            self.env.forget()
-            if self.trainer.rehearsing:
-                self.trainer.end_rehearsals()
+        with self.randomness.inside():
+            remaining = steps - self.rollout.get("num_timesteps", 0)
+            callback = RolloutStart(self.rollout_started)
+            self.model.learn(remaining, callback, log_interval=None, reset_num_timesteps=False)
+            self.model.logger.dump()
+        self.env.charge()
+        self.trained = True
+        self.env.forget()
+        if self.trainer.rehearsing:
+            self.trainer.end_rehearsals()
 
     def play(self) -> None:
         """One run with the policy's mean action; goes on where a checkpoint left off."""
