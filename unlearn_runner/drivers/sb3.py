@@ -41,22 +41,22 @@ class LambdaDriver(Driver):
             raise ConfigurationError(f"this driver is for method=rl_lambda, got {type(method).__name__}.")
         if method.policy is not None:
             load_policy(method)
-            return plan.max_steps
-        rollout_steps(method, plan)
-        return plan.max_steps * (1 + method.episodes if method.training == "episodic" else 1)
+        else:
+            rollout_steps(method, plan)
+        return plan.max_steps * (method.rehearsals + 1)
 
     def prepare(self, trainer: Trainer) -> None:
-        trainer.rehearsing = trainer.method.training == "episodic" and trainer.method.policy is None
+        trainer.rehearsing = trainer.method.rehearsals > 0
         self.agent = Agent(trainer)
         trainer.companion = self.agent
 
     def run(self, trainer: Trainer) -> None:
-        agent, method = self.agent, trainer.method
+        agent = self.agent
 
         # 1. The policy learns: in the run itself, or in episodes before it
         if not agent.trained:
             with trainer.interrupts.shield():  # only env.step may be interrupted: an update would be left half done
-                agent.learn(trainer.plan.max_steps * (method.episodes if trainer.rehearsing else 1))
+                agent.learn()
                 agent.save(trainer.checkpoints.folder.parent / "policy")
 
         # 2. The run with the policy's mean action, if it was not that run in which it learnt
@@ -110,17 +110,18 @@ class Agent:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.method: RLLambda = trainer.method
-        self.randomness = Randomness(self.method.seed)
+        self.randomness = Randomness()
         algorithm = self.method.agent.func
         on_policy = issubclass(algorithm, OnPolicyAlgorithm)
         self.env = LambdaEnv(trainer, logits=on_policy, outside=self.randomness.outside)
         self.rollout: dict[str, Any] = {}  # the agent when the rollout began, as far as a rollout changes it
         self.trained = self.method.policy is not None
+        self.steps_to_learn = trainer.plan.max_steps * (self.method.rehearsals or 1)
         if on_policy:  # one that only plays makes no rollouts; its batch spares SB3's warning
             batch = self.method.agent.keywords.get("batch_size", 64)
             sizes = {"n_steps": batch if self.trained else rollout_steps(self.method, trainer.plan)}
         else:
-            sizes = {"buffer_size": trainer.plan.max_steps * (self.method.episodes if trainer.rehearsing else 1)}
+            sizes = {"buffer_size": self.steps_to_learn}
         with self.randomness.inside():
             self.model: BaseAlgorithm = self.method.agent(
                 env=DummyVecEnv([lambda: self.env]), seed=self.method.seed, device="cpu", **sizes
@@ -132,10 +133,10 @@ class Agent:
             self.env.features.load_state_dict(statistics)
             self.env.features.frozen = True
 
-    def learn(self, steps: int) -> None:
-        """`learn` until the environment has made `steps`, those before a checkpoint included."""
+    def learn(self) -> None:
+        """Until the environment has made `steps_to_learn`, those before a checkpoint included."""
         with self.randomness.inside():
-            remaining = steps - self.rollout.get("num_timesteps", 0)
+            remaining = self.steps_to_learn - self.model.num_timesteps
             callback = RolloutStart(self.rollout_started)
             self.model.learn(remaining, callback, log_interval=None, reset_num_timesteps=False)
             self.model.logger.dump()
@@ -263,20 +264,8 @@ def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, An
 class Randomness:
     """SB3 draws from Python's, NumPy's and torch's global generators; here it does so without disturbing the run."""
 
-    def __init__(self, seed: int):
-        with self._keeping_the_runs():
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed)
-            self.kept = global_state()
-
-    @contextmanager
-    def _keeping_the_runs(self) -> Iterator[None]:
-        before = global_state()
-        try:
-            yield
-        finally:
-            set_global_state(before)
+    def __init__(self) -> None:
+        self.kept = global_state()  # an SB3 algorithm seeds them when it is made
 
     @contextmanager
     def inside(self) -> Iterator[None]:

@@ -156,6 +156,11 @@ class RLLambda(Method):
     def model(self) -> GenerativeModel:
         return self.siss.model
 
+    @property
+    def rehearsals(self) -> int:
+        """How many runs are made before the one that counts."""
+        return self.episodes if self.training == "episodic" and self.policy is None else 0
+
     def step(self, batch: Batch) -> Metrics:
         # 1. what the base is worth, before the first step
         if self.probe is not None and self.probe.losses_base is None:

@@ -157,8 +157,7 @@ class RunRecorder(Recorder):
         self._record(self.trainer.total_steps, "oracle", oracle, "oracle")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self.folder.append(step, values)
-        self.logger.log(step, values)
+        self.note(step, values)
         self.progress.update(step, values)
 
     def note(self, step: int, values: dict[str, float]) -> None:

@@ -160,9 +160,7 @@ class Trainer:
                 self.seconds += time.perf_counter() - started
             if self._is_due(self.plan.checkpointing_steps) or (self.done and not self.rehearsing):
                 self.save()
-        self._evaluate_if_due()
-        if self.done and not self.rehearsing:
-            self.recorder.finish(self.method.model, self.total_steps)
+        self._evaluate_or_finish()
         return metrics
 
     def flush(self, started: float | None = None) -> None:
@@ -206,9 +204,7 @@ class Trainer:
         checkpoint.require(self.identity)
         with self.interrupts.shield():
             self.load_state_dict(checkpoint.state)
-        self._evaluate_if_due()
-        if self.done and not self.rehearsing:
-            self.recorder.finish(self.method.model, self.total_steps)
+        self._evaluate_or_finish()
 
     def state_dict(self) -> dict[str, Any]:
         counters = ("run_step", "total_steps", *COSTS, "rehearsing", "rehearsed", "_evaluated_at")
@@ -247,8 +243,12 @@ class Trainer:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.run_step % every == 0
 
-    def _evaluate_if_due(self) -> None:
-        due = self._is_due(self.plan.evaluate_every) and not (self.done or self.rehearsing)
-        if due and self._evaluated_at < self.total_steps:
+    def _evaluate_or_finish(self) -> None:
+        """Whichever of them is due."""
+        if self.rehearsing:
+            return
+        if self.done:
+            self.recorder.finish(self.method.model, self.total_steps)
+        elif self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.total_steps:
             self.recorder.evaluate(self.method.model, self.total_steps)
             self._evaluated_at = self.total_steps
