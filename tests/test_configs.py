@@ -230,7 +230,7 @@ def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_method(composed
         assert set(options(folder)) <= {
             f"{option}_{method}" for option in options(group) for method in options("method")
         }
-    assert composed("model=vae", "method=siss", debug=False)["method"]["rho"] == 0.3
+    assert composed("model=vae", "method=siss", debug=False)["method"]["rho"] == 0.1
     assert composed("model=vae", "method=siss", "method.rho=0.2", debug=False)["method"]["rho"] == 0.2
     assert composed("method=siss", debug=False)["method"]["rho"] == 0.04
     assert composed("experiment=mnist_tshirt", debug=False)["method"]["tau"] == 5
