@@ -13,6 +13,7 @@ from conftest import ROOT, assert_same_bits
 from hydra.utils import instantiate
 from rich.console import Console
 
+from train import build_method
 from unlearn_runner.cache import digest
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.evaluation.classifier import trained_judge
@@ -25,7 +26,7 @@ from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.training.trainer import Trainer, identity_of
-from unlearn_runner.types import make_generator
+from unlearn_runner.types import Labels, make_generator
 
 CPU = torch.device("cpu")
 make = partial(instantiate, _convert_="all")
@@ -41,8 +42,18 @@ LAMBDAS = [
     for more in ((), ("method.lambd.per_sample=true", "method/timesteps=second_moment"))
     if not (more and name == "constant")
 ]
-VAES = [(method, "model=vae") for method in options("method") if method != "erase_diff"]  # which is for diffusion
-VARIANTS = LAMBDAS + VAES
+DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
+VAES = [(method, "model=vae") for method in options("method") if method not in ("erase_diff", *DISTILLING)]
+HYBRIDS = [
+    ("hybrid", "method.target=mixture_score"),
+    *(("hybrid", "method.variant=siss_sfd_labels", f"method/lambd={name}") for name in ("variance", "closed_form")),
+    ("hybrid", "method.variant=siss_sfd_student", "method/lambd=constant", "method.distil_share=0.25"),
+]
+OVERRIDES = [
+    ("sfd", f"method/override={name}", *(["method.override.label=2"] * (name == "fixed")))
+    for name in options("method/override")
+]
+VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES
 METHODS = [(method,) for method in options("method")] + VARIANTS
 
 
@@ -62,7 +73,7 @@ def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True) -> Tra
     plan = make(cfg["trainer"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    method = make(cfg["method"], model=network, generator=make_generator(0, "method"))
+    method = build_method(cfg["method"], network, spec, make_generator(0, "method"))
     return Trainer(
         method,
         BatchStream(data, method.reads, plan.batch_size, 0, CPU),
@@ -222,9 +233,11 @@ def test_experiments_compose_with_every_method(composed, experiment):
             (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
         )
         network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
-        if method == "erase_diff" and not isinstance(network, DiffusionModel):
+        diffusion, distils = isinstance(network, DiffusionModel), method in DISTILLING
+        if (method == "erase_diff" and not diffusion) or (distils and (not diffusion or num_labels is None)):
             continue  # it refuses
-        make(cfg["method"], model=network, generator=make_generator(0, "method"))
+        spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,)))
+        build_method(cfg["method"], network, spec, make_generator(0, "method"))
     evaluation = make(cfg["evaluation"])
     assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (
         "never fewer metrics"
