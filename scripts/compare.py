@@ -23,7 +23,8 @@ COLUMNS = (
     "nll_retain", "nll_bound_forget", "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr", "relearn_steps",
     "deletion_steps", "lasting_deletion_steps", "reached/steps", "reached/seconds", "reached/restored_rate",
     "reached/retain_accuracy", "reached/fid_retain", "reached/kid_retain",
-    "mean/lambda/value", "mean/grad_variance/update", "cost/seconds", "cost/network_evaluations", "cost/peak_memory_gb",
+    "mean/lambda/value", "mean/grad_variance/update", "cost/seconds", "cost/network_evaluations",
+    "cost/network_evaluations_per_sample", "cost/sampling_seconds", "cost/peak_memory_gb",
 )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ VAES = [(method, "model=vae") for method in options("method") if method not in (
 HYBRIDS = [
     ("hybrid", "method.target=mixture_score"),
     *(("hybrid", "method.variant=siss_sfd_labels", f"method/lambd={name}") for name in ("variance", "closed_form")),
+    ("hybrid", "method.variant=siss_sfd_labels", "method.lambd.per_sample=true"),
     ("hybrid", "method.variant=siss_sfd_student", "method/lambd=constant", "method.distil_share=0.25"),
 ]
 OVERRIDES = [

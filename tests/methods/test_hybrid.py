@@ -170,16 +170,18 @@ def test_known_gaussians_converge(variant, settings):
 def test_a_student_answers_as_the_teacher_does_of_another_class():
     method = build(
         "siss_sfd_student", gaussian_model([-1.0, 1.0, 0.0], [0.6, 0.8, 0.7]), update=adam(2e-2, ema_decay=0.95),
-        generator_update=adam(1e-2), fake_update=adam(5e-2), batch_size=64, max_steps=600,
+        generator_update=adam(1e-2, ema_decay=0.9), fake_update=adam(5e-2), batch_size=64, max_steps=600,
     )  # fmt: skip
     before = {}
     for step in range(600):
         if step == 300:
             assert torch.equal(flat(method.student), flat(method.trio.teacher)), "it waits for the generator"
+            averaged = flat(method.generator_update.model)
             assert drawn_gaussian(method.trio.generator, 2)[0] == pytest.approx(0.0, abs=0.08), (
                 "nothing is forgotten yet"
             )
-            before = {name: flat(getattr(method.trio, name)) for name in ("teacher", "fake", "generator")}
+            before = {name: flat(getattr(method.trio, name)) for name in ("teacher", "fake")} | {"generator": averaged}
+            assert not torch.equal(averaged, flat(method.trio.generator))
         method.step(NOTHING)
     for name, old in before.items():
         assert torch.equal(flat(getattr(method.trio, name)), old), f"{name} is frozen"

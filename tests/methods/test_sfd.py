@@ -12,7 +12,7 @@ from toy import drawn_gaussian, gaussian_model
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.method import Update
-from unlearn_runner.methods.overrides import Asked, Classifier, Fixed, RandomOther, class_costs
+from unlearn_runner.methods.overrides import Asked, Classifier, Fixed, Override, RandomOther, class_costs
 from unlearn_runner.methods.sfd import (
     SFD,
     NoiseRange,
@@ -330,6 +330,22 @@ def test_the_classifiers_choice_is_the_likeliest_class_that_is_kept():
     x0 = torch.tensor([-0.4, 0.4, -1.0, 1.0])[:, None, None, None].expand(-1, 1, 4, 4)  # the third class is likeliest
     asked = Asked(x0, torch.full((4,), 2), model, make_generator(0, "m"))
     assert Classifier(LABELS, num_draws=8)(asked).tolist() == [0, 1, 0, 1]
+
+
+def test_a_rule_of_ones_own_is_a_few_lines(tiny_network):
+    """As docs/sfd.md has it."""
+
+    class Next(Override):
+        def __init__(self, labels):
+            self.count = len(labels.retain) + len(labels.forget)
+
+        def __call__(self, asked):
+            chosen.append((asked.forget + 1) % self.count)
+            return chosen[-1]
+
+    chosen = []
+    sfd(tiny_network(), Labels((0, 1, 2), (3,)), override=Next).step(NOTHING)
+    assert [labels.tolist() for labels in chosen] == [[0]], "asked once a step, for the forget samples"
 
 
 @pytest.mark.parametrize("timestep", [-1, 200, 500])

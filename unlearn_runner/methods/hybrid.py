@@ -378,6 +378,8 @@ class Student(Method):
     def step(self, batch: Batch) -> Metrics:
         self._begin()
         distilling = self.steps.value < self.distil_steps
+        if self.steps.value == self.distil_steps:  # from now on the generator is what would ship of it
+            self.trio.generator.load_state_dict(self.generator_update.model.state_dict())
         self.steps.value += 1
         return self._distil() if distilling else self._unlearn()
 
@@ -406,7 +408,7 @@ class Student(Method):
         student, teacher, g, b = self.student, self.trio.teacher, self.generator, self.batch_size
 
         # 1. x and a by the frozen generator; t, eps, lambda, and from which of the two m is drawn
-        source, device = self.generator_update.model, self.trio.device
+        source, device = self.trio.generator, self.trio.device
         conds = [drawn_labels(part, b, g, device) for part in (self.labels.retain, self.labels.forget)]
         z = torch.randn((2, b, *student.sample_shape), generator=g, device=device)
         with torch.no_grad():
