@@ -14,6 +14,7 @@ from unlearn_runner.models.ddpm import DDPM
 from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, predict_x0, squared_error
 
 
+@final
 class OneStepPipeline(DiffusionPipeline):
     """What a run that distils leaves in model/. One network evaluation an image:
 
@@ -21,7 +22,6 @@ class OneStepPipeline(DiffusionPipeline):
         images = pipeline(torch.tensor([1, 1, 7, 7]), generator=torch.Generator().manual_seed(0))  # [4, c, h, w]
 
     `unet` and `scheduler` are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
-    Not final: diffusers derives from pipelines at will.
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, timestep: int = 0):
