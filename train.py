@@ -61,6 +61,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     if plan.init == "base":
         network.freeze_for_unlearning()
     method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device))
+    total_steps = driver.total_steps(method, plan)
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
     require_threshold(evaluation["threshold"])
@@ -72,7 +73,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
         checkpoint.require(identity)
     folder = RunFolder(claim(fresh_folder) if checkpoint is None else checkpoint.run_folder, cfg)
 
-    with RunRecorder(folder, logger, cfg, plan.max_steps, console) as recorder, Interrupts() as interrupts:
+    with RunRecorder(folder, logger, cfg, total_steps, console) as recorder, Interrupts() as interrupts:
         # 2. Load the data; get the judge and the base weights, or make them once.
         data = dataset.load()
         recipe = evaluation["classifier"]
@@ -105,8 +106,10 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             Checkpoints(folder.checkpoints, plan.checkpoints_total_limit),
             interrupts,
             identity,
+            resettable=total_steps > plan.max_steps,
         )
         recorder.trainer = trainer
+        driver.prepare(trainer)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         driver.run(trainer)

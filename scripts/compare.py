@@ -24,7 +24,7 @@ COLUMNS = (
     "deletion_steps", "lasting_deletion_steps", "reached/steps", "reached/seconds", "reached/restored_rate",
     "reached/retain_accuracy", "reached/fid_retain", "reached/kid_retain",
     "mean/lambda/value", "mean/grad_variance/update", "cost/seconds", "cost/network_evaluations",
-    "cost/network_evaluations_per_sample", "cost/peak_memory_gb",
+    "cost/network_evaluations_per_sample", "cost/policy_network_evaluations", "cost/peak_memory_gb",
 )  # fmt: skip
 
 
@@ -127,21 +127,25 @@ def curves_of(runs: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, di
 
 
 def draw_curves(curves: dict[str, dict[str, dict[int, list[float]]]], keys: tuple[str, ...], path: Path) -> None:
-    """A PNG: each key over the steps, a line for the mean of each row, a band from its lowest to its highest seed."""
+    """A PNG: each key over the steps, a line for the mean of each row.
+
+    Up to six rows have a band from their lowest to their highest seed; more would hide each other.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(keys), 4), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(keys) + 1.5, 4.5), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        for row, by_key in curves.items():
+        for number, (row, by_key) in enumerate(curves.items()):
             points = sorted(by_key.get(key, {}).items())
             steps, values = [step for step, _ in points], [values for _, values in points]
-            (line,) = axes.plot(steps, [mean(found) for found in values], label=row, linewidth=1.5)
-            axes.fill_between(
-                steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, color=line.get_color()
-            )
+            style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+            (line,) = axes.plot(steps, [mean(found) for found in values], style, label=row, linewidth=1.5)
+            if len(curves) <= 6:
+                ends = [[end(found) for found in values] for end in (min, max)]
+                axes.fill_between(steps, *ends, alpha=0.12, color=line.get_color())
         axes.set(xlabel="step", ylabel=key, ylim=(0, None))
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     FigureCanvasAgg(figure).print_png(str(path))
 
 

@@ -3,33 +3,24 @@
 import copy
 import json
 import shutil
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits
-from hydra.utils import instantiate
 from rich.console import Console
+from trainers import CPU, build_trainer, flat_state, make
 
 from train import build_method
 from unlearn_runner.cache import digest
-from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.models.model import DiffusionModel
-from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
+from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
-from unlearn_runner.training.progress import ProgressBar
-from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.training.trainer import Trainer, identity_of
 from unlearn_runner.types import Labels, make_generator
-
-CPU = torch.device("cpu")
-make = partial(instantiate, _convert_="all")
 
 
 def options(group: str) -> list[str]:
@@ -61,48 +52,6 @@ METHODS = [(method,) for method in options("method")] + VARIANTS
 def ema(method: str, decay: str) -> str:
     """The override of the averaging's decay; `retrain` has the base's recipe."""
     return f"{'model.pretraining' if method == 'retrain' else 'method'}.update.ema_decay={decay}"
-
-
-def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True) -> Trainer:
-    spec = data.spec
-    network = make(
-        cfg["model"]["network"],
-        image_shape=spec.image_shape,
-        num_labels=None if spec.label_names is None else len(spec.label_names),
-        seed=0,
-    )
-    plan = make(cfg["trainer"])
-    if plan.init == "base":
-        network.freeze_for_unlearning()
-    method = build_method(cfg["method"], network, spec, make_generator(0, "method"))
-    return Trainer(
-        method,
-        BatchStream(data, method.reads, plan.batch_size, 0, CPU),
-        plan,
-        ProgressRecorder(ProgressBar("test", plan.max_steps, Console(quiet=True))),
-        Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
-        Interrupts(),
-        identity_of(method, spec),
-        resettable=resettable,
-    )
-
-
-def flat_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All tensors and numbers of a trainer's learner, by path."""
-
-    def walk(value, path):
-        if isinstance(value, torch.Tensor):
-            yield path, value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                yield from walk(part, f"{path}/{key}")
-        elif isinstance(value, (list, tuple)):
-            for key, part in enumerate(value):
-                yield from walk(part, f"{path}/{key}")
-        elif isinstance(value, (int, float)):
-            yield path, torch.tensor(float(value), dtype=torch.float64)
-
-    return dict(walk(copy.deepcopy(trainer._learner_state()), ""))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +187,8 @@ def test_experiments_compose_with_every_method(composed, experiment):
         if (method == "erase_diff" and not diffusion) or (distils and (not diffusion or num_labels is None)):
             continue  # it refuses
         spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,)))
-        build_method(cfg["method"], network, spec, make_generator(0, "method"))
+        built = build_method(cfg["method"], network, spec, make_generator(0, "method"))
+        assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
     assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (
         "never fewer metrics"

@@ -8,8 +8,11 @@ import torch
 from conftest import ROOT
 from hydra.utils import instantiate
 from test_train import command, runs_below, summary
+from trainers import build_driven, build_trainer
 
+from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.drivers.sb3 import RolloutStart
 from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.models.one_step import OneStepPipeline
 from unlearn_runner.types import make_generator
@@ -85,3 +88,30 @@ def test_choosing_lambda_costs_at_most_three_percent_of_a_step(composed, digits,
     static, adaptive = (median(seconds) for _, _, seconds in methods)
     print(f"{lambd}: {1000 * static:.1f} ms static, {1000 * adaptive:.1f} ms adaptive, {adaptive / static - 1:+.1%}")
     assert adaptive <= 1.03 * static
+
+
+@pytest.mark.parametrize(("agent", "share"), [("ppo", 0.05), ("sac", 0.10)])
+def test_an_agent_costs_at_most_five_or_ten_percent_of_a_step(composed, tmp_path, agent, share):
+    """Medians over rollouts of 25 steps, the policy's training included, in turns with static SISS at 28x28.
+
+    Nothing else may run on the machine. Without split batches, for those make a step's cost depend on lambda itself.
+    """
+    data = DigitsTrousers(image_size=28).load()
+    same = ("dataset.image_size=28", "model=ddpm_small", "method.split=false", "trainer.max_steps=1000")
+    static = build_trainer(composed("method=siss", *same, debug=False), data, tmp_path / "static")
+    cfg = composed("method=rl_lambda", f"method/agent={agent}", *same, debug=False)
+    chosen, driver = build_driven(cfg, data, tmp_path / "chosen")
+    seconds: dict[str, list[float]] = {"static": [], "chosen": []}
+    for rollout in range(6):
+        started = time.perf_counter()
+        for _ in range(25):
+            static.step()
+        seconds["static"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        with driver.agent.randomness.inside():
+            driver.agent.model.learn(25, RolloutStart(driver.agent.rollout_started), None, reset_num_timesteps=False)
+        seconds["chosen"].append(time.perf_counter() - started)
+        assert static.total_steps == chosen.total_steps == 25 * (rollout + 1)
+    before, after = (median(seconds[name][1:]) / 25 for name in ("static", "chosen"))
+    print(f"{agent}: {1000 * before:.1f} ms static, {1000 * after:.1f} ms with it, {after / before - 1:+.1%}")
+    assert after <= (1 + share) * before

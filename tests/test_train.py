@@ -67,7 +67,7 @@ def whole(tmp_path_factory, shared_cache):
 
 def test_leaves_the_run_folder_of_the_contract(whole):
     folder, done = whole
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d/digits_trousers-siss/\d\d-\d\d-\d\d", "/".join(folder.parts[-3:]))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d/digits_trousers-adaptive_siss/\d\d-\d\d-\d\d", "/".join(folder.parts[-3:]))
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "samples/before.png", "samples/after.png",
                  "samples/oracle.png", "samples/step_000002.png", "model/model_index.json"):  # fmt: skip
         assert (folder / name).is_file(), name
@@ -138,7 +138,7 @@ def test_wandb_file_can_be_read_back(whole):
     if "No such command" in read.stderr:
         pytest.skip("this wandb has no `leet inspect`")
     assert read.returncode == 0, read.stderr
-    for key in ("loss/forget", "eval/forget_rate", "base/forget_rate", "digits_trousers-siss", "samples/base"):
+    for key in ("loss/forget", "eval/forget_rate", "base/forget_rate", "digits_trousers-adaptive_siss", "samples/base"):
         assert key in read.stdout, key
     assert (folder / "wandb" / "run_id").read_text() in file.name
 

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import assert_same_bits
-from test_configs import build_trainer, flat_state
 from toy import drawn_gaussian, gaussian_model
+from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.errors import ConfigurationError, NonFiniteError

@@ -3,11 +3,20 @@
 from abc import ABC, abstractmethod
 from typing import final
 
-from unlearn_runner.training.trainer import Trainer
+from unlearn_runner.methods.method import Method
+from unlearn_runner.training.trainer import Plan, Trainer
 
 
 class Driver(ABC):
     """Owns the loop. When `run` returns, `trainer.method.model` is the unlearned model, evaluated and saved."""
+
+    @abstractmethod
+    def total_steps(self, method: Method, plan: Plan) -> int:
+        """All steps that `run` will make, rehearsals included. Raises ConfigurationError if it cannot make them so."""
+
+    @abstractmethod
+    def prepare(self, trainer: Trainer) -> None:
+        """Before a checkpoint is read: make what it is to fill."""
 
     @abstractmethod
     def run(self, trainer: Trainer) -> None: ...
@@ -16,6 +25,12 @@ class Driver(ABC):
 @final
 class LoopDriver(Driver):
     """The plain loop of every loss-based method."""
+
+    def total_steps(self, method: Method, plan: Plan) -> int:
+        return plan.max_steps
+
+    def prepare(self, trainer: Trainer) -> None:
+        pass
 
     def run(self, trainer: Trainer) -> None:
         while not trainer.done:

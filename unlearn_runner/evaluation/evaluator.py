@@ -52,15 +52,6 @@ class Sampling:
                 raise ConfigurationError(f"evaluation.{name} must be positive, got {getattr(self, name)}.")
 
 
-NUMBERS = (
-    "scores",
-    "intervals",
-    "seconds",
-    "evaluations_per_sample",
-    "grid_columns",
-)  # those of an evaluation's fields
-
-
 class Evaluation(NamedTuple):
     """What one evaluation found."""
 
@@ -80,7 +71,7 @@ class Evaluation(NamedTuple):
             for field, part in judged.tensors().items()
         }
         save_file({"grid": self.grid, **tensors}, folder / "samples.safetensors")
-        numbers = {name: getattr(self, name) for name in NUMBERS}
+        numbers = {name: value for name, value in self._asdict().items() if name not in ("grid", "judged")}
         write_json(folder / "evaluation.json", numbers)
 
 

@@ -28,6 +28,7 @@ from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, class_costs, drawn_labels
 from unlearn_runner.methods.sfd import (
     Counter,
+    Drawn,
     Noised,
     NoiseRange,
     Trio,
@@ -172,7 +173,7 @@ class MultiClass(Method):
             **told,
         }
 
-    def _conditions(self) -> Any:
+    def _conditions(self) -> Drawn:
         return draw_conditions(
             self.labels, self.num_retain, self.num_forget, self.forget_weight, self.generator, self.trio.device
         )

@@ -163,6 +163,29 @@ class Constant(LambdaController):
         pass
 
 
+@final
+class Chosen(LambdaController):
+    """Another's choice: `choose` sets lambda for the next step."""
+
+    def __init__(self, initial: float):
+        self.value = self.previous = initial
+
+    def choose(self, value: float) -> None:
+        self.previous, self.value = self.value, value
+
+    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+        return Mixing(self.value)
+
+    def learn(self, seen: Seen) -> Metrics:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "previous": self.previous}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value, self.previous = state_dict["value"], state_dict["previous"]
+
+
 OBJECTIVES = {"pathwise": pathwise_slope, "variance": variance_slope, "blend": blend_slope}
 
 

@@ -278,9 +278,7 @@ class SISS(Method):
 
         # 3. the gradients of both terms
         found = self._gradients(mixture, t_weights * scale_retain, t_weights * scale_forget)
-        share = batch.forget_share if self.reads.retain == "all" else 0.0
-        c_retain = 1 / (1 - share)
-        c_forget = (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+        c_retain, c_forget = self.factors(batch)
         grad_retain, grad_forget = found.grad_retain * c_retain, found.grad_forget * c_forget
 
         # 4. the forget gradient at its norm, and the update
@@ -324,6 +322,11 @@ class SISS(Method):
             **variances,
             **self.lambd.learn(seen),
         }
+
+    def factors(self, batch: Batch) -> tuple[float, float]:
+        """What the two terms are multiplied by: N/(N-K) and (1 + s) K/(N-K), or 1 and 1 + s for x from X without A."""
+        share = batch.forget_share if self.reads.retain == "all" else 0.0
+        return 1 / (1 - share), (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
 
     def _gradients(
         self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]

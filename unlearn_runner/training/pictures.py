@@ -20,7 +20,7 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    levels = {float(key.removeprefix(AT_LEVEL)): key for key in logged[-1] if key.startswith(AT_LEVEL)}
+    levels = dict(sorted((float(key.removeprefix(AT_LEVEL)), key) for key in logged[-1] if key.startswith(AT_LEVEL)))
     figure = Figure(figsize=(10 if levels else 5, 3.2), layout="constrained")
     axes = figure.subplots(1, 2 if levels else 1, squeeze=False)[0]
     steps = [line["step"] for line in logged]
@@ -39,8 +39,8 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     if levels:
         chosen = sorted({round(share * (len(logged) - 1)) for share in (0, 0.25, 0.5, 1)})
         for row in chosen:
-            over_t = [logged[row][levels[level]] for level in sorted(levels)]
-            axes[1].plot(sorted(levels), over_t, ".-", label=f"step {logged[row]['step']}")
+            over_t = [logged[row][key] for key in levels.values()]
+            axes[1].plot(list(levels), over_t, ".-", label=f"step {logged[row]['step']}")
         axes[1].set(xlabel="t / T", ylabel="lambda", xlim=(0, 1), ylim=(0, 1))
         axes[1].legend(fontsize=7)
     FigureCanvasAgg(figure).print_png(str(path))

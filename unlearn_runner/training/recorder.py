@@ -17,7 +17,7 @@ from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
 from unlearn_runner.training.relearning import Relearning
 from unlearn_runner.training.run_folder import RunFolder
-from unlearn_runner.training.trainer import Recorder, Trainer
+from unlearn_runner.training.trainer import COSTS, Recorder, Trainer
 
 HEADLINES = (
     "forget_rate",
@@ -48,6 +48,9 @@ class ProgressRecorder(Recorder):
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.progress.update(step, values)
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        pass
 
     def evaluate(self, model: GenerativeModel, step: int) -> None:
         pass
@@ -157,16 +160,20 @@ class RunRecorder(Recorder):
         self._record(self.trainer.total_steps, "oracle", oracle, "oracle")
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        self.note(step, values)
+        self.progress.update(step, values)
+
+    def note(self, step: int, values: dict[str, float]) -> None:
         self.folder.append(step, values)
         self.logger.log(step, values)
-        self.progress.update(step, values)
 
     def evaluate(self, model: GenerativeModel, step: int) -> None:
         evaluation = self.probe(model)
         self.progress.forget_rate = evaluation.scores["forget_rate"]
         self._record(step, "eval", evaluation, f"step_{step:06d}")
         if evaluation.scores["forget_rate"] == 0:
-            self.deletion_steps = {"deletion_steps": step, "lasting_deletion_steps": step} | self.deletion_steps
+            taken = self.trainer.run_step
+            self.deletion_steps = {"deletion_steps": taken, "lasting_deletion_steps": taken} | self.deletion_steps
         else:
             self.deletion_steps.pop("lasting_deletion_steps", None)
         if self.threshold is not None and not self.reached and evaluation.scores["forget_rate"] <= self.threshold:
@@ -174,7 +181,7 @@ class RunRecorder(Recorder):
 
     def _reach(self, model: GenerativeModel, step: int) -> None:
         """The first look that finds little enough to forget: what it took, and what is left of the rest."""
-        reached = {"steps": float(step)}
+        reached = {"steps": float(self.trainer.run_step)}
         for name in ("seconds", "network_evaluations"):
             reached[name] = float(getattr(self.trainer, name))
         if self.at_threshold is not None:
@@ -192,7 +199,8 @@ class RunRecorder(Recorder):
         after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
         self._write(step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
-        lines = self.folder.lines()
+        rehearsals = self.trainer.total_steps - self.trainer.run_step
+        lines = [line for line in self.folder.lines() if line["step"] > rehearsals]
         self.scores |= self.reached | means_of(lines)
         path = self.folder.path / "samples" / "lambda.png"
         if draw_lambda(lines, path):
@@ -243,14 +251,13 @@ class RunRecorder(Recorder):
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         self.scores |= values
-        self.folder.append(step, values)
-        self.logger.log(step, values)
+        self.note(step, values)
 
     def _costs(self) -> dict[str, float]:
         costs = {"cost/peak_memory_gb": peak_memory_gb(), **self.costs}
         if self.trainer is not None:
-            for name in ("seconds", "images", "network_evaluations"):
-                costs[f"cost/{name}"] = getattr(self.trainer, name)
+            costs |= {f"cost/{name}": getattr(self.trainer, name) for name in COSTS}
+            costs |= {f"cost/policy_{name}": spent for name, spent in self.trainer.rehearsed.items()}
         return costs
 
 

@@ -45,6 +45,17 @@ class Interrupts:
         if self.received is not None and self._shields == 0:
             self._raise()
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within a shield, a part that may be interrupted; what was waiting takes effect at its beginning."""
+        shields, self._shields = self._shields, 0
+        try:
+            if self.received is not None:
+                self._raise()
+            yield
+        finally:
+            self._shields = shields
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._shields and self.received is not None:
             raise KeyboardInterrupt(signal.Signals(number).name)

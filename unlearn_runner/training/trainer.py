@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -18,7 +19,7 @@ from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import Metrics
+from unlearn_runner.types import Metrics, Stateful
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Recorder(ABC):
         """One logged step; `values` includes "seconds" and "images" so far."""
 
     @abstractmethod
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """Something else than a step's own line."""
+
+    @abstractmethod
     def evaluate(self, model: GenerativeModel, step: int) -> None:
         """An evaluation on the way is due."""
 
@@ -77,6 +82,9 @@ class Recorder(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+COSTS = ("seconds", "images", "network_evaluations")
+
+
 def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
     """What a checkpoint must agree with to be resumed with this method on this dataset."""
     shapes = {name: list(weight.shape) for name, weight in method.networks[0].named_parameters()}
@@ -88,7 +96,9 @@ class Trainer:
     """Draws a batch, lets the method take its step, logs, evaluates and writes checkpoints when due.
 
     Knows no loss and holds no loop: a Driver calls `step` until `done`. `total_steps` counts all steps and is
-    the log's x-axis; `run_step` starts again at `reset`.
+    the log's x-axis; `run_step` starts again at `reset`. A driver may have `after_step` called with each step's
+    metrics before anything is written, and a `companion`'s state stored with checkpoints. While it is `rehearsing`,
+    steps are logged and counted, but what comes of them is not the result: nothing is evaluated or finished.
 
     Raises:
         NonFiniteError: from `step`, when a logged value of any step so far is not finite.
@@ -118,6 +128,10 @@ class Trainer:
         self.images = 0
         self.network_evaluations = 0
         self.seconds = 0.0
+        self.rehearsing = False
+        self.rehearsed: dict[str, float] = {}  # what all rehearsals cost
+        self.after_step: Callable[[Metrics], None] | None = None
+        self.companion: Stateful | None = None
         self._evaluated_at = 0
         self._unlogged: list[tuple[int, Metrics]] = []
         self._initial = copy.deepcopy(self._learner_state()) if resettable else None
@@ -138,15 +152,15 @@ class Trainer:
             self.images += sum(len(x) for x in (batch.x0_retain, batch.x0_forget) if x is not None)
             self.network_evaluations += self._evaluations() - evaluations
             self._unlogged.append((self.total_steps, metrics))
+            if self.after_step is not None:
+                self.after_step(metrics)
             if self.done or self.run_step % self.plan.log_every == 0:
                 self.flush(started)
             else:
                 self.seconds += time.perf_counter() - started
-            if self._is_due(self.plan.checkpointing_steps) or self.done:
+            if self._is_due(self.plan.checkpointing_steps) or (self.done and not self.rehearsing):
                 self.save()
-        self._evaluate_if_due()
-        if self.done:
-            self.recorder.finish(self.method.model, self.total_steps)
+        self._evaluate_or_finish()
         return metrics
 
     def flush(self, started: float | None = None) -> None:
@@ -174,6 +188,12 @@ class Trainer:
         self.run_step = 0
         self._load_learner_state(copy.deepcopy(self._initial))
 
+    def end_rehearsals(self) -> None:
+        """From now on it counts: what was spent so far is kept apart, and the next step is the run's first."""
+        self.reset()
+        self.rehearsing = False
+        self.rehearsed = {name: getattr(self, name) for name in COSTS}
+
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self.flush()
@@ -184,20 +204,21 @@ class Trainer:
         checkpoint.require(self.identity)
         with self.interrupts.shield():
             self.load_state_dict(checkpoint.state)
-        self._evaluate_if_due()
-        if self.done:
-            self.recorder.finish(self.method.model, self.total_steps)
+        self._evaluate_or_finish()
 
     def state_dict(self) -> dict[str, Any]:
-        counters = ("run_step", "total_steps", "images", "network_evaluations", "seconds", "_evaluated_at")
+        counters = ("run_step", "total_steps", *COSTS, "rehearsing", "rehearsed", "_evaluated_at")
         return {
             **self._learner_state(),
+            "companion": None if self.companion is None else self.companion.state_dict(),
             "recorder": self.recorder.state_dict(),
             "counters": {name: getattr(self, name) for name in counters},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._load_learner_state(state_dict)
+        if self.companion is not None:
+            self.companion.load_state_dict(state_dict["companion"])
         self.recorder.load_state_dict(state_dict["recorder"])
         for name, value in state_dict["counters"].items():
             setattr(self, name, value)
@@ -222,7 +243,12 @@ class Trainer:
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.run_step % every == 0
 
-    def _evaluate_if_due(self) -> None:
-        if self._is_due(self.plan.evaluate_every) and not self.done and self._evaluated_at < self.total_steps:
+    def _evaluate_or_finish(self) -> None:
+        """Whichever of them is due."""
+        if self.rehearsing:
+            return
+        if self.done:
+            self.recorder.finish(self.method.model, self.total_steps)
+        elif self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.total_steps:
             self.recorder.evaluate(self.method.model, self.total_steps)
             self._evaluated_at = self.total_steps

@@ -1,0 +1,334 @@
+"""RL-lambda: the environment, its agents, and that nothing of it is lost or counted wrongly."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_bits, weights_of
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
+from trainers import build_driven, build_trainer, flat, flat_state
+
+from unlearn_runner.drivers.lambda_env import LambdaEnv, squash
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+from unlearn_runner.training.checkpoint import open_checkpoint
+from unlearn_runner.training.trainer import Recorder
+
+PPO = (
+    "method=rl_lambda", "method.agent.batch_size=2", "+method.agent.n_epochs=2", "method.update_every=4",
+    "trainer.max_steps=8",
+)  # fmt: skip
+SAC = (
+    "method=rl_lambda", "method/agent=sac", "method.agent.learning_starts=2", "method.agent.train_freq=4",
+    "method.agent.batch_size=4", "trainer.max_steps=8",
+)  # fmt: skip
+EPISODIC = ("method.training=episodic", "method.episodes=4", "method.episodes_per_update=2", "trainer.max_steps=4")
+SETUPS = {
+    "ppo online": PPO,
+    "ppo episodic probe": (*PPO, *EPISODIC, "method.reward=probe"),
+    "sac online": (*SAC, "method.reward=probe"),
+    "sac episodic": (*SAC, *EPISODIC, "method.agent.train_freq=2"),
+}
+
+
+class Kept(Recorder):
+    """All that is told."""
+
+    def __init__(self):
+        self.lines, self.notes, self.looks, self.finished = [], [], [], []
+
+    def log(self, step, values):
+        self.lines.append((step, {key: value for key, value in values.items() if key != "seconds"}))
+
+    def note(self, step, values):
+        self.notes.append((step, values))
+
+    def evaluate(self, model, step):
+        self.looks.append(step)
+
+    def finish(self, model, step):
+        self.finished.append((step, {name: weight.clone() for name, weight in model.state_dict().items()}))
+
+    def state_dict(self):
+        return {"lines": len(self.lines), "notes": len(self.notes)}
+
+    def load_state_dict(self, state_dict):
+        del self.lines[state_dict["lines"] :], self.notes[state_dict["notes"] :]
+
+
+@pytest.fixture
+def driven(composed, digits, tmp_path):
+    def build(*overrides, recorder=None, folder="run"):
+        return build_driven(composed(*overrides), digits, tmp_path / folder, recorder)
+
+    return build
+
+
+def environment(driven, *overrides) -> LambdaEnv:
+    return driven(*overrides)[1].agent.env
+
+
+@pytest.mark.parametrize("logits", [True, False])
+@pytest.mark.parametrize("norms", ["true", "false"])
+def test_the_environment_is_one(composed, digits, tmp_path, logits, norms):
+    cfg = composed(*PPO, f"method.observe_gradient_norms={norms}", "trainer.max_steps=1000")
+    env = LambdaEnv(build_trainer(cfg, digits, tmp_path), logits)
+    env.features.frozen = True  # their running statistics are all that episodes leave behind
+    assert env.observation_space.shape == ((6,) if norms == "true" else (4,))
+    check_env(env, skip_render_check=True)
+    check_env_for_sb3(env, warn=True)
+
+
+def test_what_the_agent_sees_and_gets(driven):
+    env = environment(driven, *PPO)
+    first, _ = env.reset()
+    assert first.tolist() == pytest.approx([0, 0, 0, 0, 0.5, 0])
+    seen, reward, terminated, truncated, _ = env.step(np.float32([1.0]))
+    lambd = 0.01 + 0.98 / (1 + np.exp(-1))
+    assert env.method.lambd.value == pytest.approx(lambd)
+    assert seen[4:] == pytest.approx([1 / (1 + np.exp(-1)), 1 / 8])
+    assert not terminated and not truncated
+    again, _ = env.reset()
+    assert again.tolist() == first.tolist()
+    assert env.trainer.run_step == 0 and env.trainer.total_steps == 1
+    metrics = {}
+    env.trainer.after_step = lambda found: (metrics.update(found), env._observe(found))
+    _, second, *_ = env.step(np.float32([1.0]))
+    assert second == reward, "after a reset the same step is the same"
+    loss = metrics["loss/retain"] - metrics["loss/forget"]
+    assert second == pytest.approx(float(-(loss + 0.1 * (lambd - 0.5) ** 2)))
+    assert metrics["lambda/value"] == pytest.approx(lambd)
+
+
+@pytest.mark.parametrize("setup", ["ppo online", "sac online"])
+def test_actions_at_the_bounds(driven, setup):
+    env = environment(driven, *SETUPS[setup])
+    env.reset()
+    for action, lambd in ((env.action_space.low, 0.01), (env.action_space.high, 0.99)):
+        seen, reward, *_ = env.step(action)
+        assert env.method.lambd.value == pytest.approx(lambd, abs=1e-4)
+        assert 0.01 <= env.method.lambd.value <= 0.99
+        assert np.isfinite(seen).all() and np.isfinite(reward)
+        assert env.observation_space.contains(seen)
+
+
+def test_squash():
+    assert squash(0.0, 0.01, 0.99) == 0.5
+    assert 0.2 < squash(-10.0, 0.2, 0.8) < 0.2001
+    assert 0.7999 < squash(10.0, 0.2, 0.8) < 0.8
+
+
+def test_an_agent_frozen_at_one_half_is_static_siss(composed, digits, tmp_path, driven):
+    static = build_trainer(composed("method=siss", "trainer.max_steps=8"), digits, tmp_path / "static")
+    while not static.done:
+        static.step()
+    trainer, driver = driven(*PPO, folder="frozen")
+    for weight in driver.agent.model.policy.parameters():
+        weight.data.zero_()  # its mean is the logit 0
+    driver.agent.trained = True
+    driver.run(trainer)
+    found, wanted = flat_state(trainer), flat_state(static)
+    chosen = {"/method/lambd/value", "/method/lambd/previous"}  # a constant has no state
+    assert {found.pop(name).item() for name in chosen} == {0.5}
+    assert_same_bits(found, wanted)
+
+
+@pytest.mark.parametrize("setup", ["ppo episodic probe", "sac episodic"])
+def test_episodes_rehearse_and_the_last_run_is_the_result(driven, setup):
+    recorder = Kept()
+    trainer, driver = driven(*SETUPS[setup], "trainer.evaluate_every=2", recorder=recorder)
+    start, starts = flat_state(trainer), []
+    reset = trainer.reset
+    trainer.reset = lambda: (reset(), starts.append(flat_state(trainer)))
+    driver.run(trainer)
+    assert len(starts) == 5, "after each of 4 episodes, and before the run that counts"
+    for state in starts:
+        assert_same_bits(state, start)
+    assert trainer.total_steps == driver.total_steps(trainer.method, trainer.plan) == 20
+    assert recorder.looks == [18], "rehearsals are not looked at"
+    [(step, shipped)] = recorder.finished
+    assert step == 20
+    assert_same_bits(shipped, dict(trainer.method.model.state_dict()))
+    after = flat_state(trainer)
+    assert any(not torch.equal(after[key], start[key]) for key in start if "/weights/" in key)
+    assert trainer.rehearsed["images"] * 5 == trainer.images * 4
+    returns = [values for _, values in recorder.notes if "agent/return" in values]
+    assert len(returns) == 5
+    rewards = [line["agent/reward"] for _, line in recorder.lines]
+    assert [values["agent/return"] for values in returns] == pytest.approx(
+        [sum(rewards[begin : begin + 4]) for begin in range(0, 20, 4)]
+    )
+
+
+@pytest.mark.parametrize("setup", ["ppo online", "sac online"])
+def test_online_learns_within_the_one_run(driven, setup):
+    recorder = Kept()
+    trainer, driver = driven(*SETUPS[setup], recorder=recorder)
+    before = flat(driver.agent.model.get_parameters())
+    driver.run(trainer)
+    assert trainer.total_steps == trainer.run_step == 8
+    assert trainer.rehearsed == {}
+    after = flat(driver.agent.model.get_parameters())
+    assert any(not torch.equal(after[key], before[key]) for key in before)
+    lambdas = [line["lambda/value"] for _, line in recorder.lines]
+    assert len(set(lambdas)) == 8
+    assert any("agent/train/n_updates" in values for _, values in recorder.notes)
+    assert not [key for _, values in recorder.notes for key in values if not key.startswith("agent/")]
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_same_seed_same_bits_and_the_global_generators_are_left_alone(driven, setup):
+    ends = []
+    for folder, disturbance in (("a", 1), ("b", 2)):
+        torch.manual_seed(5)
+        np.random.seed(disturbance)
+        trainer, driver = driven(*SETUPS[setup], folder=folder)
+        kept = np.random.get_state()[1].copy()
+        driver.run(trainer)
+        assert np.array_equal(np.random.get_state()[1], kept)
+        ends.append(flat_state(trainer) | flat(driver.agent.model.get_parameters()))
+    assert_same_bits(*ends)
+
+
+@pytest.fixture(scope="module")
+def wholes() -> dict[str, tuple]:
+    """By set-up, what an uninterrupted run left."""
+    return {}
+
+
+def left_by(trainer, recorder) -> tuple:
+    policy = Path(trainer.checkpoints.folder).parent / "policy" / "policy.json"
+    told = [recorder.lines, recorder.notes, [step for step, _ in recorder.finished], policy.read_text()]
+    spent = [trainer.images, trainer.network_evaluations, trainer.total_steps, trainer.run_step]
+    return flat_state(trainer) | flat(trainer.companion.model.get_parameters()), told + spent
+
+
+@pytest.mark.parametrize(
+    ("setup", "at"),
+    [(setup, at) for setup in SETUPS for at in ((3, 8, 9, 18) if "episodic" in setup else (1, 4, 7, 8))],
+)
+def test_interrupted_and_resumed_is_not_interrupted(driven, wholes, setup, at):
+    """In the middle of a rollout, at its end, between episodes and in the last run."""
+    if setup not in wholes:
+        recorder = Kept()
+        whole, driver = driven(*SETUPS[setup], recorder=recorder, folder="whole")
+        driver.run(whole)
+        wholes[setup] = left_by(whole, recorder)
+    recorder = Kept()
+    first, driver = driven(*SETUPS[setup], recorder=recorder)
+    draw = first.stream.next
+
+    def interrupted_draw():
+        if first.total_steps == at - 1:
+            first.interrupts.received = signal.SIGTERM
+        return draw()
+
+    first.stream.next = interrupted_draw
+    with pytest.raises(Interrupted):
+        driver.run(first)
+    assert first.total_steps == at
+    checkpoint = open_checkpoint(first.save())
+    second, driver = driven(*SETUPS[setup], recorder=recorder)
+    torch.rand(3)
+    np.random.rand(3)
+    second.resume(checkpoint)
+    driver.run(second)
+    (found, told), (wanted, wanted_told) = left_by(second, recorder), wholes[setup]
+    assert_same_bits(found, wanted)
+    assert told == wanted_told
+
+
+@pytest.mark.parametrize("setup", ["ppo online", "sac online"])
+def test_an_update_of_the_policy_is_not_torn(driven, setup):
+    """A signal that arrives while SB3 trains takes effect before the next step."""
+    trainer, driver = driven(*SETUPS[setup])
+    model = driver.agent.model
+    train = model.train
+
+    def interrupted_train(*args, **kwargs):
+        trainer.interrupts._handle(signal.SIGTERM, None)
+        train(*args, **kwargs)
+
+    model.train = interrupted_train
+    with pytest.raises(Interrupted):
+        driver.run(trainer)
+    assert trainer.total_steps == 4
+    assert trainer.companion.rollout["num_timesteps"] == 4
+    assert not trainer.companion.env.transitions
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ((*PPO, "trainer.max_steps=30"), "trainer.max_steps=30 is not a multiple of method.update_every=4; 28 or 32"),
+        ((*PPO, "method.update_every=1"), "batches of method.agent.batch_size=2"),
+        ((*PPO, "method.update_every=8", "method.agent.batch_size=3"), "one of 2, 4, 8 would do"),
+        ((*PPO, *EPISODIC, "method.episodes=5"), "method.episodes=5 is not a multiple .* 4 or 6 would be"),
+        ((*PPO, *EPISODIC, "method.episodes=1"), "method.episodes=1 is not a multiple .* 2 would be"),
+        ((*SAC, "trainer.max_steps=6"), "trainer.max_steps=6 is not a multiple of method.agent.train_freq=4; 4 or 8"),
+        ((*SAC, "method.agent.train_freq=[1,episode]"), "must be a number of steps"),
+    ],
+)
+def test_numbers_that_do_not_divide_are_refused(driven, overrides, sentence):
+    with pytest.raises(ConfigurationError, match=sentence):
+        driven(*overrides)
+
+
+def test_a_reward_that_is_not_finite_stops_with_its_step(driven):
+    trainer, driver = driven(*PPO, "trainer.log_every=8")
+    step = trainer.method.step
+    trainer.method.step = lambda batch: (
+        step(batch) | ({"agent/reward": torch.tensor(torch.nan)} if trainer.total_steps == 2 else {})
+    )
+    with pytest.raises(NonFiniteError, match="agent/reward became nan at step 3"):
+        driver.run(trainer)
+
+
+def test_runs_leave_a_policy_that_another_run_can_take(run, tmp_path):
+    trained = run(*PPO, *EPISODIC, folder="trained")
+    summary = json.loads((trained / "summary.json").read_text())
+    metrics = summary["metrics"]
+    assert summary["status"] == "finished"
+    assert metrics["cost/policy_images"] * 5 == metrics["cost/images"] * 4
+    assert 0 < metrics["cost/policy_seconds"] < metrics["cost/seconds"]
+    assert metrics["cost/policy_network_evaluations"] < metrics["cost/network_evaluations"]
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rewards = [line["step"] for line in lines if "agent/reward" in line]
+    assert rewards == list(range(1, 21))
+    last = [line["lambda/value"] for line in lines if "lambda/value" in line and line["step"] > 16]
+    assert metrics["mean/lambda/value"] == pytest.approx(np.mean(last)), "of the run that counts"
+
+    taken = run(*PPO, f"method.policy={trained}", "trainer.max_steps=4", folder="taken")
+    assert_same_bits(weights_of(taken), weights_of(trained))
+    assert not (taken / "policy").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ((*SAC,), "trained with method/agent=ppo, this run has sac"),
+        ((*PPO, "method.low=0.1"), "trained with method.low=0.01, this run has 0.1"),
+        ((*PPO, "method.observe_gradient_norms=false"), "trained with method.observe_gradient_norms=True"),
+    ],
+)
+def test_a_policy_for_something_else_is_refused(driven, tmp_path, overrides, sentence):
+    trainer, driver = driven(*PPO, folder="trained")
+    driver.run(trainer)
+    with pytest.raises(ConfigurationError, match=sentence):
+        driven(*overrides, f"method.policy={tmp_path / 'trained'}", folder="taken")
+    (tmp_path / "trained" / "policy" / "policy.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ConfigurationError, match="damaged"):
+        driven(*PPO, f"method.policy={tmp_path / 'trained'}", folder="taken")
+    with pytest.raises(ConfigurationError, match="is not there"):
+        driven(*PPO, "method.policy=nowhere", folder="taken")
+
+
+def test_resuming_a_run_of_another_method_is_refused(driven, composed, digits, tmp_path):
+    trainer, driver = driven(*PPO, folder="agent")
+    driver.run(trainer)
+    static = build_trainer(composed("method=siss"), digits, tmp_path / "static")
+    with pytest.raises(ConfigurationError, match="another method"):
+        static.resume(open_checkpoint(tmp_path / "agent"))

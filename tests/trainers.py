@@ -1,0 +1,78 @@
+"""Trainers of debug configurations, and all that they learn, for tests to compare."""
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+
+from train import build_method
+from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.drivers.driver import Driver
+from unlearn_runner.training.checkpoint import Checkpoints
+from unlearn_runner.training.progress import ProgressBar
+from unlearn_runner.training.recorder import ProgressRecorder
+from unlearn_runner.training.signals import Interrupts
+from unlearn_runner.training.trainer import Recorder, Trainer, identity_of
+from unlearn_runner.types import make_generator
+
+CPU = torch.device("cpu")
+make = partial(instantiate, _convert_="all")
+
+
+def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True, recorder: Recorder | None = None) -> Trainer:
+    spec = data.spec
+    network = make(
+        cfg["model"]["network"],
+        image_shape=spec.image_shape,
+        num_labels=None if spec.label_names is None else len(spec.label_names),
+        seed=0,
+    )
+    plan = make(cfg["trainer"])
+    if plan.init == "base":
+        network.freeze_for_unlearning()
+    method = build_method(cfg["method"], network, spec, make_generator(0, "method"))
+    return Trainer(
+        method,
+        BatchStream(data, method.reads, plan.batch_size, 0, CPU),
+        plan,
+        recorder or ProgressRecorder(ProgressBar("test", plan.max_steps, Console(quiet=True))),
+        Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
+        Interrupts(),
+        identity_of(method, spec),
+        resettable=resettable,
+    )
+
+
+def build_driven(cfg: dict, data, folder: Path, recorder: Recorder | None = None) -> tuple[Trainer, Driver]:
+    """A trainer and the driver that is ready to run it."""
+    driver = make(cfg["driver"])
+    trainer = build_trainer(cfg, data, folder, recorder=recorder)
+    driver.total_steps(trainer.method, trainer.plan)
+    driver.prepare(trainer)
+    return trainer, driver
+
+
+def flat_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All tensors and numbers of a trainer's learner, by path."""
+    return flat(trainer._learner_state())
+
+
+def flat(state) -> dict[str, torch.Tensor]:
+    """All tensors and numbers of a state, by path."""
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            yield path, value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                yield from walk(part, f"{path}/{key}")
+        elif isinstance(value, (list, tuple)):
+            for key, part in enumerate(value):
+                yield from walk(part, f"{path}/{key}")
+        elif isinstance(value, (int, float)):
+            yield path, torch.tensor(float(value), dtype=torch.float64)
+
+    return dict(walk(copy.deepcopy(state), ""))

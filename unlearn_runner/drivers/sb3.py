@@ -1,0 +1,334 @@
+"""Stable-Baselines3 drives the run: its `learn` calls LambdaEnv.step, and that Trainer.step (2512.01054, appendix C).
+
+Resuming. During a rollout an SB3 agent only acts: weights, optimizers and what it has stored before stay as they were
+when the rollout began. So a checkpoint holds the agent as of then and the rollout's transitions so far; a resumed agent
+walks through them again, drawing the same actions from the same generators, and goes on from there.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from unlearn_runner.cache import atomic, write_json
+from unlearn_runner.drivers.driver import Driver
+from unlearn_runner.drivers.lambda_env import LambdaEnv
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.rl_lambda import RLLambda
+from unlearn_runner.training.trainer import Plan, Trainer
+
+POLICY_VERSION = 1
+REPLAYED = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
+@final
+class LambdaDriver(Driver):
+    """Trains the agent of `method=rl_lambda` online or in episodes, or plays a policy that was trained before."""
+
+    def total_steps(self, method: RLLambda, plan: Plan) -> int:
+        if not isinstance(method, RLLambda):
+            raise ConfigurationError(f"this driver is for method=rl_lambda, got {type(method).__name__}.")
+        if method.policy is not None:
+            load_policy(method)
+        else:
+            rollout_steps(method, plan)
+        return plan.max_steps * (method.rehearsals + 1)
+
+    def prepare(self, trainer: Trainer) -> None:
+        trainer.rehearsing = trainer.method.rehearsals > 0
+        self.agent = Agent(trainer)
+        trainer.companion = self.agent
+
+    def run(self, trainer: Trainer) -> None:
+        agent = self.agent
+
+        # 1. The policy learns: in the run itself, or in episodes before it
+        if not agent.trained:
+            with trainer.interrupts.shield():  # only env.step may be interrupted: an update would be left half done
+                agent.learn()
+                agent.save(trainer.checkpoints.folder.parent / "policy")
+
+        # 2. The run with the policy's mean action, if it was not that run in which it learnt
+        agent.play()
+
+
+def rollout_steps(method: RLLambda, plan: Plan) -> int:
+    """Steps between two updates of the policy. Raises ConfigurationError unless whole rollouts make up the run."""
+    algorithm, settings = method.agent.func, method.agent.keywords
+    if issubclass(algorithm, OffPolicyAlgorithm):
+        name, steps, total = "method.agent.train_freq", settings.get("train_freq", 1), plan.max_steps
+        if not isinstance(steps, int):
+            raise ConfigurationError(f"{name} must be a number of steps, got {steps}.")
+    elif method.training == "episodic":
+        if method.episodes % method.episodes_per_update:
+            raise ConfigurationError(
+                f"method.episodes={method.episodes} is not a multiple of method.episodes_per_update="
+                f"{method.episodes_per_update}; {multiples(method.episodes, method.episodes_per_update)} would be."
+            )
+        name, steps, total = "method.episodes_per_update", plan.max_steps * method.episodes_per_update, 0
+    else:
+        name, steps, total = "method.update_every", method.update_every, plan.max_steps
+    if total % steps:
+        raise ConfigurationError(
+            f"trainer.max_steps={total} is not a multiple of {name}={steps}; {multiples(total, steps)} would be: "
+            "the agent makes whole rollouts only."
+        )
+    if issubclass(algorithm, OnPolicyAlgorithm) and (batch := settings.get("batch_size")) and steps % batch:
+        raise ConfigurationError(
+            f"a rollout of {steps} steps ({name}) does not divide into batches of method.agent.batch_size={batch}; "
+            f"one of {divisors(steps)} would do."
+        )
+    return steps
+
+
+def multiples(value: int, of: int) -> str:
+    """The nearest multiples, for a sentence."""
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def divisors(value: int) -> str:
+    """All but 1, for a sentence."""
+    return ", ".join(str(number) for number in range(2, value + 1) if value % number == 0)
+
+
+@final
+class Agent:
+    """An SB3 algorithm and its environment, with random generators of its own and a state that checkpoints store."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.method: RLLambda = trainer.method
+        self.randomness = Randomness()
+        algorithm = self.method.agent.func
+        on_policy = issubclass(algorithm, OnPolicyAlgorithm)
+        self.env = LambdaEnv(trainer, logits=on_policy, outside=self.randomness.outside)
+        self.rollout: dict[str, Any] = {}  # the agent when the rollout began, as far as a rollout changes it
+        self.trained = self.method.policy is not None
+        self.steps_to_learn = trainer.plan.max_steps * (self.method.rehearsals or 1)
+        if on_policy:  # one that only plays makes no rollouts; its batch spares SB3's warning
+            batch = self.method.agent.keywords.get("batch_size", 64)
+            sizes = {"n_steps": batch if self.trained else rollout_steps(self.method, trainer.plan)}
+        else:
+            sizes = {"buffer_size": self.steps_to_learn}
+        with self.randomness.inside():
+            self.model: BaseAlgorithm = self.method.agent(
+                env=DummyVecEnv([lambda: self.env]), seed=self.method.seed, device="cpu", **sizes
+            )
+            self.model.set_logger(Logger(None, [RecorderWriter(trainer)]))
+        if self.trained:
+            weights, statistics = load_policy(self.method)
+            self.model.policy.load_state_dict(weights)
+            self.env.features.load_state_dict(statistics)
+            self.env.features.frozen = True
+
+    def learn(self) -> None:
+        """Until the environment has made `steps_to_learn`, those before a checkpoint included."""
+        with self.randomness.inside():
+            remaining = self.steps_to_learn - self.model.num_timesteps
+            callback = RolloutStart(self.rollout_started)
+            self.model.learn(remaining, callback, log_interval=None, reset_num_timesteps=False)
+            self.model.logger.dump()
+        self.env.charge()
+        self.trained = True
+        self.env.forget()
+        if self.trainer.rehearsing:
+            self.trainer.end_rehearsals()
+
+    def play(self) -> None:
+        """One run with the policy's mean action; goes on where a checkpoint left off."""
+        self.env.features.frozen = True
+        while not self.trainer.done:
+            action, _ = self.model.policy.predict(self.env.observation, deterministic=True)
+            self.env.forget()
+            self.env.step(action)
+
+    def rollout_started(self) -> None:
+        """Keep what the rollout will change."""
+        model = self.model
+        self.model.logger.dump()
+        self.env.forget()
+        self.rollout = {
+            "num_timesteps": model.num_timesteps,
+            "episode_num": model._episode_num,
+            "last_obs": torch.from_numpy(model._last_obs.copy()),
+            "last_episode_starts": torch.from_numpy(model._last_episode_starts.copy()),
+            "stored": model.replay_buffer.pos if isinstance(model, OffPolicyAlgorithm) else 0,
+            "randomness": global_state(),
+            "action_space": model.action_space.np_random.bit_generator.state,
+        }
+
+    def save(self, folder: Path) -> None:
+        """The policy, its features' statistics and what it was made for: policy.safetensors and policy.json."""
+        from safetensors.torch import save_file
+
+        with atomic(folder) as temporary:
+            temporary.mkdir()
+            save_file(self.model.policy.state_dict(), str(temporary / "policy.safetensors"))
+            content = {"version": POLICY_VERSION, **purpose(self.method), "features": self.env.features.state_dict()}
+            write_json(temporary / "policy.json", content)
+
+    def state_dict(self) -> dict[str, Any]:
+        model, rollout = self.model, self.rollout
+        state = {
+            "trained": self.trained,
+            "env": self.env.state_dict(),
+            "rollout": rollout,
+            "parameters": model.get_parameters(),
+            "updates": model._n_updates,
+        }
+        if isinstance(model, OffPolicyAlgorithm):
+            buffer, stored = model.replay_buffer, rollout.get("stored", 0)
+            state["stored"] = {name: torch.from_numpy(getattr(buffer, name)[:stored].copy()) for name in REPLAYED}
+            if getattr(model, "log_ent_coef", None) is not None:
+                state["log_ent_coef"] = model.log_ent_coef.detach().clone()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        model = self.model
+        self.trained = state_dict["trained"]
+        self.env.load_state_dict(state_dict["env"])
+        model.set_parameters(state_dict["parameters"])
+        model._n_updates = state_dict["updates"]
+        if "log_ent_coef" in state_dict:
+            model.log_ent_coef.data.copy_(state_dict["log_ent_coef"])
+        self.rollout = rollout = state_dict["rollout"]
+        if isinstance(model, OffPolicyAlgorithm) and "stored" in rollout:
+            for name in REPLAYED:
+                getattr(model.replay_buffer, name)[: rollout["stored"]] = state_dict["stored"][name].numpy()
+            model.replay_buffer.pos = rollout["stored"]
+        if rollout and not self.trained:
+            self.env.replay()
+            model.num_timesteps, model._episode_num = rollout["num_timesteps"], rollout["episode_num"]
+            model._last_obs = rollout["last_obs"].numpy()
+            model._last_episode_starts = rollout["last_episode_starts"].numpy()
+            model.action_space.np_random.bit_generator.state = rollout["action_space"]
+            self.randomness.kept = rollout["randomness"]
+
+
+def purpose(method: RLLambda) -> dict[str, Any]:
+    """What a policy is for: it fits another run only if all of this is the same."""
+    return {
+        "method/agent": method.agent.func.__name__.lower(),
+        "method.agent.policy_kwargs": method.agent.keywords.get("policy_kwargs"),
+        "method.observe_gradient_norms": method.observe_gradient_norms,
+        "method.low": method.low,
+        "method.high": method.high,
+    }
+
+
+def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and features' statistics of `method.policy`, a run folder or its policy/.
+
+    Raises ConfigurationError if there is none, it is damaged, or it was made for something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(method.policy).expanduser()
+    if not (folder / "policy.json").is_file():
+        folder = folder / "policy"
+    try:
+        content = json.loads((folder / "policy.json").read_text())
+        weights = load_file(folder / "policy.safetensors")
+        found = {name: content[name] for name in purpose(method)}
+        features = content["features"]
+    except FileNotFoundError as error:
+        raise ConfigurationError(
+            f"method.policy={method.policy}: expected a run folder with policy/, or that folder; {error.filename} is "
+            "not there."
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ConfigurationError(f"method.policy={folder}: the policy is damaged ({error}).") from error
+    for name, wanted in purpose(method).items():
+        if found[name] != wanted:
+            raise ConfigurationError(
+                f"method.policy={folder}: it was trained with {name}={found[name]}, this run has {wanted}; give it the "
+                "same."
+            )
+    return weights, features
+
+
+@final
+class Randomness:
+    """SB3 draws from Python's, NumPy's and torch's global generators; here it does so without disturbing the run."""
+
+    def __init__(self) -> None:
+        self.kept = global_state()  # an SB3 algorithm seeds them when it is made
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The agent's code: its generators are the global ones."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    outside = inside  # the run's code, called from within the agent's: the exchange is its own inverse
+
+    def _swap(self) -> None:
+        before = global_state()
+        set_global_state(self.kept)
+        self.kept = before
+
+
+def global_state() -> dict[str, Any]:
+    """The global generators on the CPU, as a checkpoint can store it."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(internal), gauss_next],
+    }
+
+
+def set_global_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+@final
+class RolloutStart(BaseCallback):
+    """Calls a function before each rollout."""
+
+    def __init__(self, function: Any):
+        super().__init__()
+        self.function = function
+
+    def _on_rollout_start(self) -> None:
+        self.function()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+@final
+class RecorderWriter(KVWriter):
+    """SB3's own figures of the agent, as agent/..., into the run's record."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
+        found = {f"agent/{key}": float(value) for key, value in key_values.items() if not key.startswith("time/")}
+        if found:
+            self.trainer.recorder.note(self.trainer.total_steps, found)
+
+    def close(self) -> None:
+        pass

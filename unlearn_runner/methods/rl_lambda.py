@@ -1,0 +1,186 @@
+"""RL-lambda: an agent chooses SISS's lambda at every step of the unlearning run (2512.01054, section 5.3, appendix C).
+
+The loss is SISS's. What is here is what the agent is paid; what it sees and does is `drivers/lambda_env.py`, and who
+trains it `drivers/sb3.py`.
+
+# Notation (variable -> paper)
+# lambd, previous -> lambda_k, lambda_{k-1};  low, high -> lambda_min, lambda_max;  omega -> weight of the smoothness
+# loss -> L_SISS = c_x w_x l_x - c_a w_a l_a, means over pixels
+"""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.denoising import denoising_loss, draw_eps
+from unlearn_runner.methods.lambdas import Chosen
+from unlearn_runner.methods.method import Method
+from unlearn_runner.methods.siss import SISS
+from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.types import Batch, Metrics, Stateful, make_generator
+
+
+def paper_reward(loss: Float[Tensor, ""], lambd: float, previous: float, omega: float) -> Float[Tensor, ""]:
+    """-(L_SISS + omega (lambda_k - lambda_{k-1})^2) (2512.01054, section 5.3).
+
+    Not bounded: a destroyed model's forget loss, and so the reward, grows without end. And the expectation of L_SISS
+    does not depend on lambda (methods/lambdas.py), so lambda is paid only for what it does to later steps.
+    """
+    return -(loss + omega * (lambd - previous) ** 2)
+
+
+def probe_reward(
+    losses: Float[Tensor, "2"], losses_base: Float[Tensor, "2"], lambd: float, previous: float, omega: float
+) -> Float[Tensor, ""]:
+    """Forgetting less damage less omega (lambda_k - lambda_{k-1})^2: in [-2 - omega, 2].
+
+    `losses` are the denoising losses of a fixed batch of retain and of forget images, with the same timesteps and noise
+    at every step, and `losses_base` the base model's. Each counts as tanh((l - l_base) / (2 |l_base|)): 0 for the base,
+    0.46 for a loss that has doubled, never more than 1. Ours: the paper's reward can be had by breaking the model.
+    """
+    damage, forgetting = torch.tanh((losses - losses_base) / (2 * losses_base.abs()))
+    return forgetting - damage - omega * (lambd - previous) ** 2
+
+
+@final
+class Probe:
+    """A few retain and forget images of the first batch, each at a timestep and noise of its own, always the same."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self.batch: Batch | None = None  # set by the first look, which is the base's
+        self.losses_base: Tensor | None = None
+
+    def __call__(self, model: GenerativeModel, batch: Batch) -> Float[Tensor, "2"]:
+        """Mean denoising loss over pixels of the retain and of the forget images."""
+        if self.batch is None:
+            self.batch = Batch(*(None if part is None else part[: self.size].clone() for part in batch[:4]), 0.0)
+        b = len(self.batch.x0_retain)
+        generator = make_generator(self.seed, "probe", self.batch.x0_retain.device)
+        # Spread over the whole schedule: the middle of each of b equal ranges.
+        timesteps = ((torch.arange(b, device=generator.device) + 0.5) * model.num_train_timesteps / b).long()
+        eps = draw_eps(model, self.batch.x0_retain, generator)
+        with torch.no_grad():
+            retain, forget = (
+                denoising_loss(model, x0, cond, timesteps, eps).mean() / x0[0].numel()
+                for x0, cond in (
+                    (self.batch.x0_retain, self.batch.cond_retain), (self.batch.x0_forget, self.batch.cond_forget),
+                )
+            )  # fmt: skip
+        return torch.stack([retain, forget])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": None if self.batch is None else list(self.batch), "losses_base": self.losses_base}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batch = None if state_dict["batch"] is None else Batch(*state_dict["batch"])
+        self.losses_base = state_dict["losses_base"]
+
+
+@final
+class RLLambda(Method):
+    """SISS whose lambda an agent sets before each step, and what the agent needs to know about its task.
+
+    Args:
+        agent: a Stable-Baselines3 algorithm, called with what `drivers/sb3.py` knows: environment, seed, sizes.
+        training: "online": one run, in which the policy learns as it goes (the paper's main set-up); "episodic": the
+            policy learns in `episodes` runs that each start from the base again, then one run with its mean action.
+        policy: a run folder, or its policy/: take this policy, learn nothing.
+        low, high: the range of lambda, inside (0, 1).
+        reward: "paper" or "probe"; see their functions.
+        omega: weight of the squared change of lambda, >= 0.
+        observe_gradient_norms: the agent sees ||g_x|| and ||g_a||; false is the paper's ablation.
+        update_every: steps between two updates of an on-policy agent's policy, online.
+        episodes: to train for, episodic.
+        episodes_per_update: of an on-policy agent's policy, episodic.
+        probe_size: retain images, and as many forget images, of the probe.
+        lambd: what the agent sees as lambda before the first step.
+        siss: the other settings of SISS.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        generator: torch.Generator,
+        agent: Callable[..., Any],
+        training: str = "online",
+        policy: str | None = None,
+        low: float = 0.01,
+        high: float = 0.99,
+        reward: str = "paper",
+        omega: float = 0.1,
+        observe_gradient_norms: bool = True,
+        update_every: int = 25,
+        episodes: int = 8,
+        episodes_per_update: int = 2,
+        probe_size: int = 4,
+        seed: int = 0,
+        lambd: float = 0.5,
+        **siss: Any,
+    ):
+        if training not in ("online", "episodic"):
+            raise ConfigurationError(f"method.training must be online or episodic, got '{training}'.")
+        if reward not in ("paper", "probe"):
+            raise ConfigurationError(f"method.reward must be paper or probe, got '{reward}'.")
+        if not 0 < low < high < 1:
+            raise ConfigurationError(f"method.low and method.high must be 0 < low < high < 1, got {low} and {high}.")
+        if not low <= lambd <= high:
+            raise ConfigurationError(f"method.lambd must lie in [method.low, method.high], got {lambd}.")
+        if not omega >= 0:
+            raise ConfigurationError(f"method.omega must not be negative, got {omega}.")
+        for name, value in (("update_every", update_every), ("episodes", episodes), ("probe_size", probe_size),
+                            ("episodes_per_update", episodes_per_update)):  # fmt: skip
+            if not value > 0:
+                raise ConfigurationError(f"method.{name} must be positive, got {value}.")
+        self.agent = agent
+        self.training = training
+        self.policy = policy
+        self.low, self.high = float(low), float(high)
+        self.omega = omega
+        self.observe_gradient_norms = observe_gradient_norms
+        self.update_every = update_every
+        self.episodes, self.episodes_per_update = episodes, episodes_per_update
+        self.seed = seed
+        self.initial = float(lambd)
+        self.lambd = Chosen(self.initial)
+        self.siss = SISS(model=model, generator=generator, lambd=self.lambd, **siss)
+        self.probe = Probe(probe_size, seed) if reward == "probe" else None
+        self.reads = self.siss.reads
+        self.networks = self.siss.networks
+
+    @property
+    def model(self) -> GenerativeModel:
+        return self.siss.model
+
+    @property
+    def rehearsals(self) -> int:
+        """How many runs are made before the one that counts."""
+        return self.episodes if self.training == "episodic" and self.policy is None else 0
+
+    def step(self, batch: Batch) -> Metrics:
+        # 1. what the base is worth, before the first step
+        if self.probe is not None and self.probe.losses_base is None:
+            self.probe.losses_base = self.probe(self.siss.trained, batch)
+
+        # 2. one step of SISS with the agent's lambda
+        metrics = self.siss.step(batch)
+
+        # 3. the reward
+        lambd, previous = self.lambd.value, self.lambd.previous
+        if self.probe is None:
+            c_retain, c_forget = self.siss.factors(batch)
+            loss = c_retain * metrics["loss/retain"] - c_forget * metrics["loss/forget"]
+            return metrics | {"agent/reward": paper_reward(loss, lambd, previous, self.omega)}
+        losses = self.probe(self.siss.trained, batch)
+        return metrics | {
+            "agent/reward": probe_reward(losses, self.probe.losses_base, lambd, previous, self.omega),
+            "probe/retain": losses[0],
+            "probe/forget": losses[1],
+        }
+
+    def stateful(self) -> dict[str, Stateful]:
+        return self.siss.stateful() | ({} if self.probe is None else {"probe": self.probe})
