@@ -35,7 +35,7 @@ def environment(outputs: Path, cache: Path) -> dict[str, str]:
         "UNLEARN_RUNNER_OUTPUTS": str(outputs),
         "UNLEARN_RUNNER_CACHE": str(cache),
         "WANDB_MODE": "offline",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
 
 

@@ -15,9 +15,9 @@ from unlearn_runner.methods.method import Update
 from unlearn_runner.methods.overrides import Asked, Classifier, Fixed, Override, RandomOther, class_costs
 from unlearn_runner.methods.sfd import (
     SFD,
+    LabelSampler,
     NoiseRange,
     Trio,
-    draw_conditions,
     fake_score_loss,
     generator_loss,
     two_stage_rate,
@@ -216,10 +216,11 @@ def test_sub_batches_weigh_what_whole_ones_do(num_forget):
     losses = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0])
     g = torch.Generator().manual_seed(0)
     found = []
+    sampler = LabelSampler(labels, 16, num_forget / 16, weight)
     for _ in range(4000):
-        drawn = draw_conditions(labels, 8, num_forget, weight, g, torch.device("cpu"))
-        assert drawn.kept == 8
-        assert drawn.weights[8:].sum().item() == pytest.approx(weight)
+        drawn = sampler.draw(g, torch.device("cpu"))
+        assert drawn.kept == 16
+        assert drawn.weights[16:].sum().item() == pytest.approx(weight)
         found.append((drawn.weights * losses[drawn.labels]).sum())
     found = torch.stack(found)
     error = found.std().item() / math.sqrt(len(found))

@@ -28,15 +28,14 @@ from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, class_costs, drawn_labels
 from unlearn_runner.methods.sfd import (
     Counter,
-    Drawn,
+    LabelSampler,
     Noised,
     NoiseRange,
     Trio,
     distil_steps,
     distillation_state,
-    draw_conditions,
-    forget_count,
     generator_loss,
+    require_forget_weight,
     split_losses,
 )
 from unlearn_runner.methods.siss import importance_weights, mix, siss_loss
@@ -130,9 +129,9 @@ class MultiClass(Method):
             )
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
-        self.labels = labels
-        self.num_retain, self.num_forget = batch_size, forget_count(forget_samples, forget_weight, batch_size)
-        self.forget_weight, self.alpha, self.beta = forget_weight, alpha, beta
+        self.retained = labels.retain
+        self.labels = LabelSampler(labels, batch_size, forget_samples, forget_weight)
+        self.alpha, self.beta = alpha, beta
         self.prior, self.target, self.num_draws = torch.tensor(prior), target, num_draws
         self.update = update(self.trio.generator)
         self.fake_update = fake_update(self.trio.fake)
@@ -148,35 +147,25 @@ class MultiClass(Method):
         trio, g = self.trio, self.generator
 
         # 1. fake score
-        drawn = self._conditions()
-        fake_losses = trio.fake_losses(drawn.labels, trio.draw_timesteps(len(drawn.labels), g), g)
-        fake_gradient = self.fake_update.gradient((drawn.weights * fake_losses).sum())
-        self.fake_update.apply(fake_gradient)
+        told = trio.teach_fake(self.fake_update, self.labels.draw(g, trio.device), g)
 
         # 2. generator: towards its own class, or under the forget labels towards a mixture of the others
-        drawn = self._conditions()
+        drawn = self.labels.draw(g, trio.device)
         noised = trio.draw(drawn.labels, trio.draw_timesteps(len(drawn.labels), g), g)
         kept, forget = (noised.select(rows) for rows in (slice(drawn.kept), slice(drawn.kept, None)))
         own, forgotten = drawn.labels[: drawn.kept], drawn.labels[drawn.kept :]
-        losses, told = trio.generator_losses(kept, own, own, self.alpha), {}
-        if self.num_forget:
-            mixture, told = self._mixture(forget, forgotten)
+        losses = trio.generator_losses(kept, own, own, self.alpha)
+        if len(forgotten):
+            mixture, shares = self._mixture(forget, forgotten)
+            told |= shares
             losses = torch.cat([losses, self._forget_losses(forget, forgotten, mixture)])
         gradient = self.update.gradient((drawn.weights * losses).sum())
         self.update.apply(gradient)
-        pixels = noised.x0[0].numel()
         return {
-            **split_losses("loss/fake_", fake_losses, drawn.kept, pixels),
-            **split_losses("loss/", losses, drawn.kept, pixels),
-            "grad_norm/fake": fake_gradient.norm(),
-            "grad_norm/generator": gradient.norm(),
             **told,
+            **split_losses("loss/", losses, drawn.kept, noised.x0[0].numel()),
+            "grad_norm/generator": gradient.norm(),
         }
-
-    def _conditions(self) -> Drawn:
-        return draw_conditions(
-            self.labels, self.num_retain, self.num_forget, self.forget_weight, self.generator, self.trio.device
-        )
 
     def _mixture(self, noised: Noised, forget: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b r"], Metrics]:
         """Each sample's mixture, and what to log of it: the mean KL from the prior in nats, the mean cost."""
@@ -187,7 +176,7 @@ class MultiClass(Method):
         mixture = optimal_mixture(costs, prior, self.beta)
         kl = (mixture * (mixture.clamp(min=torch.finfo(mixture.dtype).tiny) / prior).log()).sum(1)
         told = {"mixture/kl": kl.mean(), "mixture/cost": (mixture * costs).sum(1).mean()}
-        shares = zip(self.labels.retain, mixture.mean(0), strict=True)
+        shares = zip(self.retained, mixture.mean(0), strict=True)
         return mixture, told | {f"mixture/share/{label}": share for label, share in shares}
 
     def _forget_losses(
@@ -198,7 +187,7 @@ class MultiClass(Method):
             chosen = torch.multinomial(mixture, 1, generator=self.generator).squeeze(1)
             return trio.generator_losses(noised, self._retained()[chosen], forget, self.alpha)
         costs = class_costs(
-            trio.teacher, noised.x_t.detach(), noised.timesteps, self.labels.retain, self.num_draws, self.generator
+            trio.teacher, noised.x_t.detach(), noised.timesteps, self.retained, self.num_draws, self.generator
         )
         constant = mixture.mean(0, keepdim=True).expand_as(mixture)  # a mixture that does not depend on x_t has a score
         target = mixture_guess(self._guesses(noised), costs, constant)
@@ -207,12 +196,12 @@ class MultiClass(Method):
 
     def _guesses(self, noised: Noised) -> Float[Tensor, "b r c h w"]:
         """The teacher's guess of x0 for each retained class."""
-        count, b = len(self.labels.retain), len(noised.x_t)
+        count, b = len(self.retained), len(noised.x_t)
         x_t, timesteps = (part.repeat_interleave(count, 0) for part in (noised.x_t, noised.timesteps))
         return predict_x0(self.trio.teacher, x_t, timesteps, self._retained().repeat(b)).unflatten(0, (b, count))
 
     def _retained(self) -> Int64[Tensor, "r"]:
-        return torch.tensor(self.labels.retain, device=self.trio.device)
+        return torch.tensor(self.retained, device=self.trio.device)
 
     def stateful(self) -> dict[str, Stateful]:
         self.trio.begin()
@@ -242,7 +231,7 @@ class MixedLabels(Method):
         lambd: float | LambdaController,
     ):
         self.trio = Trio(model, "hybrid", noise)
-        forget_count(1.0, forget_weight, batch_size)
+        require_forget_weight(forget_weight)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
         self.labels = labels

@@ -7,6 +7,7 @@
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -57,27 +58,38 @@ class Drawn(NamedTuple):
     kept: int  # how many of them are retain labels
 
 
-def draw_conditions(
-    labels: Labels,
-    num_retain: int,
-    num_forget: int,
-    forget_weight: float,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Drawn:
-    """Labels for one step: the weighted sum of losses has the mean E_retain[loss] + forget_weight E_forget[loss].
+@final
+class LabelSampler:
+    """Labels for one part of a step: `batch_size` retain labels, and `forget_samples` times as many forget labels.
 
-    That holds for any two counts, so the forget term, which weighs little, needs few samples.
+    The weighted sum of losses has the mean E_retain[loss] + forget_weight E_forget[loss] whatever the share, so the
+    forget term, which weighs little, needs few samples: at least one, and none without a weight.
     """
-    chosen = torch.cat(
-        [
-            drawn_labels(part, count, generator, device)
-            for part, count in ((labels.retain, num_retain), (labels.forget, num_forget))
-        ]
-    )
-    weights = torch.full((len(chosen),), 1 / num_retain, device=device)
-    weights[num_retain:] = forget_weight / max(num_forget, 1)
-    return Drawn(chosen, weights, num_retain)
+
+    def __init__(self, labels: Labels, batch_size: int, forget_samples: float, forget_weight: float):
+        if not 0 < forget_samples <= 1:
+            raise ConfigurationError(f"method.forget_samples must lie in (0, 1], got {forget_samples}.")
+        require_forget_weight(forget_weight)
+        self.labels, self.num_retain, self.forget_weight = labels, batch_size, forget_weight
+        self.num_forget = max(1, round(forget_samples * batch_size)) if forget_weight else 0
+
+    def draw(self, generator: torch.Generator, device: torch.device, forgetting: bool = True) -> Drawn:
+        """Without `forgetting`, retain labels alone."""
+        num_forget = self.num_forget if forgetting else 0
+        chosen = torch.cat(
+            [
+                drawn_labels(part, count, generator, device)
+                for part, count in ((self.labels.retain, self.num_retain), (self.labels.forget, num_forget))
+            ]
+        )
+        weights = torch.full((len(chosen),), 1 / self.num_retain, device=device)
+        weights[self.num_retain :] = self.forget_weight / max(num_forget, 1)
+        return Drawn(chosen, weights, self.num_retain)
+
+
+def require_forget_weight(weight: float) -> None:
+    if not weight >= 0:
+        raise ConfigurationError(f"method.forget_weight must not be negative, got {weight}.")
 
 
 class Noised(NamedTuple):
@@ -161,6 +173,14 @@ class Trio:
         eps_pred, _ = predict_eps(self.fake, drawn.x0, drawn.eps, drawn.timesteps, labels)
         return fake_score_loss(eps_pred, drawn.eps)
 
+    def teach_fake(self, update: Update, drawn: Drawn, generator: torch.Generator) -> Metrics:
+        """The fake score's part of a step: what the generator draws under these labels is what it learns."""
+        losses = self.fake_losses(drawn.labels, self.draw_timesteps(len(drawn.labels), generator), generator)
+        gradient = update.gradient((drawn.weights * losses).sum())
+        update.apply(gradient)
+        pixels = math.prod(self.teacher.sample_shape)
+        return {**split_losses("loss/fake_", losses, drawn.kept, pixels), "grad_norm/fake": gradient.norm()}
+
     def generator_losses(
         self, drawn: Noised, teacher_labels: Int64[Tensor, "b"], fake_labels: Int64[Tensor, "b"], alpha: float
     ) -> Float[Tensor, "b"]:
@@ -237,10 +257,9 @@ class SFD(Method):
             raise ConfigurationError(f"method.distil_share must lie in [0, 1], got {distil_share}.")
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
-        self.labels = labels
+        self.labels = LabelSampler(labels, batch_size, forget_samples, forget_weight)
         self.override = override(labels)
-        self.num_retain, self.num_forget = batch_size, forget_count(forget_samples, forget_weight, batch_size)
-        self.forget_weight, self.alpha = forget_weight, alpha
+        self.alpha = alpha
         self.distil_steps = distil_steps(distil_share, max_steps)
         self.steps = Counter()
         self.update = update(self.trio.generator)
@@ -256,14 +275,10 @@ class SFD(Method):
         self.trio.begin()
 
         # 1. fake score: the generator's images under both kinds of labels are what it learns
-        drawn = self._conditions()
-        timesteps = self.trio.draw_timesteps(len(drawn.labels), self.generator)
-        fake_losses = self.trio.fake_losses(drawn.labels, timesteps, self.generator)
-        fake_gradient = self.fake_update.gradient((drawn.weights * fake_losses).sum())
-        self.fake_update.apply(fake_gradient)
+        told = self.trio.teach_fake(self.fake_update, self._labels(), self.generator)
 
         # 2. generator: from where the fake score says its images come, towards where the teacher says they should
-        drawn = self._conditions()
+        drawn = self._labels()
         timesteps = self.trio.draw_timesteps(len(drawn.labels), self.generator)
         noised = self.trio.draw(drawn.labels, timesteps, self.generator)
         targets = drawn.labels
@@ -276,17 +291,13 @@ class SFD(Method):
 
         self.steps.value += 1
         return {
-            **split_losses("loss/fake_", fake_losses, drawn.kept, noised.x0[0].numel()),
+            **told,
             **split_losses("loss/", losses, drawn.kept, noised.x0[0].numel()),
-            "grad_norm/fake": fake_gradient.norm(),
             "grad_norm/generator": gradient.norm(),
         }
 
-    def _conditions(self) -> Drawn:
-        num_forget = self.num_forget if self.steps.value >= self.distil_steps else 0
-        return draw_conditions(
-            self.labels, self.num_retain, num_forget, self.forget_weight, self.generator, self.trio.device
-        )
+    def _labels(self) -> Drawn:
+        return self.labels.draw(self.generator, self.trio.device, self.steps.value >= self.distil_steps)
 
     def stateful(self) -> dict[str, Stateful]:
         self.trio.begin()
@@ -303,12 +314,3 @@ def split_losses(prefix: str, losses: Float[Tensor, "b"], kept: int, pixels: int
     """<prefix>retain and, if there are forget samples, <prefix>forget: means over samples and pixels."""
     parts = {"retain": losses[:kept], "forget": losses[kept:]}
     return {prefix + name: part.detach().mean() / pixels for name, part in parts.items() if len(part)}
-
-
-def forget_count(share: float, weight: float, batch_size: int) -> int:
-    """How many samples under forget labels a step has: a share of the others, at least one; none without a weight."""
-    if not 0 < share <= 1:
-        raise ConfigurationError(f"method.forget_samples must lie in (0, 1], got {share}.")
-    if not weight >= 0:
-        raise ConfigurationError(f"method.forget_weight must not be negative, got {weight}.")
-    return max(1, round(share * batch_size)) if weight else 0
