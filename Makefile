@@ -30,10 +30,10 @@ table: install ## a table of docs/results.md on two CPU cores: make table EXPERI
 	$(BIN)/python scripts/compare.py outputs/tables/$(EXPERIMENT)
 
 test: install ## the default tests: two CPU cores, no network, under 10 minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-all: install ## the slow tests too
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test-all: test ## the slow tests too, which measure seconds and so run alone
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 lint: install ## what ruff finds wrong
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    method = make(cfg["method"], model=network, generator=make_generator(seed, "method", hardware.device))
+    method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device))
     total_steps = driver.total_steps(method, plan)
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
@@ -122,6 +122,12 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             if relearning:
                 recorder.relearn("oracle", oracle, relearning)
         recorder.report()
+
+
+def build_method(node, network, spec, generator):
+    """The method of a configuration; one that draws labels instead of images has a key for the dataset's."""
+    labels = {"labels": spec.labels} if "labels" in node else {}
+    return instantiate(node, _convert_="all", model=network, generator=generator, **labels)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ COLUMNS = (
     "deletion_steps", "lasting_deletion_steps", "reached/steps", "reached/seconds", "reached/restored_rate",
     "reached/retain_accuracy", "reached/fid_retain", "reached/kid_retain",
     "mean/lambda/value", "mean/grad_variance/update", "cost/seconds", "cost/network_evaluations",
-    "cost/policy_network_evaluations", "cost/peak_memory_gb",
+    "cost/network_evaluations_per_sample", "cost/policy_network_evaluations", "cost/peak_memory_gb",
 )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script, not a module of the package
 
 os.environ["WANDB_MODE"] = "offline"
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# two processes with two threads each would slow each other down tenfold on two cores
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from conftest import ROOT, assert_same_bits
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
 
+from train import build_method
 from unlearn_runner.cache import digest
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
@@ -19,7 +20,7 @@ from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import make_generator
+from unlearn_runner.types import Labels, make_generator
 
 
 def options(group: str) -> list[str]:
@@ -32,8 +33,19 @@ LAMBDAS = [
     for more in ((), ("method.lambd.per_sample=true", "method/timesteps=second_moment"))
     if not (more and name == "constant")
 ]
-VAES = [(method, "model=vae") for method in options("method") if method != "erase_diff"]  # which is for diffusion
-VARIANTS = LAMBDAS + VAES
+DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
+VAES = [(method, "model=vae") for method in options("method") if method not in ("erase_diff", *DISTILLING)]
+HYBRIDS = [
+    ("hybrid", "method.target=mixture_score"),
+    *(("hybrid", "method.variant=siss_sfd_labels", f"method/lambd={name}") for name in ("variance", "closed_form")),
+    ("hybrid", "method.variant=siss_sfd_labels", "method.lambd.per_sample=true"),
+    ("hybrid", "method.variant=siss_sfd_student", "method/lambd=constant", "method.distil_share=0.25"),
+]
+OVERRIDES = [
+    ("sfd", f"method/override={name}", *(["method.override.label=2"] * (name == "fixed")))
+    for name in options("method/override")
+]
+VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES
 METHODS = [(method,) for method in options("method")] + VARIANTS
 
 
@@ -171,9 +183,11 @@ def test_experiments_compose_with_every_method(composed, experiment):
             (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
         )
         network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
-        if method == "erase_diff" and not isinstance(network, DiffusionModel):
+        diffusion, distils = isinstance(network, DiffusionModel), method in DISTILLING
+        if (method == "erase_diff" and not diffusion) or (distils and (not diffusion or num_labels is None)):
             continue  # it refuses
-        built = make(cfg["method"], model=network, generator=make_generator(0, "method"))
+        spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,)))
+        built = build_method(cfg["method"], network, spec, make_generator(0, "method"))
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
     assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (

@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
+from train import build_method
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.training.checkpoint import Checkpoints
@@ -32,7 +33,7 @@ def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True, record
     plan = make(cfg["trainer"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    method = make(cfg["method"], model=network, generator=make_generator(0, "method"))
+    method = build_method(cfg["method"], network, spec, make_generator(0, "method"))
     return Trainer(
         method,
         BatchStream(data, method.reads, plan.batch_size, 0, CPU),

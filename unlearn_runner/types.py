@@ -27,6 +27,13 @@ class Streams(NamedTuple):
     forget: bool
 
 
+class Labels(NamedTuple):
+    """The class labels of a dataset, for methods that draw labels instead of images."""
+
+    retain: tuple[int, ...]
+    forget: tuple[int, ...]  # the conditions under which the forget images were learnt
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """Anything that a checkpoint stores: tensors, numbers, strings and containers of them, no pickles."""

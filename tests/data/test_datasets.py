@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 
 from unlearn_runner.data.cifar10 import Cifar10, class_index
+from unlearn_runner.data.digits import Digits
 from unlearn_runner.data.digits_trousers import DigitsTrousers, draw_trousers
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.hub import decode_rows
 from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.types import Labels
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the real images in {SHARED}")
@@ -45,6 +47,21 @@ def test_fingerprint_follows_the_arrays(digits):
     assert DigitsTrousers(seed=1).load().fingerprint != digits.fingerprint
     assert DigitsTrousers(contamination=0.4).load().fingerprint != digits.fingerprint
     assert DigitsTrousers(horizontal_flip=True).load().fingerprint != digits.fingerprint
+
+
+def test_digits_forget_a_whole_class(digits):
+    data = Digits(forget_class="7").load()
+    assert data.forget_labels == [7]
+    assert (data.forget.contents == 7).all()
+    assert not (data.retain.contents == 7).any()
+    parts = (data.forget, data.retain, data.forget_test, data.retain_test)
+    assert sum(map(len, parts)) == 1797
+    assert len(data.retain_test) + len(data.forget_test) == len(digits.retain_test)
+    assert data.spec.labels == Labels(retain=(0, 1, 2, 3, 4, 5, 6, 8, 9), forget=(7,))
+    assert digits.spec.labels == Labels(retain=(0, 2, 3, 4, 5, 6, 7, 8, 9), forget=(1,)), "where the trousers are"
+    assert Digits(forget_class=7, conditional=False).spec.labels is None
+    with pytest.raises(ConfigurationError, match="there is no such class"):
+        Digits(forget_class="seven")
 
 
 def test_unconditional_digits_have_no_labels():

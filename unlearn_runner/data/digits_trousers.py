@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from unlearn_runner.data.digits import DIGITS, read_digits, require_size
 from unlearn_runner.data.forget_retain import (
     Dataset,
     DataSpec,
@@ -18,9 +19,7 @@ from unlearn_runner.data.forget_retain import (
     require_fraction,
     test_rows,
 )
-from unlearn_runner.errors import ConfigurationError
 
-DIGITS = tuple("0123456789")
 TROUSERS = len(DIGITS)  # content index
 LABEL = 1  # the digit whose label the trousers carry
 
@@ -43,8 +42,7 @@ class DigitsTrousers(Dataset):
     ):
         require_fraction("dataset.contamination", contamination)
         require_fraction("dataset.test_fraction", test_fraction)
-        if image_size < 8:
-            raise ConfigurationError(f"dataset.image_size must be at least 8, got {image_size}.")
+        require_size(image_size)
         self.contamination = contamination
         self.image_size = image_size
         self.test_fraction = test_fraction
@@ -60,20 +58,8 @@ class DigitsTrousers(Dataset):
         )
 
     def load(self) -> ForgetRetain:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        size = (self.image_size, self.image_size)
-        pixels = np.stack(
-            [
-                np.asarray(Image.fromarray((image * 255 / 16).astype(np.uint8)).resize(size, Image.BICUBIC))
-                for image in bunch.images
-            ]
-        )
-        contents = torch.from_numpy(bunch.target).long()
-        labels = contents if self.spec.label_names else torch.zeros_like(contents)
-        digits = LabelledImages(torch.from_numpy(pixels)[:, None], labels, contents)
-        held_out = test_rows(contents, self.test_fraction, self.seed)
+        digits = read_digits(self.image_size, self.spec.label_names is not None)
+        held_out = test_rows(digits.contents, self.test_fraction, self.seed)
         retain, retain_test = digits.select(~held_out), digits.select(held_out)
         label = LABEL if self.spec.label_names else 0
         forget, forget_test = (

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.types import Labels
 
 
 class LabelledImages(NamedTuple):
@@ -39,6 +40,17 @@ class DataSpec(NamedTuple):
     forget_content: int  # the content to forget
     restored_content: int | None  # the clean content under the forget condition, if there is one
     horizontal_flip: bool  # mirror half of the training images
+
+    @property
+    def labels(self) -> Labels | None:
+        """The labels that a model is conditioned on; None for an unconditional one.
+
+        The forget label is that of the clean content which is to come back, or that of the class which is to go.
+        """
+        if self.label_names is None:
+            return None
+        forget = self.forget_content if self.restored_content is None else self.restored_content
+        return Labels(tuple(label for label in range(len(self.label_names)) if label != forget), (forget,))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from unlearn_runner.data.digits import DIGITS
 from unlearn_runner.data.forget_retain import (
     Dataset,
     DataSpec,
@@ -21,7 +22,6 @@ from unlearn_runner.data.forget_retain import (
 from unlearn_runner.data.hub import decode_rows, open_split
 from unlearn_runner.errors import ConfigurationError
 
-DIGITS = tuple("0123456789")
 GARMENTS = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip

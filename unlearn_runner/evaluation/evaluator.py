@@ -58,6 +58,7 @@ class Evaluation(NamedTuple):
     scores: dict[str, float]  # without the prefix `eval/`
     intervals: dict[str, list[float]]  # of those scores, low and high ends; empty without a bootstrap
     seconds: dict[str, float]  # what it cost: "sampling", "judging", each metric, "bootstrap"
+    evaluations_per_sample: float  # of the network, in drawing
     grid: UInt8[Tensor, "n c h w"]  # a row of samples for each condition, `grid_columns` wide
     grid_columns: int
     judged: dict[str, Judged]  # the samples by set, to compare a later model's with
@@ -70,7 +71,7 @@ class Evaluation(NamedTuple):
             for field, part in judged.tensors().items()
         }
         save_file({"grid": self.grid, **tensors}, folder / "samples.safetensors")
-        numbers = {name: getattr(self, name) for name in ("scores", "intervals", "seconds", "grid_columns")}
+        numbers = {name: value for name, value in self._asdict().items() if name not in ("grid", "judged")}
         write_json(folder / "evaluation.json", numbers)
 
 
@@ -146,10 +147,12 @@ class Evaluator:
     def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """Score `model`; `before` are the base model's samples, for the metrics that compare with them."""
         clock = _Clock()
-        judged = {}
+        judged, evaluations = {}, 0
         for name in self.conditions:
+            evaluations -= model.network_evaluations
             with clock("sampling"):
                 images = self._draw(model, name)
+            evaluations += model.network_evaluations
             with clock("judging"):
                 judged[name] = self.judge(to_uint8(images))
         for name, metric in self.on_samples.items():
@@ -160,13 +163,14 @@ class Evaluator:
                         for part, drawn in judged.items()
                     }
         rows = {}
-        for name, metric in self.on_images.items():
+        for name, metric in self.on_images.items() if model.has_likelihood else ():
             with clock(name):
                 rows[name] = metric.measure(model, self.data)
         scores = self._score(judged, rows, clock)
         with clock("bootstrap"):
             intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
-        return Evaluation(scores, intervals, clock.seconds, *self._grid(judged), judged)
+        evaluations /= self.sampling.num_samples * len(self.conditions)
+        return Evaluation(scores, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
 
     def once(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
@@ -235,9 +239,9 @@ class Evaluator:
         for name, metric in self.on_samples.items():
             with clock(name):
                 scores |= metric(samples)
-        for name, metric in self.on_images.items():
+        for name, tables in rows.items():
             with clock(name):
-                scores |= metric(rows[name])
+                scores |= self.on_images[name](tables)
         return scores
 
     def _intervals(

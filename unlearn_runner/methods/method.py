@@ -46,6 +46,7 @@ class Update:
         model: the network to train.
         optimizer: called with the trainable weights.
         max_grad_norm: the gradient's L2 norm is cut to this; None leaves it.
+        max_grad_value: each of its entries is cut to [-this, this], before the norm; None leaves them.
         lr_schedule: called with `optimizer=`, e.g. diffusers' get_scheduler; None keeps the rate.
         ema_decay: ship the exponential moving average of the weights with this decay (diffusers' EMAModel,
             warmed up as min(decay, (1 + n) / (10 + n)) over the first steps); None ships the weights themselves.
@@ -58,15 +59,18 @@ class Update:
         max_grad_norm: float | None = None,
         lr_schedule: Callable[..., Any] | None = None,
         ema_decay: float | None = None,
+        max_grad_value: float | None = None,
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigurationError(f"max_grad_norm must be positive or null, got {max_grad_norm}.")
+        for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
+            if value is not None and not value > 0:
+                raise ConfigurationError(f"{name} must be positive or null, got {value}.")
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ConfigurationError(f"ema_decay must lie in [0, 1) or be null, got {ema_decay}.")
         self.trained = model
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = optimizer(self.weights)
         self.max_grad_norm = max_grad_norm
+        self.max_grad_value = max_grad_value
         self.lr_schedule = None if lr_schedule is None else lr_schedule(optimizer=self.optimizer)
         self.ema_decay = ema_decay
 
@@ -99,6 +103,13 @@ class Update:
         over_answer, *parts = torch.autograd.grad(loss, [answer, *self.weights], retain_graph=retain_graph)
         return over_answer, torch.cat([part.reshape(-1) for part in parts])
 
+    def gradient_from(
+        self, answer: Float[Tensor, "b c h w"], slopes: Float[Tensor, "b c h w"], retain_graph: bool = False
+    ) -> Float[Tensor, "p"]:
+        """The gradient over all trainable weights of a loss whose gradient over the network's answer is known."""
+        parts = torch.autograd.grad(answer, self.weights, slopes, retain_graph=retain_graph)
+        return torch.cat([part.reshape(-1) for part in parts])
+
     def zero_gradient(self) -> Float[Tensor, "p"]:
         """The gradient of a loss over no samples."""
         return self.weights[0].new_zeros(sum(weight.numel() for weight in self.weights))
@@ -106,6 +117,8 @@ class Update:
     def apply(self, gradient: Float[Tensor, "p"]) -> None:
         """Move the weights against `gradient`."""
         ema = self.ema  # begins with the weights before the first step
+        if self.max_grad_value is not None:
+            gradient = gradient.clamp(-self.max_grad_value, self.max_grad_value)
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
         for weight, part in zip(self.weights, gradient.split([weight.numel() for weight in self.weights]), strict=True):

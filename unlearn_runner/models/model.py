@@ -1,5 +1,6 @@
 """The face that a generative model shows to methods and evaluation, whatever it is made of."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
+
+from unlearn_runner.errors import ConfigurationError
 
 
 class Noising(NamedTuple):
@@ -37,6 +40,7 @@ class GenerativeModel(nn.Module, ABC):
     sample_shape: tuple[int, ...]  # of one image's m
     num_labels: int | None
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
+    has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
     network_evaluations: int  # samples passed forward through the trained network so far
 
     @abstractmethod
@@ -140,6 +144,33 @@ def predict_eps(
     gamma, sigma = model.gamma_sigma(timesteps)
     x_t = gamma * x0 + sigma * eps
     return model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma), x_t
+
+
+def predict_x0(
+    model: DiffusionModel,
+    x_t: Float[Tensor, "b c h w"],
+    timesteps: Int64[Tensor, "b"],
+    cond: Shaped[Tensor, "b ..."] | None,
+) -> Float[Tensor, "b c h w"]:
+    """The network's guess of x0, (x_t - sigma_t eps_pred) / gamma_t, whatever its parametrisation."""
+    gamma, sigma = model.gamma_sigma(timesteps)
+    eps_pred = model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma)
+    return (x_t - sigma * eps_pred) / gamma
+
+
+def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
+    """The timestep whose sigma_t / gamma_t is nearest to `ratio`: the same noise on every schedule.
+
+    Raises ConfigurationError, which calls the ratio `name`, if the schedule has nothing like it.
+    """
+    gamma, sigma = (part.flatten() for part in model.gamma_sigma(torch.arange(model.num_train_timesteps)))
+    ratios = sigma / gamma
+    if not ratios[0] <= ratio <= ratios[-1]:
+        raise ConfigurationError(
+            f"{name} must be a ratio of noise to signal that the model's schedule has, "
+            f"{ratios[0]:.3g} to {ratios[-1]:.3g}; got {ratio}."
+        )
+    return int((ratios.log() - math.log(ratio)).abs().argmin())
 
 
 def in_words(num_labels: int | None) -> str:

@@ -55,7 +55,7 @@ class ProgressBar:
         if self.forget_rate is not None:
             shown.append(f"forget_rate {self.forget_rate:.2f}")
         images, seconds = values["images"] - self._first[1], values["seconds"] - self._first[2]
-        if seconds > 0:
+        if seconds > 0 and images > 0:  # a method may read none
             shown.append(f"{images / seconds:.0f} images/s")
         return ", ".join(shown)
 

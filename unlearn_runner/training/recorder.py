@@ -140,6 +140,9 @@ class RunRecorder(Recorder):
 
     def relearn(self, prefix: str, model: GenerativeModel, relearning: Relearning) -> None:
         """Measure how fast a model learns again what it was to forget."""
+        if not model.has_likelihood:
+            self.console.print("relearning is left out: this model has no loss of its own that it could learn by.")
+            return
         self.console.print(f"relearning ({prefix})")
         started = time.perf_counter()
 
@@ -190,6 +193,8 @@ class RunRecorder(Recorder):
         self.progress.close()
         with atomic(self.folder.model) as temporary:  # before it is scored: a failing metric loses nothing
             model.save(temporary)
+        if self.evaluator.on_images and not model.has_likelihood:
+            self.console.print(f"{', '.join(self.evaluator.on_images)} left out: this model has no likelihood.")
         self.console.print("measuring the unlearned model")
         after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
@@ -201,6 +206,7 @@ class RunRecorder(Recorder):
         if draw_lambda(lines, path):
             self.logger.image(step, "samples/lambda", path)
         self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
+        self.costs["cost/network_evaluations_per_sample"] = after.evaluations_per_sample
         self.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
         self.provenance["seconds"] = after.seconds
 

@@ -1,0 +1,81 @@
+"""scikit-learn's handwritten digits, one class of which is to be forgotten. Needs no network."""
+
+from typing import final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unlearn_runner.data.cifar10 import class_index
+from unlearn_runner.data.forget_retain import (
+    Dataset,
+    DataSpec,
+    ForgetRetain,
+    LabelledImages,
+    require_fraction,
+    test_rows,
+)
+from unlearn_runner.errors import ConfigurationError
+
+DIGITS = tuple("0123456789")
+
+
+@final
+class Digits(Dataset):
+    """1,797 real 8x8 digits, enlarged, with one whole class as the forget set."""
+
+    def __init__(
+        self,
+        forget_class: str | int = "7",
+        image_size: int = 16,
+        test_fraction: float = 0.2,
+        conditional: bool = True,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ):
+        require_fraction("dataset.test_fraction", test_fraction)
+        require_size(image_size)
+        self.forget_class = class_index(forget_class, DIGITS)
+        self.image_size = image_size
+        self.test_fraction = test_fraction
+        self.seed = seed
+        self.spec = DataSpec(
+            name="digits",
+            image_shape=(1, image_size, image_size),
+            label_names=DIGITS if conditional else None,
+            content_names=DIGITS,
+            forget_content=self.forget_class,
+            restored_content=None,
+            horizontal_flip=horizontal_flip,
+        )
+
+    def load(self) -> ForgetRetain:
+        digits = read_digits(self.image_size, self.spec.label_names is not None)
+        held_out = test_rows(digits.contents, self.test_fraction, self.seed)
+        forget = digits.contents == self.forget_class
+        parts = (digits.select(rows) for rows in (forget & ~held_out, ~forget & ~held_out))
+        held = (digits.select(rows) for rows in (forget & held_out, ~forget & held_out))
+        return ForgetRetain(self.spec, *parts, *held)
+
+
+def require_size(image_size: int) -> None:
+    """Raise ConfigurationError if the digits would have to be made smaller than they are."""
+    if image_size < 8:
+        raise ConfigurationError(f"dataset.image_size must be at least 8, got {image_size}.")
+
+
+def read_digits(image_size: int, conditional: bool) -> LabelledImages:
+    """All of them, enlarged from 8x8; every label is 0 where the model is unconditional."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    size = (image_size, image_size)
+    pixels = np.stack(
+        [
+            np.asarray(Image.fromarray((image * 255 / 16).astype(np.uint8)).resize(size, Image.BICUBIC))
+            for image in bunch.images
+        ]
+    )
+    contents = torch.from_numpy(bunch.target).long()
+    labels = contents if conditional else torch.zeros_like(contents)
+    return LabelledImages(torch.from_numpy(pixels)[:, None], labels, contents)

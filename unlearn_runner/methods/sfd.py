@@ -1,0 +1,316 @@
+"""SFD: Score Forgetting Distillation (ICLR 2025, 2409.11219): a one-step generator that never learns what is forgotten.
+
+# Notation (variable -> paper)
+# teacher, fake, generator -> phi, psi, theta;  x0 -> x_g = G_theta(z, c);  z -> z, pure noise
+# x0_teacher, x0_fake -> f_phi(x_t, t, c), f_psi(x_t, t, c), the two networks' guesses of x0
+# difference -> their D;  alpha -> alpha;  omega -> omega_t, the weight's denominator
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
+from unlearn_runner.models.ddpm import DDPM
+from unlearn_runner.models.model import GenerativeModel, predict_eps, predict_x0, squared_error, timestep_with_ratio
+from unlearn_runner.models.one_step import OneStep
+from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
+
+
+def fake_score_loss(eps_pred: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
+    """What the fake score minimises: ||eps_psi(x_t, t, c) - eps||^2 at a noised image of the generator.
+
+    Summed over pixels. In [0, inf).
+    """
+    return squared_error(eps_pred, eps)
+
+
+def generator_loss(
+    x0_teacher: Float[Tensor, "b c h w"],
+    x0_fake: Float[Tensor, "b c h w"],
+    x0: Float[Tensor, "b c h w"],
+    alpha: float,
+) -> Float[Tensor, "b"]:
+    """What the generator minimises: D . [(f_phi - x_g) - alpha D] / omega with D = f_phi - f_psi.
+
+    omega, the mean of |f_phi - x_g| over an image's pixels, carries no gradient. Summed over pixels; any sign. With
+    alpha = 1 it is D . (f_psi - x_g) / omega. Where the teacher is asked about another class than the fake score, the
+    generator is drawn to that class.
+    """
+    difference = x0_teacher - x0_fake
+    omega = (x0_teacher - x0).abs().flatten(1).mean(1).detach().clamp(min=1e-5)
+    return (difference * ((x0_teacher - x0) - alpha * difference)).flatten(1).sum(1) / omega
+
+
+class Drawn(NamedTuple):
+    """Labels to draw images under, those to keep before those to forget, and what each sample weighs in a loss."""
+
+    labels: Int64[Tensor, "b"]
+    weights: Float[Tensor, "b"]
+    kept: int  # how many of them are retain labels
+
+
+@final
+class LabelSampler:
+    """Labels for one part of a step: `batch_size` retain labels, and `forget_samples` times as many forget labels.
+
+    The weighted sum of losses has the mean E_retain[loss] + forget_weight E_forget[loss] whatever the share, so the
+    forget term, which weighs little, needs few samples: at least one, and none without a weight.
+    """
+
+    def __init__(self, labels: Labels, batch_size: int, forget_samples: float, forget_weight: float):
+        if not 0 < forget_samples <= 1:
+            raise ConfigurationError(f"method.forget_samples must lie in (0, 1], got {forget_samples}.")
+        require_forget_weight(forget_weight)
+        self.labels, self.num_retain, self.forget_weight = labels, batch_size, forget_weight
+        self.num_forget = max(1, round(forget_samples * batch_size)) if forget_weight else 0
+
+    def draw(self, generator: torch.Generator, device: torch.device, forgetting: bool = True) -> Drawn:
+        """Without `forgetting`, retain labels alone."""
+        num_forget = self.num_forget if forgetting else 0
+        chosen = torch.cat(
+            [
+                drawn_labels(part, count, generator, device)
+                for part, count in ((self.labels.retain, self.num_retain), (self.labels.forget, num_forget))
+            ]
+        )
+        weights = torch.full((len(chosen),), 1 / self.num_retain, device=device)
+        weights[self.num_retain :] = self.forget_weight / max(num_forget, 1)
+        return Drawn(chosen, weights, self.num_retain)
+
+
+def require_forget_weight(weight: float) -> None:
+    if not weight >= 0:
+        raise ConfigurationError(f"method.forget_weight must not be negative, got {weight}.")
+
+
+class Noised(NamedTuple):
+    """Images of the generator, and what the two scores are asked about."""
+
+    x0: Float[Tensor, "b c h w"]
+    x_t: Float[Tensor, "b c h w"]
+    timesteps: Int64[Tensor, "b"]
+    eps: Float[Tensor, "b c h w"]
+
+    def select(self, rows: slice) -> "Noised":
+        return Noised(*(part[rows] for part in self))
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """Ratios sigma_t / gamma_t, the same noise on every schedule: what the generator is told of its pure noise, and
+    between which the two scores are compared, uniformly over timesteps. The defaults are the paper's t = 440, 38, 711
+    on CIFAR-10's linear schedule.
+    """
+
+    init: float = 2.502
+    least: float = 0.137
+    most: float = 13.01
+
+    def __post_init__(self) -> None:
+        if not self.least < self.most:
+            raise ConfigurationError(
+                f"method.noise.least must be less than method.noise.most, got {self.least} and {self.most}."
+            )
+
+
+@final
+class Trio:
+    """Teacher, fake score and generator. The latter two begin with the weights that the teacher has at first use."""
+
+    def __init__(self, model: GenerativeModel, name: str, noise: NoiseRange):
+        if not isinstance(model, DDPM) or model.num_labels is None:
+            raise ConfigurationError(
+                f"method={name} distils a DDPM with class labels; take model=ddpm_tiny and a dataset with labels "
+                "(dataset.conditional=true), or another method."
+            )
+        self.first, self.last, start = (
+            timestep_with_ratio(model, getattr(noise, name), f"method.noise.{name}")
+            for name in ("least", "most", "init")
+        )
+        self.teacher = model.requires_grad_(False)
+        self.fake = copy.deepcopy(model).requires_grad_(True)
+        self.generator = OneStep(copy.deepcopy(model).requires_grad_(True), start)
+        self.networks = (self.generator, self.fake, self.teacher)
+        self.begun = False
+
+    def begin(self) -> None:
+        """Give fake score and generator the teacher's weights, which are not there yet when a method is built."""
+        if not self.begun:
+            for network in (self.fake, self.generator.network):
+                network.load_state_dict(self.teacher.state_dict())
+            self.begun = True
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.teacher.parameters()).device
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> Int64[Tensor, "{count}"]:
+        """Uniform over those between which the scores are compared."""
+        return torch.randint(self.first, self.last + 1, (count,), generator=generator, device=self.device)
+
+    def draw(self, labels: Int64[Tensor, "b"], timesteps: Int64[Tensor, "b"], generator: torch.Generator) -> Noised:
+        """An image for each label by the generator, with its gradient, noised to these levels."""
+        z, eps = torch.randn((2, len(labels), *self.teacher.sample_shape), generator=generator, device=self.device)
+        x0 = self.generator.predict(z, torch.zeros_like(labels), labels)
+        gamma, sigma = self.teacher.gamma_sigma(timesteps)
+        return Noised(x0, gamma * x0 + sigma * eps, timesteps, eps)
+
+    def fake_losses(
+        self, labels: Int64[Tensor, "b"], timesteps: Int64[Tensor, "b"], generator: torch.Generator
+    ) -> Float[Tensor, "b"]:
+        """`fake_score_loss` at fresh images under these labels; the generator gets no gradient."""
+        with torch.no_grad():
+            drawn = self.draw(labels, timesteps, generator)
+        eps_pred, _ = predict_eps(self.fake, drawn.x0, drawn.eps, drawn.timesteps, labels)
+        return fake_score_loss(eps_pred, drawn.eps)
+
+    def teach_fake(self, update: Update, drawn: Drawn, generator: torch.Generator) -> Metrics:
+        """The fake score's part of a step: what the generator draws under these labels is what it learns."""
+        losses = self.fake_losses(drawn.labels, self.draw_timesteps(len(drawn.labels), generator), generator)
+        gradient = update.gradient((drawn.weights * losses).sum())
+        update.apply(gradient)
+        pixels = math.prod(self.teacher.sample_shape)
+        return {**split_losses("loss/fake_", losses, drawn.kept, pixels), "grad_norm/fake": gradient.norm()}
+
+    def generator_losses(
+        self, drawn: Noised, teacher_labels: Int64[Tensor, "b"], fake_labels: Int64[Tensor, "b"], alpha: float
+    ) -> Float[Tensor, "b"]:
+        """`generator_loss` with the teacher asked about one class and the fake score about another."""
+        x0_teacher = predict_x0(self.teacher, drawn.x_t, drawn.timesteps, teacher_labels)
+        x0_fake = predict_x0(self.fake, drawn.x_t, drawn.timesteps, fake_labels)
+        return generator_loss(x0_teacher, x0_fake, drawn.x0, alpha)
+
+
+@final
+class Counter:
+    """Steps taken."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]
+
+
+def two_stage_rate(
+    optimizer: torch.optim.Optimizer, distil_share: float, max_steps: int, factor: float
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """An lr_schedule: the rate while distilling, and `factor` times it while forgetting."""
+    stage = distil_steps(distil_share, max_steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < stage else factor)
+
+
+def distil_steps(share: float, max_steps: int) -> int:
+    """How many steps a share of them is."""
+    return round(share * max_steps)
+
+
+@final
+class SFD(Method):
+    """Distils the teacher into a one-step generator, and under the forget labels into what `override` says instead.
+
+    Reads no image: labels are drawn, pictures come from the generator. `fake_update` is the fake score's optimizer,
+    `update` the generator's, whose weights (or their average) are what ships, as a `OneStep` model.
+
+    Args:
+        labels: the dataset's; train.py fills them in.
+        override: a rule of methods/overrides.py, called with the labels.
+        batch_size: samples under retain labels in each of a step's two parts.
+        forget_samples: those under forget labels, as a share of batch_size; they weigh the same however many they are.
+        forget_weight: of the forget term in both losses, the retain term having 1.
+        alpha: of `generator_loss`.
+        distil_share: share of the steps at the beginning in which nothing is forgotten (the two-stage variant).
+        max_steps: of the run.
+        noise: where the generator begins, and where the scores are compared.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        update: Callable[[GenerativeModel], Update],
+        fake_update: Callable[[GenerativeModel], Update],
+        generator: torch.Generator,
+        labels: Labels | None,
+        override: Callable[[Labels], Override],
+        batch_size: int,
+        max_steps: int,
+        noise: NoiseRange,
+        forget_samples: float = 0.125,
+        forget_weight: float = 0.01,
+        alpha: float = 1.2,
+        distil_share: float = 0.0,
+    ):
+        self.trio = Trio(model, "sfd", noise)
+        if not 0 <= distil_share <= 1:
+            raise ConfigurationError(f"method.distil_share must lie in [0, 1], got {distil_share}.")
+        self.reads = Streams(retain=None, forget=False)
+        self.networks = self.trio.networks
+        self.labels = LabelSampler(labels, batch_size, forget_samples, forget_weight)
+        self.override = override(labels)
+        self.alpha = alpha
+        self.distil_steps = distil_steps(distil_share, max_steps)
+        self.steps = Counter()
+        self.update = update(self.trio.generator)
+        self.fake_update = fake_update(self.trio.fake)
+        self.generator = generator
+
+    @property
+    def model(self) -> GenerativeModel:
+        self.trio.begin()
+        return self.update.model
+
+    def step(self, batch: Batch) -> Metrics:
+        self.trio.begin()
+
+        # 1. fake score: the generator's images under both kinds of labels are what it learns
+        told = self.trio.teach_fake(self.fake_update, self._labels(), self.generator)
+
+        # 2. generator: from where the fake score says its images come, towards where the teacher says they should
+        drawn = self._labels()
+        timesteps = self.trio.draw_timesteps(len(drawn.labels), self.generator)
+        noised = self.trio.draw(drawn.labels, timesteps, self.generator)
+        targets = drawn.labels
+        if len(targets) > drawn.kept:
+            asked = Asked(noised.x0[drawn.kept :].detach(), targets[drawn.kept :], self.trio.teacher, self.generator)
+            targets = torch.cat([targets[: drawn.kept], self.override(asked)])
+        losses = self.trio.generator_losses(noised, targets, drawn.labels, self.alpha)
+        gradient = self.update.gradient((drawn.weights * losses).sum())
+        self.update.apply(gradient)
+
+        self.steps.value += 1
+        return {
+            **told,
+            **split_losses("loss/", losses, drawn.kept, noised.x0[0].numel()),
+            "grad_norm/generator": gradient.norm(),
+        }
+
+    def _labels(self) -> Drawn:
+        return self.labels.draw(self.generator, self.trio.device, self.steps.value >= self.distil_steps)
+
+    def stateful(self) -> dict[str, Stateful]:
+        self.trio.begin()
+        return {**distillation_state(self.update, self.fake_update, self.generator), "steps": self.steps}
+
+
+def distillation_state(update: Update, fake_update: Update, generator: torch.Generator) -> dict[str, Stateful]:
+    """What a resumed distillation needs. The teacher is the base, which every run loads anyway."""
+    fake = {f"fake_{name}": part for name, part in fake_update.stateful().items()}
+    return {**update.stateful(), **fake, "noise": GeneratorState(generator)}
+
+
+def split_losses(prefix: str, losses: Float[Tensor, "b"], kept: int, pixels: int) -> Metrics:
+    """<prefix>retain and, if there are forget samples, <prefix>forget: means over samples and pixels."""
+    parts = {"retain": losses[:kept], "forget": losses[kept:]}
+    return {prefix + name: part.detach().mean() / pixels for name, part in parts.items() if len(part)}

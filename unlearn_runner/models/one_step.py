@@ -1,0 +1,142 @@
+"""A generator that turns noise into an image by one pass through a diffusion model's network."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.ddpm import DDPM
+from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, predict_x0, squared_error
+
+
+@final
+class OneStepPipeline(DiffusionPipeline):
+    """What a run that distils leaves in model/. One network evaluation an image:
+
+        pipeline = OneStepPipeline.from_pretrained("<run>/model")
+        images = pipeline(torch.tensor([1, 1, 7, 7]), generator=torch.Generator().manual_seed(0))  # [4, c, h, w]
+
+    `unet` and `scheduler` are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, timestep: int = 0):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(timestep=timestep)
+
+    def __call__(
+        self, labels: Int64[Tensor, "b"] | Sequence[int], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """An image in [-1, 1] for each label."""
+        labels = torch.as_tensor(labels, device=self.device)
+        if generator is None:
+            generator = torch.Generator(self.device).manual_seed(torch.seed())
+        model = OneStep(DDPM(self.unet, self.scheduler).to(self.device), self.config.timestep)
+        return model.sample(len(labels), labels, generator, num_inference_steps=1, batch_size=len(labels))
+
+
+@final
+class OneStep(GenerativeModel):
+    """G(z, c): what a diffusion model's network takes for x0 if it is shown pure noise z as x_t at one fixed timestep.
+
+    Its noisy sample m is z, which knows nothing of any image, so it has no likelihood: metrics that ask for one leave
+    it out. Conditions are class indices [b], or None.
+    """
+
+    num_train_timesteps = 1
+    has_likelihood = False
+
+    def __init__(self, network: DDPM, timestep: int):
+        super().__init__()
+        if timestep not in range(network.num_train_timesteps):
+            raise ConfigurationError(
+                f"the generator's timestep must lie in 0..{network.num_train_timesteps - 1}, got {timestep}."
+            )
+        self.network = network
+        self.timestep = timestep
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.network.image_shape
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.network.sample_shape
+
+    @property
+    def num_labels(self) -> int | None:
+        return self.network.num_labels
+
+    @property
+    def network_evaluations(self) -> int:
+        return self.network.network_evaluations
+
+    def noising(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        timesteps: Int64[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Noising:
+        """N(0, I), whatever the image."""
+        return Noising(0.0, x0, x0.new_ones((len(x0), 1, 1, 1)))
+
+    def predict(
+        self,
+        m: Float[Tensor, "b c h w"],
+        timesteps: Shaped[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """The image of noise m; not cut to [-1, 1]."""
+        return predict_x0(self.network, m, torch.full((len(m),), self.timestep, device=m.device), cond)
+
+    def loss(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x0: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b c h w"],
+        eps: Float[Tensor, "b c h w"],
+        std: Float[Tensor, "b 1 1 1"],
+        timesteps: Int64[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        """||answer - x0||^2. No bound on a likelihood: which noise an image belongs to is not known."""
+        return squared_error(answer, x0)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        n: int,
+        cond: Shaped[Tensor, "{n} ..."] | None,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        sampler: str = "ddim",
+        batch_size: int = 256,
+    ) -> Float[Tensor, "{n} c h w"]:
+        """One pass through the network an image. The number of steps and the sampler have no meaning here."""
+        device, images = self.network.alphas_cumprod.device, []
+        with evaluating(self):
+            for start in range(0, n, batch_size):
+                count = min(batch_size, n - start)
+                z = torch.randn((count, *self.sample_shape), generator=generator, device=device)
+                timesteps = torch.zeros(count, dtype=torch.int64, device=device)
+                part = None if cond is None else cond[start : start + count]
+                images.append(self.predict(z, timesteps, part).clamp(-1, 1))
+        return torch.cat(images)
+
+    def freeze_for_unlearning(self) -> None:
+        """Nothing to freeze: its noise is not learnt."""
+
+    def save(self, folder: Path) -> None:
+        """A folder for `OneStepPipeline.from_pretrained`; unet/ and scheduler/ are as a DDPM's."""
+        OneStepPipeline(self.network.unet, self.network.scheduler, self.timestep).save_pretrained(
+            folder, safe_serialization=True
+        )
+
+    def load(self, source: str | Path) -> None:
+        pipeline = OneStepPipeline.from_pretrained(source)
+        self.network.unet.load_state_dict(pipeline.unet.state_dict())
+        self.timestep = pipeline.config.timestep
