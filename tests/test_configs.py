@@ -244,6 +244,12 @@ def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_method(composed
         assert set(options(folder)) <= {
             f"{option}_{method}" for option in options(group) for method in options("method")
         }
+        for leader, followers in (("siss", ("adaptive_siss", "rl_lambda")), ("sfd", ("sfd_two_stage", "hybrid"))):
+            for option in options(group):
+                if f"{option}_{leader}" in options(folder):
+                    assert {f"{option}_{follower}" for follower in followers} <= set(options(folder)), (
+                        f"what {leader} needs in {option}, its relatives need too"
+                    )
     assert composed("model=vae", "method=siss", debug=False)["method"]["rho"] == 0.1
     assert composed("model=vae", "method=siss", "method.rho=0.2", debug=False)["method"]["rho"] == 0.2
     assert composed("method=siss", debug=False)["method"]["rho"] == 0.04
