@@ -61,6 +61,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     if plan.init == "base":
         network.freeze_for_unlearning()
     method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device))
+    plan.require_a_teacher(method)
     total_steps = driver.total_steps(method, plan)
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features

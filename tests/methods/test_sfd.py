@@ -388,7 +388,9 @@ def test_refuses(tiny_network, settings):
         sfd(tiny_network(), **settings)
 
 
-def test_refuses_what_it_cannot_distil(tiny_network, tiny_vae):
+def test_refuses_what_it_cannot_distil(run, tiny_network, tiny_vae):
+    with pytest.raises(ConfigurationError, match=r"trainer\.init must be base"):
+        run("method=sfd", "trainer.init=scratch")
     with pytest.raises(ConfigurationError, match=r"less than method\.noise\.most"):
         NoiseRange(least=2.0, most=1.0)
     with pytest.raises(ConfigurationError, match="a DDPM with class labels"):

@@ -19,7 +19,7 @@ from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import Metrics, Stateful
+from unlearn_runner.types import Metrics, Stateful, Streams
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Plan:
                 raise ConfigurationError(f"trainer.{name} must be positive or null, got {value}.")
         if self.init not in ("base", "scratch"):
             raise ConfigurationError(f"trainer.init must be base or scratch, got '{self.init}'.")
+
+    def require_a_teacher(self, method: Method) -> None:
+        """Raise ConfigurationError if a method that learns from the base alone is not given it."""
+        if self.init == "scratch" and method.reads == Streams(retain=None, forget=False):
+            raise ConfigurationError("trainer.init must be base, got 'scratch': this method reads no image.")
 
 
 class Recorder(ABC):
