@@ -1,6 +1,6 @@
 """A table of finished runs, one row for each method: mean +- half the 95 % interval over seeds. Reads run folders only.
 
-    python scripts/compare.py FOLDER [FOLDER ...] [--grid FILE.png] [--curves FILE.png]
+    python scripts/compare.py FOLDER [FOLDER ...] [--grid FILE.png] [--curves FILE.png [--keys KEY ...]]
 
 Runs of one `label` (the method's name, if it was not set) and several seeds are one row. Rows "base" and "oracle" are
 the same runs' scores before unlearning and of the model that never saw the forget set.
@@ -112,18 +112,28 @@ def pictures_of(runs: list[dict[str, Any]], rows: Iterable[str]) -> dict[str, Pa
 
 
 def curves_of(runs: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, dict[str, dict[int, list[float]]]]:
-    """Values by row, key and step: the looks on the way, from metrics.jsonl, without the final, larger evaluation."""
+    """Values by row, key and step, from metrics.jsonl: steps, or looks on the way, not the final, larger evaluation."""
     curves: dict[str, dict[str, dict[int, list[float]]]] = {}
     for run in sorted(runs, key=lambda run: (run["method"], run["seed"])):
         path = run["folder"] / "metrics.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        looks = [line for line in lines if any(key in line for key in keys)]
-        for look in looks:
-            for key in keys:
-                if key in look and look.keys() == looks[0].keys():
+        for key in keys:
+            found = [(line, {name for name in line if name.startswith("eval/")}) for line in lines if key in line]
+            for line, measured in found:
+                if measured == found[0][1]:
                     row = curves.setdefault(run["method"], {}).setdefault(key, {})
-                    row.setdefault(look["step"], []).append(look[key])
+                    row.setdefault(line["step"], []).append(line[key])
     return curves
+
+
+def in_bins(points: dict[int, list[float]], most: int = 100) -> list[tuple[float, list[float]]]:
+    """Steps in order and each seed's value there; of more than `most` steps the means of neighbours."""
+    ordered, size = sorted(points.items()), max(1, math.ceil(len(points) / most))
+    bins = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [
+        (mean(step for step, _ in part), [mean(seed) for seed in zip(*(values for _, values in part), strict=False)])
+        for part in bins
+    ]
 
 
 def draw_curves(curves: dict[str, dict[str, dict[int, list[float]]]], keys: tuple[str, ...], path: Path) -> None:
@@ -137,14 +147,16 @@ def draw_curves(curves: dict[str, dict[str, dict[int, list[float]]]], keys: tupl
     figure = Figure(figsize=(5.5 * len(keys) + 1.5, 4.5), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         for number, (row, by_key) in enumerate(curves.items()):
-            points = sorted(by_key.get(key, {}).items())
+            points = in_bins(by_key.get(key, {}))
             steps, values = [step for step, _ in points], [values for _, values in points]
             style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
             (line,) = axes.plot(steps, [mean(found) for found in values], style, label=row, linewidth=1.5)
             if len(curves) <= 6:
                 ends = [[end(found) for found in values] for end in (min, max)]
                 axes.fill_between(steps, *ends, alpha=0.12, color=line.get_color())
-        axes.set(xlabel="step", ylabel=key, ylim=(0, None))
+        axes.set(xlabel="step", ylabel=key)
+        if axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -178,6 +190,10 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs below it")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="also write a picture of everyone's samples")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="also write a picture of forgetting over the steps")
+    parser.add_argument(
+        "--keys", nargs="+", metavar="KEY", default=["eval/forget_rate", "eval/restored_rate"],
+        help="keys of metrics.jsonl to draw there, such as lambda/value (default: forgetting)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     folders = arguments.folders
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
@@ -196,12 +212,12 @@ def main() -> None:
         side_by_side(pictures_of(runs, rows)).save(arguments.grid)
         print(f"Samples of the lowest seed: {arguments.grid}")
     if arguments.curves:
-        keys = ("eval/forget_rate", "eval/restored_rate")
+        keys = tuple(arguments.keys)
         if curves := curves_of(runs, keys):
             draw_curves(curves, keys, arguments.curves)
-            print(f"Looks on the way: {arguments.curves}")
+            print(f"{', '.join(keys)} over the steps: {arguments.curves}")
         else:
-            print(f"{arguments.curves} is not written: no run has looks on the way in a metrics.jsonl.")
+            print(f"{arguments.curves} is not written: no run has {' or '.join(keys)} on the way in a metrics.jsonl.")
     if others:
         print("Not in the table:", *others, sep="\n  ")
 

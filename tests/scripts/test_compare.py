@@ -96,6 +96,27 @@ def test_runs_are_told_apart_by_their_labels_and_drawn_over_steps(tmp_path):
     runs, _ = compare.finished_runs([tmp_path])
     curves = compare.curves_of(runs, ("eval/forget_rate",))
     assert curves["siss_0.1"]["eval/forget_rate"] == {1: [0.5, 0.5], 2: [0.25, 0.25]}
+    missing = command(tmp_path, "--curves", tmp_path / "none.png", "--keys", "lambda/value")
+    assert "no run has lambda/value on the way" in missing.stdout
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_final_evaluation_is_no_look_and_steps_are(tmp_path):
+    folder = make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1})
+    lines = [
+        {"step": 1, "lambda/value": 0.5, "loss/retain": 1.0}, {"step": 2, "lambda/value": 0.4},
+        {"step": 2, "eval/forget_rate": 0.3}, {"step": 2, "eval/forget_rate": 0.1, "eval/fid_retain": 2.0},
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs, _ = compare.finished_runs([tmp_path])
+    curves = compare.curves_of(runs, ("eval/forget_rate", "lambda/value"))["siss"]
+    assert curves == {"eval/forget_rate": {2: [0.3]}, "lambda/value": {1: [0.5], 2: [0.4]}}
+
+
+def test_many_steps_are_drawn_as_means_of_neighbours():
+    points = {step: [step, 10.0 * step] for step in (3, 1, 2, 5, 4)}
+    assert compare.in_bins(points, most=5) == [(step, [step, 10.0 * step]) for step in range(1, 6)]
+    assert compare.in_bins(points, most=3) == [(1.5, [1.5, 15.0]), (3.5, [3.5, 35.0]), (5, [5, 50.0])]
 
 
 def test_a_run_that_was_made_again_counts_once(tmp_path):
