@@ -134,9 +134,10 @@ class Rates(Metric):
         if spec.restored_content is not None and spec.label_names is not None:
             scores["restored_rate"] = share(contents == spec.restored_content)
         if samples.retain_labels is not None:
-            scores["retain_accuracy"] = share(samples.retain.samples.contents == samples.retain_labels)
+            right = samples.retain.samples.contents == spec.contents_of(samples.retain_labels)
+            scores["retain_accuracy"] = share(right)
         for name, group in samples.per_class.items():
-            right = group.samples.contents == samples.label_of[name]
+            right = group.samples.contents == spec.contents_of(torch.tensor(samples.label_of[name]))
             scores[f"per_class/accuracy/{name}"] = share(right)
         return scores
 
