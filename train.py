@@ -30,8 +30,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples, require_threshold
-    from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.checkpoint import Checkpoints
+    from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.pretraining import pretrained
     from unlearn_runner.training.progress import ProgressBar
     from unlearn_runner.training.recorder import RunRecorder

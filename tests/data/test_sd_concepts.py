@@ -103,7 +103,7 @@ def test_refuses(tmp_path):
         concepts(tmp_path, retain_concepts=[])
     with pytest.raises(ConfigurationError, match=r"one or more prompts with one \{\} each"):
         concepts(tmp_path, forget_templates=["a picture"])
-    with pytest.raises(ConfigurationError, match="not of a hat: take dataset.source=base"):
+    with pytest.raises(ConfigurationError, match=r"not of a hat: take dataset\.source=base"):
         concepts(tmp_path, concept="a hat")
     with pytest.raises(ConfigurationError, match="num_images must be positive"):
         concepts(tmp_path, num_images=0)

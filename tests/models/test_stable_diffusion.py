@@ -48,7 +48,8 @@ def foreign(folder, prediction_type="v_prediction"):
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(
             sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), norm_num_groups=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=24, attention_head_dim=2, layers_per_block=1, use_linear_projection=True,
         ),
         scheduler=PNDMScheduler(

@@ -87,8 +87,9 @@ class SDConcepts(Dataset):
     """`concept` under `forget_templates` to forget, `retain_concepts` under `retain_templates` to keep.
 
     The images come from `source`: "embedded" (digits and trousers), "base" (drawn by the base model itself, once for
-    all runs), or a folder with a folder of images for each concept. Each image is shown under one prompt of its concept,
-    in turn. Concepts are what stands for `{}` in a template; a folder's name is the concept's with _ for spaces.
+    all runs), or a folder with a folder of images for each concept. Each image is shown under one prompt of its
+    concept, in turn. Concepts are what stands for `{}` in a template; a folder's name is the concept's with _ for
+    spaces.
 
     `paraphrases` are templates that no method sees: they ask whether the concept is gone or only its prompts.
     `num_images` is how many the base draws under each prompt, with `num_inference_steps`.

@@ -93,7 +93,7 @@ def small_clip(
     embed_dim: int = 64,
     context_length: int = 16,
 ) -> Clip:
-    """open_clip's CLIP at a size that trains on a CPU, with fresh weights drawn from `seed` and open_clip's tokenizer."""
+    """open_clip's CLIP at a size that trains on a CPU, with its tokenizer and fresh weights drawn from `seed`."""
     for name, value in (("width", width), ("text_width", text_width)):
         if value % heads:
             raise ConfigurationError(f"clip.network.{name} must divide by heads={heads}, got {value}.")
@@ -122,7 +122,7 @@ def pretrained_clip(model: str, pretrained: str, seed: int = 0) -> Clip:
 
     if model not in open_clip.list_models():
         raise ConfigurationError(
-            f"clip.network.model={model}: open_clip has no such model; take ViT-B-32, or another name of its list_models()."
+            f"clip.network.model={model}: open_clip has no such model; take ViT-B-32, or another of its list_models()."
         )
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; ours is the one sentence below
     try:
@@ -131,7 +131,7 @@ def pretrained_clip(model: str, pretrained: str, seed: int = 0) -> Clip:
         known = [tag for name, tag in open_clip.list_pretrained() if name == model]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(
-            f"{model} needs the weights '{pretrained}', which could not be had ({reason}); put them into a file and give "
-            "its path" + (f", or take one of {', '.join(known)}." if known else ".")
+            f"{model} needs the weights '{pretrained}', which could not be had ({reason}); put them into a file and "
+            "give clip.network.pretrained=<file>" + (f", or take one of {', '.join(known)}." if known else ".")
         ) from error
     return Clip(network, open_clip.get_tokenizer(model), f"open_clip {model} {Path(pretrained).name}")

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: diffusers' latent text-to-image parts behind the face that methods and evaluation use."""
+"""Stable Diffusion 1.x and 2.x: diffusers' text-to-image parts behind the face that methods and evaluation use."""
 
 import copy
 import logging
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int64, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.model import (
@@ -60,9 +60,9 @@ class Tuning(NamedTuple):
 class StableDiffusion(DiffusionModel):
     """Latent diffusion under prompts (Rombach et al. 2022, 2112.10752).
 
-    Images are [b, c, h, w] in [-1, 1]; latents [b, l, i, j] are the autoencoder's means times its scaling factor, and it
-    is they that noise is added to. The network predicts eps or v, as its scheduler's `prediction_type` says. Conditions are indices
-    [b] into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed` makes them.
+    Images are [b, c, h, w] in [-1, 1]; latents [b, l, i, j] are the autoencoder's means times its scaling factor, and
+    noise is added to them. The network predicts eps or v, as its scheduler's `prediction_type` says. Conditions are
+    indices [b] into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed` makes them.
 
     `guided` answers uncond + guidance_scale (cond - uncond) (2207.12598), where the unconditional prompt is "".
 
@@ -401,7 +401,7 @@ class Autoencoder(GenerativeModel):
 
     @torch.no_grad()
     def measure_scale(self, images: Float[Tensor, "n c h w"]) -> None:
-        """Let the scaling factor give the latents of these images a standard deviation of 1 (2112.10752, appendix G)."""
+        """Make the scaling factor give these images' latents a standard deviation of 1 (2112.10752, appendix G)."""
         spread = torch.cat([self.vae.encode(part).latent_dist.mean for part in images.split(256)]).std()
         self.vae.register_to_config(scaling_factor=1 / float(spread))
 
@@ -434,9 +434,9 @@ def build_stable_diffusion(
 
     Where `weights` is not "auto" but a folder or hub id of a StableDiffusionPipeline, that decides the architecture and
     the schedule, and all arguments from `prediction_type` on are without effect; it is checked here and its weights are
-    read later, by `load`. With "auto" a small one is built with fresh weights drawn from `seed`; `vae` are arguments of its
-    AutoencoderKL, drawn first, so that they alone decide its weights; `words` are those that its tokenizer knows as one
-    token each.
+    read later, by `load`. With "auto" a small one is built with fresh weights drawn from `seed`; `vae` are arguments of
+    its AutoencoderKL, which is drawn first, so that they alone decide its weights; `words` are those that its tokenizer
+    knows as one token each.
     """
     if not prompts:
         raise ConfigurationError(
@@ -592,6 +592,6 @@ def _not_had(weights: str | Path, name: str, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
         f"model.weights={weights}: expected a folder with a StableDiffusionPipeline of diffusers (unet/, vae/, "
-        "text_encoder/, tokenizer/, scheduler/), or a hub id that can be reached, or download it elsewhere and give the "
-        f"folder; {name} could not be read: {reason}"
+        "text_encoder/, tokenizer/, scheduler/), or a hub id that can be reached, or download it elsewhere and give "
+        f"the folder; {name} could not be read: {reason}"
     )

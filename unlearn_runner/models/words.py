@@ -21,7 +21,7 @@ def build_tokenizer(words: Sequence[str], max_length: int) -> "CLIPTokenizer":
     alphabet = sorted(ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + END for letter in alphabet)]
     merges: dict[tuple[str, str], None] = {}
-    for word in sorted({part.lower() for word in words for part in word.split()}):
+    for word in sorted({part.lower() for given in words for part in given.split()}):
         *letters, last = word
         left = ""
         for piece in (*letters, last + END):

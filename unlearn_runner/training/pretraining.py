@@ -69,8 +69,8 @@ def pretrained(
     """The folder with the weights of a model trained on "all" images (a base) or "retain" images (an oracle).
 
     `build` makes a network from a seed for a dataset; `key` is the configuration of network and recipe. `data` is
-    without effect where the recipe has a corpus. An interrupted training leaves a checkpoint in the cache, from which the
-    next call goes on, to the bit.
+    without effect where the recipe has a corpus. An interrupted training leaves a checkpoint in the cache, from which
+    the next call goes on, to the bit.
     """
     if recipe.corpus is not None:
         if population != "all":
