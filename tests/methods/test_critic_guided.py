@@ -252,7 +252,7 @@ def test_rewards_by_hand(clip):
     asked = torch.arange(4)
     cosines = clip.of_images(images) @ clip.of_texts(labels.names).T
     chances = (clip.scale * cosines).softmax(1)
-    found = Reward(clip, labels)(images, asked)
+    found = Reward(clip, labels, "probability")(images, asked)
     sevens = chances[:, 2] + chances[:, 3]
     torch.testing.assert_close(found, torch.stack([chances[0, 0], chances[1, 1], 1 - sevens[2], 1 - sevens[3]]))
     similar = Reward(clip, labels, "similarity")(images, asked)

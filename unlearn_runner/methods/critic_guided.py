@@ -126,7 +126,7 @@ class Reward:
     (1 + cosine of picture and prompt) / 2. With an `override`, a text, forget prompts are rewarded for showing that.
     """
 
-    def __init__(self, clip: Clip, labels: Labels, kind: str = "probability", override: str | None = None):
+    def __init__(self, clip: Clip, labels: Labels, kind: str = "similarity", override: str | None = None):
         if kind not in REWARDS:
             raise ConfigurationError(f"method.reward must be one of {', '.join(REWARDS)}; got '{kind}'.")
         self.clip, self.kind, self.override = clip, kind, override
@@ -170,7 +170,7 @@ class PromptStatistics:
 
     def __init__(self, num_labels: int, size: int, least: int):
         self.size, self.least = size, least
-        self.rewards = torch.full((num_labels, size), torch.nan)
+        self.rewards = torch.full((num_labels, size), torch.inf)  # where there is none yet
 
     def add(self, labels: Int64[Tensor, "b"], rewards: Float[Tensor, "b"]) -> None:
         for label, reward in zip(labels.tolist(), rewards.cpu(), strict=True):
@@ -182,9 +182,9 @@ class PromptStatistics:
         means, stds = torch.zeros(2, len(self.rewards))
         for label in labels.unique().tolist():
             own = self.rewards[label]
-            if (~own.isnan()).sum() < self.least:
+            if own.isfinite().sum() < self.least:
                 own = self.rewards[kinds == kinds[label]]
-            known = own[~own.isnan()]
+            known = own[own.isfinite()]
             means[label], stds[label] = known.mean(), known.std(correction=0)
         return means[labels.cpu()].to(labels.device), stds[labels.cpu()].to(labels.device)
 
@@ -264,19 +264,19 @@ class CriticGuided(Method):
         microbatch: int = 64,
         clip_range: float = 1e-4,
         max_advantage: float = 5.0,
-        min_std: float = 0.05,
+        min_std: float = 0.005,
         trace: float = 0.9,
         critic_sees: str = "noisy",
         critic_steps: int = 8,
         critic_batch: int = 64,
-        critic_warmup: int = 2,
+        critic_warmup: int = 1,
         reuse: int = 1,
         max_staleness: int = 2,
         max_weight: float = 2.0,
         kl_weight: float = 0.0,
         history: int = 32,
         least_history: int = 8,
-        reward: str = "probability",
+        reward: str = "similarity",
         override: str | None = None,
         seed: int = 0,
     ):
@@ -306,6 +306,11 @@ class CriticGuided(Method):
         for name, value in (("reuse", reuse), ("kl_weight", kl_weight), ("critic_warmup", critic_warmup)):
             if value < 0:
                 raise ConfigurationError(f"method.{name} must not be negative, got {value}.")
+        if minibatches > num_rollouts * self._kept(timestep_share, num_inference_steps - 1):
+            raise ConfigurationError(
+                f"method.minibatches must be at most the steps that a round learns from, got {minibatches} for "
+                f"num_rollouts={num_rollouts} of num_inference_steps={num_inference_steps}."
+            )
         if critic_sees not in SIGHTS:
             raise ConfigurationError(f"method.critic_sees must be one of {', '.join(SIGHTS)}; got '{critic_sees}'.")
         self.reads = Streams(retain=None, forget=False)
@@ -434,7 +439,8 @@ class CriticGuided(Method):
         # the policy at the beginning: of fresh roll-outs it is the one that drew them
         start = joined.log_probs.clone()
         with torch.no_grad():
-            for part in torch.nonzero(rows >= fresh)[:, 0].split(self.microbatch):
+            earlier = torch.nonzero(rows >= fresh)[:, 0]
+            for part in (earlier[chunk] for chunk in self._microbatches(len(earlier))):
                 start[rows[part], steps[part]] = self.score(self.trained, joined, rows[part], steps[part]).log_prob
         weights = (start - joined.log_probs).exp().clamp(max=self.max_weight)
 
@@ -518,12 +524,17 @@ class CriticGuided(Method):
     def _chosen_steps(self, rollouts: Rollouts) -> tuple[Int64[Tensor, "n"], Int64[Tensor, "n"]]:
         """Which steps of which roll-outs to learn from, in random order."""
         b, k = len(rollouts.labels), rollouts.num_actions
-        kept = max(1, round(self.timestep_share * k))
+        kept = self._kept(self.timestep_share, k)
         device = self.generator.device
         steps = torch.rand((b, k), generator=self.generator, device=device).argsort(1)[:, :kept].flatten()
         rows = torch.arange(b, device=device).repeat_interleave(kept)
         order = torch.randperm(b * kept, generator=self.generator, device=device)
         return rows[order], steps[order]
+
+    @staticmethod
+    def _kept(timestep_share: float, num_actions: int) -> int:
+        """How many steps of a roll-out are learnt from."""
+        return max(1, round(timestep_share * num_actions))
 
     def _levels(self, steps: Int64[Tensor, "n"]) -> Float[Tensor, "n"]:
         """(t + 1) / T at these steps, 0 of a picture; always 0 for a critic that knows pictures only."""

@@ -560,7 +560,8 @@ def _configured_as(weights: str) -> Parts:
         ("scheduler", scheduler),
     ):
         try:
-            found[name] = make()
+            with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
+                found[name] = make()
         except Exception as error:  # what the libraries, the hub's client and its HTTP library raise, for one mistake
             raise ConfigurationError(_not_had(weights, name, error)) from error
     del found["model_index.json"]
