@@ -29,7 +29,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.evaluation.classifier import trained_judge
-    from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples, require_threshold
+    from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.pretraining import pretrained
@@ -57,14 +57,16 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    clip = hardware.place(make(cfg["clip"]["network"])) if "clip" in cfg else None
-    clip_training = make(cfg["clip"]["training"]) if "clip" in cfg else None
+    clip, clip_training = make(cfg["clip"]["network"]), make(cfg["clip"]["training"])
+    if clip is not None:
+        hardware.place(clip)
     method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device), clip)
     plan.require_a_teacher(method)
     total_steps = driver.total_steps(method, plan)
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
     require_threshold(evaluation["threshold"])
+    require_clip(evaluation["metrics"], clip)
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"])
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
@@ -98,9 +100,9 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
         # 3. Measure, unlearn, measure.
         recorder.watch(
             network,
-            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir),
+            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir, clip),
             *(
-                node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir)
+                node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir, clip)
                 for node in (evaluation["probe"], evaluation["at_threshold"])
             ),
             evaluation["threshold"],

@@ -152,10 +152,10 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
 
 @pytest.mark.parametrize("evaluation", options("evaluation"))
 def test_evaluation_options_build(composed, evaluation):
-    cfg = composed(f"evaluation={evaluation}", debug=False)
+    cfg = composed(f"evaluation={evaluation}", *["dataset=sd_concepts"] * (evaluation == "prompts"), debug=False)
     built = make(cfg["evaluation"])
     assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built["metrics"])
-    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation == "quick"
+    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation in ("quick", "prompts")
 
 
 @pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "single_gpu"])
@@ -199,7 +199,7 @@ def test_experiments_compose_with_every_method(composed, experiment):
         if (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None):
             continue  # it refuses
         spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,), tuple("0123456789"), tuple(range(10))))
-        clip = make(cfg["clip"]["network"]) if "clip" in cfg else None
+        clip = make(cfg["clip"]["network"])
         built = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])

@@ -28,8 +28,7 @@ def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True, record
     plan = make(cfg["trainer"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    clip = make(cfg["clip"]["network"]) if "clip" in cfg else None
-    method = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
+    method = build_method(cfg["method"], network, spec, make_generator(0, "method"), make(cfg["clip"]["network"]))
     return Trainer(
         method,
         BatchStream(data, method.reads, plan.batch_size, 0, CPU),

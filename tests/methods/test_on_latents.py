@@ -28,7 +28,8 @@ def configuration(composed, folder, method, *more):
     small = SMALL if method in ("critic_guided", "ddpo") else ()
     return composed(
         f"method={method}", "dataset=sd_concepts", "model=sd15", f"model.weights={folder}",
-        "model.network.trainable=full", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]", "trainer.batch_size=3", *small, *more,
+        "model.network.trainable=full", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]",
+        "trainer.batch_size=3", *small, *more,
     )  # fmt: skip
 
 

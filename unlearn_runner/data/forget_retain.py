@@ -58,7 +58,7 @@ class DataSpec(NamedTuple):
         )
         return Labels(retained, forgotten, self.label_names, tuple(contents))
 
-    def contents_of(self, labels: Int64[Tensor, "n"]) -> Int64[Tensor, "n"]:
+    def contents_of(self, labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
         """What these labels ask for."""
         return labels if self.label_contents is None else torch.tensor(self.label_contents)[labels]
 

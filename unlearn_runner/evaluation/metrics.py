@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judged
+from unlearn_runner.evaluation.classifier import Judge, Judged
+from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 
 
@@ -78,6 +79,24 @@ class ImageMetric(ABC):
     @abstractmethod
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         """What its numbers depend on, for this kind of model."""
+
+
+class PromptMetric(ABC):
+    """Scores by key, without the prefix `eval/`, from what a model draws under texts of the metric's own."""
+
+    needs_clip: bool
+
+    @abstractmethod
+    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+        """Tables with a row for each picture. The model is one that can `embed` texts."""
+
+    @abstractmethod
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """The scores of these rows, or of a bootstrap's choice of them."""
+
+    @abstractmethod
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        """What its numbers depend on."""
 
 
 def measure_images(

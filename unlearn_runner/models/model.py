@@ -43,6 +43,7 @@ class GenerativeModel(nn.Module, ABC):
     answer_shape: tuple[int, int, int]  # of what `predict` answers to it
     num_labels: int | None
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
+    prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
     has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
     network_evaluations: int  # samples passed forward through the trained network so far
 

@@ -112,7 +112,7 @@ class StableDiffusion(DiffusionModel):
         return self.scheduler.config.num_train_timesteps
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        """The text encoder's last hidden states, as the pipeline takes them."""
+        """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
