@@ -32,7 +32,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
-    from unlearn_runner.training.pretraining import pretrained
+    from unlearn_runner.training.pretraining import pretrained, require_teachable
     from unlearn_runner.training.progress import ProgressBar
     from unlearn_runner.training.recorder import RunRecorder
     from unlearn_runner.training.run_folder import RunFolder, checkpoint_to_resume, claim
@@ -66,6 +66,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
     require_threshold(evaluation["threshold"])
+    require_teachable(pretraining, cfg["model"]["weights"], dataset.from_base, evaluation["oracle"])
     require_clip(evaluation["metrics"], clip)
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"])

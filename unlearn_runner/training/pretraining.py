@@ -56,6 +56,20 @@ class Pretraining:
                 raise ConfigurationError(f"model.pretraining.{name} must be positive, got {getattr(self, name)}.")
 
 
+def require_teachable(recipe: Pretraining | None, weights: str, from_base: bool, oracle: bool) -> None:
+    """Raise ConfigurationError if the base would have to draw what it learns from, or an oracle has no recipe."""
+    if from_base and weights == "auto" and recipe.corpus is None:
+        raise ConfigurationError(
+            "dataset.source=base: this model's base would have to draw the images that it learns from; give "
+            "model.weights, or another source."
+        )
+    if oracle and (recipe is None or recipe.corpus is not None):
+        raise ConfigurationError(
+            "evaluation.oracle must be false, got true: this model's base does not learn from the dataset, so there is "
+            "no oracle that would learn from it without the forget set."
+        )
+
+
 def pretrained(
     population: str,
     recipe: Pretraining,
@@ -73,17 +87,7 @@ def pretrained(
     the next call goes on, to the bit.
     """
     if recipe.corpus is not None:
-        if population != "all":
-            raise ConfigurationError(
-                "evaluation.oracle: this model's base learns from captions of its own, there is no oracle without the "
-                "forget set; take evaluation.oracle=false."
-            )
         data = recipe.corpus.load()
-    if data is None:
-        raise ConfigurationError(
-            "dataset.source=base: this model's base would have to draw the images that it learns from; give "
-            "model.weights, or another source."
-        )
     learn = _Learning(data, interrupts, console)
 
     def make(folder: Path) -> None:
