@@ -67,11 +67,13 @@ class Evaluation(NamedTuple):
     def save(self, folder: Path) -> None:
         """Write the folder that `open_evaluation` reads."""
         tensors = {
-            f"{name}/{field}": part.clone()  # safetensors refuses tensors that share memory
+            f"{name}/{field}": part.clone(
+                memory_format=torch.contiguous_format
+            )  # safetensors takes no other, nor shared memory
             for name, judged in self.judged.items()
             for field, part in judged.tensors().items()
         }
-        save_file({"grid": self.grid, **tensors}, folder / "samples.safetensors")
+        save_file({"grid": self.grid.contiguous(), **tensors}, folder / "samples.safetensors")
         numbers = {name: value for name, value in self._asdict().items() if name not in ("grid", "judged")}
         write_json(folder / "evaluation.json", numbers)
 

@@ -365,7 +365,8 @@ class CriticGuided(Method):
         if self.critic is not None:
             metrics |= self._teach_critic(rollouts)
 
-        self.memory.add(self.rounds.value, rollouts)
+        if self.reuse:
+            self.memory.add(self.rounds.value, rollouts)
         self.rounds.value += 1
         forget = self.reward.to_forget(rollouts.labels)
         for name, rows in (("forget", forget), ("retain", ~forget)):
@@ -445,7 +446,7 @@ class CriticGuided(Method):
         weights = (start - joined.log_probs).exp().clamp(max=self.max_weight)
 
         entries = math.prod(self.trained.sample_shape)
-        sums = {name: start.new_zeros(()) for name in ("loss/policy", "policy/kl_start", "policy/clipped", "loss/kl")}
+        sums = {name: start.new_zeros(()) for name in ("loss/policy", "policy/clipped", "loss/kl")}
         mean, squares = 0.0, 0.0
         for chunk in torch.arange(len(rows), device=rows.device).tensor_split(self.minibatches):
             gradient = self.update.zero_gradient()
@@ -464,7 +465,6 @@ class CriticGuided(Method):
                     loss = loss + self.kl_weight * kl
                 gradient = gradient + self.update.gradient(loss) * share
                 log_ratio = log_ratio.detach()
-                sums["policy/kl_start"] += (log_ratio.exp() - 1 - log_ratio).mean() * share * entries
                 sums["policy/clipped"] += ((log_ratio.exp() - 1).abs() > self.clip_range).float().mean() * share
             self.update.apply(gradient)
             mean = mean + gradient / self.minibatches

@@ -250,7 +250,7 @@ class StableDiffusion(DiffusionModel):
                 x = torch.randn((count, *self.sample_shape), generator=generator, device=device)
                 embeddings = self.embeddings(cond[start : start + count])
                 images.append(self.picture(denoise(self, scheduler, x, embeddings, generator)))
-        return torch.cat(images)
+        return torch.cat(images).contiguous()  # some convolutions answer in channels_last
 
     def save(self, folder: Path) -> None:
         """A folder for `StableDiffusionPipeline.from_pretrained`, LoRA added to the weights; without a safety checker.
