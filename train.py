@@ -29,9 +29,10 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.evaluation.classifier import trained_judge
-    from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples, require_threshold
+    from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
     from unlearn_runner.training.checkpoint import Checkpoints
-    from unlearn_runner.training.pretraining import pretrained
+    from unlearn_runner.training.clip import trained_clip
+    from unlearn_runner.training.pretraining import pretrained, require_teachable
     from unlearn_runner.training.progress import ProgressBar
     from unlearn_runner.training.recorder import RunRecorder
     from unlearn_runner.training.run_folder import RunFolder, checkpoint_to_resume, claim
@@ -48,24 +49,25 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     hardware.apply()
     dataset = make(cfg["dataset"])
 
-    def build_network(seed: int):
-        spec = dataset.spec
-        num_labels = None if spec.label_names is None else len(spec.label_names)
-        return hardware.place(
-            make(cfg["model"]["network"], image_shape=spec.image_shape, num_labels=num_labels, seed=seed)
-        )
+    def build_network(seed: int, spec=dataset.spec):
+        return hardware.place(build_model(cfg["model"]["network"], spec, seed))
 
     network = build_network(seed)
     pretraining = make(cfg["model"]["pretraining"])
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device))
+    clip, clip_training = make(cfg["clip"]["network"]), make(cfg["clip"]["training"])
+    if clip is not None:
+        hardware.place(clip)
+    method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device), clip)
     plan.require_a_teacher(method)
     total_steps = driver.total_steps(method, plan)
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
     require_threshold(evaluation["threshold"])
+    require_teachable(pretraining, cfg["model"]["weights"], dataset.from_base, evaluation["oracle"])
+    require_clip(evaluation["metrics"], clip)
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"])
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
@@ -76,23 +78,32 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
 
     with RunRecorder(folder, logger, cfg, total_steps, console) as recorder, Interrupts() as interrupts:
         # 2. Load the data; get the judge and the base weights, or make them once.
-        data = dataset.load()
+        def weights_of(population: str) -> str | Path:
+            if population == "all" and cfg["model"]["weights"] != "auto":
+                return cfg["model"]["weights"]
+            key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
+            return pretrained(population, pretraining, key, build_network, data, cache_dir, interrupts, console)
+
+        if dataset.from_base:
+            data = None
+            network.load(weights_of("all"))
+            data = drawn_by(network, dataset, hardware.device)
+        else:
+            data = dataset.load()
+            network.load(weights_of("all"))
+        if clip_training is not None:
+            with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:
+                clip.load(trained_clip(clip, clip_training, cfg["clip"]["network"], cache_dir, progress.update))
         recipe = evaluation["classifier"]
         with closing(ProgressBar("training the classifier", recipe.max_steps, console)) as progress:
             judge = trained_judge(data, recipe, cache_dir, hardware.device, evaluation["extractor"], progress.update)
 
-        def weights_of(population: str) -> Path:
-            key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
-            return pretrained(population, pretraining, key, build_network, data, cache_dir, interrupts, console)
-
-        network.load(weights_of("all") if cfg["model"]["weights"] == "auto" else cfg["model"]["weights"])
-
         # 3. Measure, unlearn, measure.
         recorder.watch(
             network,
-            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir),
+            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir, clip),
             *(
-                node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir)
+                node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir, clip)
                 for node in (evaluation["probe"], evaluation["at_threshold"])
             ),
             evaluation["threshold"],
@@ -125,10 +136,32 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
         recorder.report()
 
 
-def build_method(node, network, spec, generator):
-    """The method of a configuration; one that draws labels instead of images has a key for the dataset's."""
-    labels = {"labels": spec.labels} if "labels" in node else {}
-    return instantiate(node, _convert_="all", model=network, generator=generator, **labels)
+def build_model(node, spec, seed):
+    """The network of a configuration for a dataset; one that draws under prompts has a key for the dataset's."""
+    names = spec.label_names
+    prompts = {"prompts": names} if "prompts" in node else {}
+    num_labels = None if names is None else len(names)
+    return instantiate(node, _convert_="all", image_shape=spec.image_shape, num_labels=num_labels, seed=seed, **prompts)
+
+
+def drawn_by(network, dataset, device):
+    """The images that the base draws of a dataset's prompts, drawn once for all runs."""
+    from unlearn_runner.cache import digest
+    from unlearn_runner.types import make_generator
+
+    def draw(labels):
+        generator = make_generator(dataset.seed, "base images", device)
+        steps, batch = dataset.num_inference_steps, dataset.batch_size
+        return network.sample(len(labels), labels.to(device), generator, steps, batch_size=batch)
+
+    base = {"weights": digest(network.state_dict()), "guidance": str(getattr(network, "guidance_scale", 1.0))}
+    return dataset.load_from(draw, base)
+
+
+def build_method(node, network, spec, generator, clip=None):
+    """The method of a configuration; one that draws labels or asks CLIP has a key for the dataset's and the group's."""
+    given = {name: part for name, part in (("labels", spec.labels), ("clip", clip)) if name in node}
+    return instantiate(node, _convert_="all", model=network, generator=generator, **given)
 
 
 if __name__ == "__main__":

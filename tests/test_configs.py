@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits
+from pipelines import foreign
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
 
-from train import build_method
+from train import build_method, build_model
 from unlearn_runner.cache import digest
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
@@ -34,7 +35,13 @@ LAMBDAS = [
     if not (more and name == "constant")
 ]
 DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
-VAES = [(method, "model=vae") for method in options("method") if method not in ("erase_diff", *DISTILLING)]
+ROLLING_OUT = ("critic_guided", "ddpo")
+ASKING_A_DIFFUSION_MODEL = ("erase_diff", *DISTILLING, *ROLLING_OUT)
+VAES = [(method, "model=vae") for method in options("method") if method not in ASKING_A_DIFFUSION_MODEL]
+CRITICS = [
+    ("critic_guided", "method.critic_sees=clean", "method.critic_warmup=0", "method.kl_weight=0.1"),
+    ("critic_guided", "method.reuse=2", "method.critic_warmup=1", "method.timestep_share=0.5", "method.trace=0.0"),
+]
 HYBRIDS = [
     ("hybrid", "method.target=mixture_score"),
     *(("hybrid", "method.variant=siss_sfd_labels", f"method/lambd={name}") for name in ("variance", "closed_form")),
@@ -45,7 +52,7 @@ OVERRIDES = [
     ("sfd", f"method/override={name}", *(["method.override.label=2"] * (name == "fixed")))
     for name in options("method/override")
 ]
-VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES
+VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS
 METHODS = [(method,) for method in options("method")] + VARIANTS
 
 
@@ -128,22 +135,27 @@ def test_update_options_train(composed, digits, tmp_path, update):
 
 
 @pytest.mark.parametrize("model", options("model"))
-def test_model_options_fit_their_dataset(composed, model):
+def test_model_options_fit_their_dataset(composed, tmp_path, model):
     dataset = {"ddpm_tiny": (1, 16, 16), "ddpm_cifar10": (3, 32, 32)}.get(model, (1, 28, 28))
-    cfg = composed(f"model={model}")
-    network = make(cfg["model"]["network"], image_shape=dataset, num_labels=10, seed=0)
+    more = [f"model.weights={foreign(tmp_path)}"] * (model == "sd15")  # its own are on the hub
+    if model.startswith("sd"):
+        dataset = (3, 32, 32)
+    cfg = composed(f"model={model}", *more)
+    spec = SimpleNamespace(image_shape=dataset, label_names=tuple("0123456789"))
+    network = build_model(cfg["model"]["network"], spec, 0)
     make(cfg["model"]["pretraining"])
     labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, network.num_train_timesteps - 1])
     with torch.no_grad():
-        assert network.predict(torch.randn(2, *network.sample_shape), timesteps, labels).shape == (2, *dataset)
+        answer = network.predict(torch.randn(2, *network.sample_shape), timesteps, labels)
+    assert answer.shape == (2, *network.answer_shape)
 
 
 @pytest.mark.parametrize("evaluation", options("evaluation"))
 def test_evaluation_options_build(composed, evaluation):
-    cfg = composed(f"evaluation={evaluation}", debug=False)
+    cfg = composed(f"evaluation={evaluation}", *["dataset=sd_concepts"] * (evaluation == "prompts"), debug=False)
     built = make(cfg["evaluation"])
     assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built["metrics"])
-    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation == "quick"
+    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation in ("quick", "prompts")
 
 
 @pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "single_gpu"])
@@ -183,11 +195,12 @@ def test_experiments_compose_with_every_method(composed, experiment):
             (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
         )
         network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
-        diffusion, distils = isinstance(network, DiffusionModel), method in DISTILLING
-        if (method == "erase_diff" and not diffusion) or (distils and (not diffusion or num_labels is None)):
+        diffusion, asks_labels = isinstance(network, DiffusionModel), method in (*DISTILLING, *ROLLING_OUT)
+        if (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None):
             continue  # it refuses
-        spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,)))
-        built = build_method(cfg["method"], network, spec, make_generator(0, "method"))
+        spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,), tuple("0123456789"), tuple(range(10))))
+        clip = make(cfg["clip"]["network"])
+        built = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
     assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (

@@ -8,7 +8,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from train import build_method
+from train import build_method, build_model
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.training.checkpoint import Checkpoints
@@ -24,16 +24,11 @@ make = partial(instantiate, _convert_="all")
 
 def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True, recorder: Recorder | None = None) -> Trainer:
     spec = data.spec
-    network = make(
-        cfg["model"]["network"],
-        image_shape=spec.image_shape,
-        num_labels=None if spec.label_names is None else len(spec.label_names),
-        seed=0,
-    )
+    network = build_model(cfg["model"]["network"], spec, 0)
     plan = make(cfg["trainer"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    method = build_method(cfg["method"], network, spec, make_generator(0, "method"))
+    method = build_method(cfg["method"], network, spec, make_generator(0, "method"), make(cfg["clip"]["network"]))
     return Trainer(
         method,
         BatchStream(data, method.reads, plan.batch_size, 0, CPU),

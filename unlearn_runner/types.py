@@ -28,10 +28,12 @@ class Streams(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The class labels of a dataset, for methods that draw labels instead of images."""
+    """The labels of a dataset, classes or prompts, for methods that draw labels instead of images."""
 
     retain: tuple[int, ...]
     forget: tuple[int, ...]  # the conditions under which the forget images were learnt
+    names: tuple[str, ...] = ()  # of all labels, by index
+    contents: tuple[int, ...] = ()  # what each label asks for
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import build_ddpm
+from unlearn_runner.models.sampling import sampling_scheduler
 
 
 def test_noising_is_the_schedulers(tiny_network):
@@ -56,7 +57,7 @@ def test_ddim_is_deterministic_and_starts_at_the_last_timestep(tiny_network):
     assert torch.equal(a, b)
     assert a.min() >= -1
     assert a.max() <= 1
-    assert network._sampling_scheduler("ddim", 5).timesteps[0] == 999
+    assert sampling_scheduler(network.scheduler.config, "ddim", 5).timesteps[0] == 999
 
 
 def test_batches_share_nothing_but_the_generator(tiny_network):

@@ -36,21 +36,31 @@ class DataSpec(NamedTuple):
     name: str
     image_shape: tuple[int, int, int]  # channels, height, width
     label_names: tuple[str, ...] | None  # None: the model is unconditional
-    content_names: tuple[str, ...]  # what a classifier tells apart; begins with label_names
+    content_names: tuple[str, ...]  # what a classifier tells apart; begins with label_names, but for label_contents
     forget_content: int  # the content to forget
     restored_content: int | None  # the clean content under the forget condition, if there is one
     horizontal_flip: bool  # mirror half of the training images
+    label_contents: tuple[int, ...] | None = None  # what each label asks for; None: label i asks for content i
 
     @property
     def labels(self) -> Labels | None:
         """The labels that a model is conditioned on; None for an unconditional one.
 
-        The forget label is that of the clean content which is to come back, or that of the class which is to go.
+        The forget labels ask for the clean content which is to come back, or for the class which is to go.
         """
         if self.label_names is None:
             return None
         forget = self.forget_content if self.restored_content is None else self.restored_content
-        return Labels(tuple(label for label in range(len(self.label_names)) if label != forget), (forget,))
+        contents = self.contents_of(torch.arange(len(self.label_names))).tolist()
+        retained, forgotten = (
+            tuple(label for label, content in enumerate(contents) if (content == forget) == wanted)
+            for wanted in (False, True)
+        )
+        return Labels(retained, forgotten, self.label_names, tuple(contents))
+
+    def contents_of(self, labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+        """What these labels ask for."""
+        return labels if self.label_contents is None else torch.tensor(self.label_contents)[labels]
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ class ForgetRetain:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of every array and name: two datasets with the same one are the same to the byte."""
-        digest = hashlib.sha256(repr(self.spec[1:]).encode())
+        known = self.spec[1:] if self.spec.label_contents is not None else self.spec[1:-1]
+        digest = hashlib.sha256(repr(known).encode())
         for part in (self.forget, self.retain, self.forget_test, self.retain_test, self.forget_alike):
             for array in part or ():
                 digest.update(str(tuple(array.shape)).encode())
@@ -102,6 +113,7 @@ class Dataset(ABC):
     """A dataset of the `dataset` group. The constructor checks what the user gave; `load` reads the images."""
 
     spec: DataSpec
+    from_base = False  # whether the base model itself draws the images: then `load_from` stands for `load`
 
     @abstractmethod
     def load(self) -> ForgetRetain: ...

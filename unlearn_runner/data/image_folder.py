@@ -89,7 +89,7 @@ class ImageFolder(Dataset):
 
     def _decode(self, name: str, files: list[Path]) -> LabelledImages:
         if self.resident or not files:
-            pixels = stack_images(_open_all(files), len(files), self.spec.image_shape)
+            pixels = stack_images(open_all(files), len(files), self.spec.image_shape)
         else:
             pixels = self._memory_mapped(files)
         zeros = torch.zeros(len(files), dtype=torch.int64)
@@ -99,7 +99,7 @@ class ImageFolder(Dataset):
         shape = (len(files), *self.spec.image_shape)
 
         def decode(folder: Path) -> None:
-            stack_images(_open_all(files), len(files), self.spec.image_shape, into=folder / "pixels.uint8")
+            stack_images(open_all(files), len(files), self.spec.image_shape, into=folder / "pixels.uint8")
 
         stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         folder = cached(self.cache_dir, "images", {"files": stamps, "shape": shape}, decode)
@@ -140,7 +140,7 @@ def common_mode(files: list[Path]) -> str:
     return next(iter(seen))
 
 
-def _open_all(files: list[Path]) -> Iterator[Image.Image]:
+def open_all(files: list[Path]) -> Iterator[Image.Image]:
     for file in files:
         try:
             with Image.open(file) as image:

@@ -19,7 +19,8 @@ from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge, Judged
-from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, Samples
+from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, PromptMetric, Samples
+from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import make_generator
 
@@ -66,11 +67,13 @@ class Evaluation(NamedTuple):
     def save(self, folder: Path) -> None:
         """Write the folder that `open_evaluation` reads."""
         tensors = {
-            f"{name}/{field}": part.clone()  # safetensors refuses tensors that share memory
+            f"{name}/{field}": part.clone(
+                memory_format=torch.contiguous_format
+            )  # safetensors takes no other, nor shared memory
             for name, judged in self.judged.items()
             for field, part in judged.tensors().items()
         }
-        save_file({"grid": self.grid, **tensors}, folder / "samples.safetensors")
+        save_file({"grid": self.grid.contiguous(), **tensors}, folder / "samples.safetensors")
         numbers = {name: value for name, value in self._asdict().items() if name not in ("grid", "judged")}
         write_json(folder / "evaluation.json", numbers)
 
@@ -88,7 +91,10 @@ def open_evaluation(folder: Path) -> Evaluation:
 
 
 def require_enough_samples(
-    metrics: dict[str, Metric | ImageMetric], sampling: Sampling, num_features: int, num_labels: int | None
+    metrics: dict[str, Metric | ImageMetric | PromptMetric],
+    sampling: Sampling,
+    num_features: int,
+    num_labels: int | None,
 ) -> None:
     """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with."""
     for name, metric in metrics.items():
@@ -106,6 +112,16 @@ def require_enough_samples(
                     f"{num_features} features); evaluation.num_samples={sampling.num_samples} gives {count}: "
                     f"draw more, or leave it out with {mend}."
                 )
+
+
+def require_clip(metrics: dict[str, Metric | ImageMetric | PromptMetric], clip: Clip | None) -> None:
+    """Raise ConfigurationError if a metric asks a CLIP that is not there."""
+    for name, metric in metrics.items():
+        if isinstance(metric, PromptMetric) and metric.needs_clip and clip is None:
+            raise ConfigurationError(
+                f"evaluation.metrics.{name} asks CLIP; say which with clip=tiny or clip=vit_b_32, or leave it "
+                f"out with evaluation.metrics.{name}=null."
+            )
 
 
 def require_threshold(threshold: float | None) -> None:
@@ -126,9 +142,10 @@ class Evaluator:
         self,
         data: ForgetRetain,
         judge: Judge,
-        metrics: dict[str, Metric | ImageMetric],
+        metrics: dict[str, Metric | ImageMetric | PromptMetric],
         sampling: Sampling,
         cache_dir: Path,
+        clip: Clip | None = None,
     ):
         self.cache_dir = cache_dir
         self.data = data
@@ -136,6 +153,8 @@ class Evaluator:
         self.judge = judge
         self.on_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
         self.on_images = {name: metric for name, metric in metrics.items() if isinstance(metric, ImageMetric)}
+        self.on_prompts = {name: metric for name, metric in metrics.items() if isinstance(metric, PromptMetric)}
+        self.clip = clip
         self.sampling = sampling
         self.retain_labels = [
             label for label in range(len(data.spec.label_names or ())) if label not in data.forget_labels
@@ -166,6 +185,9 @@ class Evaluator:
         for name, metric in self.on_images.items() if model.has_likelihood else ():
             with clock(name):
                 rows[name] = metric.measure(model, self.data)
+        for name, metric in self.on_prompts.items() if model.prompts is not None else ():
+            with clock(name):
+                rows[name] = metric.measure(model, self.data, self.judge, self.clip)
         scores = self._score(judged, rows, clock)
         with clock("bootstrap"):
             intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
@@ -194,14 +216,15 @@ class Evaluator:
             "sampler": sampling.sampler,
             "num_inference_steps": sampling.num_inference_steps,
             "batch_size": sampling.batch_size,
-            "guidance_scale": 1.0,
+            "guidance_scale": float(getattr(model, "guidance_scale", 1.0)),
+            **({} if self.clip is None else {"clip": self.clip.name, "clip_digest": digest(self.clip.state_dict())}),
             "seed": sampling.seed,
             "bootstrap": self.sampling.bootstrap,
             "num_references": {name: len(reference) for name, reference in self.references.items()},
             "left_out": self.left_out(),
             "metrics": {
                 **{name: metric.provenance() for name, metric in self.on_samples.items()},
-                **{name: metric.provenance(model) for name, metric in self.on_images.items()},
+                **{name: metric.provenance(model) for name, metric in (self.on_images | self.on_prompts).items()},
             },
         }
 
@@ -241,7 +264,7 @@ class Evaluator:
                 scores |= metric(samples)
         for name, tables in rows.items():
             with clock(name):
-                scores |= self.on_images[name](tables)
+                scores |= (self.on_images | self.on_prompts)[name](tables)
         return scores
 
     def _intervals(

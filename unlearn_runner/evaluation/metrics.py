@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judged
+from unlearn_runner.evaluation.classifier import Judge, Judged
+from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 
 
@@ -80,6 +81,24 @@ class ImageMetric(ABC):
         """What its numbers depend on, for this kind of model."""
 
 
+class PromptMetric(ABC):
+    """Scores by key, without the prefix `eval/`, from what a model draws under texts of the metric's own."""
+
+    needs_clip: bool
+
+    @abstractmethod
+    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+        """Tables with a row for each picture. The model is one that can `embed` texts."""
+
+    @abstractmethod
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        """The scores of these rows, or of a bootstrap's choice of them."""
+
+    @abstractmethod
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        """What its numbers depend on."""
+
+
 def measure_images(
     measure: Callable[[Float[Tensor, "b c h w"], Shaped[Tensor, "b ..."] | None], Tensor],
     images: LabelledImages,
@@ -134,9 +153,10 @@ class Rates(Metric):
         if spec.restored_content is not None and spec.label_names is not None:
             scores["restored_rate"] = share(contents == spec.restored_content)
         if samples.retain_labels is not None:
-            scores["retain_accuracy"] = share(samples.retain.samples.contents == samples.retain_labels)
+            right = samples.retain.samples.contents == spec.contents_of(samples.retain_labels)
+            scores["retain_accuracy"] = share(right)
         for name, group in samples.per_class.items():
-            right = group.samples.contents == samples.label_of[name]
+            right = group.samples.contents == spec.contents_of(torch.tensor(samples.label_of[name]))
             scores[f"per_class/accuracy/{name}"] = share(right)
         return scores
 

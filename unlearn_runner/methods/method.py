@@ -54,7 +54,7 @@ class Update:
 
     def __init__(
         self,
-        model: GenerativeModel,
+        model: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
         max_grad_norm: float | None = None,
         lr_schedule: Callable[..., Any] | None = None,
@@ -85,7 +85,7 @@ class Update:
         return EMAModel(self.trained.parameters(), decay=self.ema_decay)
 
     @property
-    def model(self) -> GenerativeModel:
+    def model(self) -> nn.Module:
         """The network with the weights that ship."""
         if self.ema is None:
             return self.trained

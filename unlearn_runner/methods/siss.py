@@ -354,7 +354,8 @@ class SISS(Method):
             return Gradients(*weighted, slopes_retain * b, slopes_forget * b, grad_retain, grad_forget)
 
         def term(rows: Bool[Tensor, "b"], which: int) -> tuple[Tensor, Tensor, Tensor]:
-            losses, slopes = torch.zeros_like(mixture.retain.weight), torch.zeros_like(mixture.retain.x0)
+            losses = torch.zeros_like(mixture.retain.weight)
+            slopes = losses.new_zeros((b, *self.trained.answer_shape))
             if not rows.any():
                 return losses, slopes, self.update.zero_gradient()
             part = mixture.select(rows)

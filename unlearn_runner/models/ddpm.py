@@ -3,20 +3,28 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import DiffusionModel, Noising, evaluating, in_words, squared_error
+from unlearn_runner.models.model import (
+    DiffusionModel,
+    Noising,
+    amplitudes,
+    evaluating,
+    in_words,
+    noise_in,
+    require_prediction_type,
+    squared_error,
+    wanted_answer,
+)
+from unlearn_runner.models.sampling import denoise, sampling_scheduler
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, UNet2DModel
-
-PREDICTIONS = ("epsilon", "v_prediction")
-SAMPLERS = ("ddim", "ddpm")
 
 
 @final
@@ -29,11 +37,7 @@ class DDPM(DiffusionModel):
 
     def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler"):
         super().__init__()
-        if scheduler.config.prediction_type not in PREDICTIONS:
-            raise ConfigurationError(
-                f"model: prediction_type must be one of {', '.join(PREDICTIONS)}, "
-                f"got '{scheduler.config.prediction_type}'."
-            )
+        require_prediction_type(scheduler.config.prediction_type)
         self.unet = unet
         self.scheduler = scheduler
         self.network_evaluations = 0  # images passed forward through the network so far
@@ -49,6 +53,10 @@ class DDPM(DiffusionModel):
         return self.image_shape
 
     @property
+    def answer_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    @property
     def num_labels(self) -> int | None:
         return self.unet.config.num_class_embeds
 
@@ -57,16 +65,12 @@ class DDPM(DiffusionModel):
         return self.scheduler.config.num_train_timesteps
 
     def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-        abar = self.alphas_cumprod[timesteps][:, None, None, None]
-        return abar.sqrt(), (1 - abar).sqrt()
+        return amplitudes(self.alphas_cumprod, timesteps)
 
     def target(
         self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]
     ) -> Float[Tensor, "b c h w"]:
-        if self.scheduler.config.prediction_type == "epsilon":
-            return eps
-        gamma, sigma = self.gamma_sigma(timesteps)
-        return gamma * eps - sigma * x0
+        return wanted_answer(self.scheduler.config.prediction_type, x0, eps, *self.gamma_sigma(timesteps))
 
     def noising(
         self,
@@ -108,9 +112,19 @@ class DDPM(DiffusionModel):
         gamma: Float[Tensor, "#b 1 1 1"],
         sigma: Float[Tensor, "#b 1 1 1"],
     ) -> Float[Tensor, "b c h w"]:
-        if self.scheduler.config.prediction_type == "epsilon":
-            return answer
-        return gamma * answer + sigma * x_t
+        return noise_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
+
+    def guided(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timesteps: Shaped[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Without guidance: this network knows no null condition."""
+        return self.predict(x_t, timesteps, cond)
+
+    def picture(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x0.clamp(-1, 1)
 
     @torch.inference_mode()
     def sample(
@@ -125,29 +139,15 @@ class DDPM(DiffusionModel):
         """The sampler "ddim" is deterministic given the first noise (eta = 0, 2010.02502); "ddpm" is ancestral, and
         the same to the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
         """
-        scheduler = self._sampling_scheduler(sampler, num_inference_steps)
+        scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps)
         images = []
         with evaluating(self):
             for start in range(0, n, batch_size):
                 count = min(batch_size, n - start)
                 x = torch.randn((count, *self.image_shape), generator=generator, device=self.alphas_cumprod.device)
                 part = None if cond is None else cond[start : start + count]
-                for t in scheduler.timesteps:
-                    answer = self.predict(x, t.to(x.device).expand(count), part)
-                    x = scheduler.step(answer, t, x, generator=generator).prev_sample
-                images.append(x.clamp(-1, 1))
+                images.append(self.picture(denoise(self, scheduler, x, part, generator)))
         return torch.cat(images)
-
-    def _sampling_scheduler(self, sampler: str, num_inference_steps: int) -> Any:
-        from diffusers import DDIMScheduler, DDPMScheduler
-
-        if sampler == "ddpm":
-            scheduler = DDPMScheduler.from_config(self.scheduler.config)
-        else:
-            # "trailing" starts at the last timestep, where the noise is that of the first draw.
-            scheduler = DDIMScheduler.from_config(self.scheduler.config, timestep_spacing="trailing")
-        scheduler.set_timesteps(num_inference_steps)
-        return scheduler
 
     def save(self, folder: Path) -> None:
         from diffusers import DDPMPipeline
@@ -197,10 +197,7 @@ def build_ddpm(
             f"so its sides must divide by {halvings}; the dataset's are {image_shape[1]} x {image_shape[2]}. "
             "Choose another dataset.image_size or fewer blocks."
         )
-    if prediction_type not in PREDICTIONS:
-        raise ConfigurationError(
-            f"model.network.prediction_type must be one of {', '.join(PREDICTIONS)}, got '{prediction_type}'."
-        )
+    require_prediction_type(prediction_type)
     from diffusers import DDPMScheduler, UNet2DModel
 
     scheduler = DDPMScheduler(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 
+PREDICTIONS = ("epsilon", "v_prediction")
+
 
 class Noising(NamedTuple):
     """q(m|x0) = N(scale * center, std^2), independent over m's entries: where noisy samples m of an image come from.
@@ -38,8 +40,10 @@ class GenerativeModel(nn.Module, ABC):
 
     image_shape: tuple[int, int, int]
     sample_shape: tuple[int, ...]  # of one image's m
+    answer_shape: tuple[int, int, int]  # of what `predict` answers to it
     num_labels: int | None
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
+    prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
     has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
     network_evaluations: int  # samples passed forward through the trained network so far
 
@@ -127,6 +131,19 @@ class DiffusionModel(GenerativeModel):
     ) -> Float[Tensor, "b c h w"]:
         """eps_pred from the network's answer, whatever its parametrisation."""
 
+    @abstractmethod
+    def guided(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timesteps: Shaped[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        """The answer that sampling goes by: `predict`'s, with classifier-free guidance where the model has it."""
+
+    @abstractmethod
+    def picture(self, x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b c h w"]:
+        """The image in [-1, 1] that a denoised x0 stands for."""
+
 
 def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """||prediction - target||^2 of each sample: a sum over its pixels."""
@@ -135,15 +152,15 @@ def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b
 
 def predict_eps(
     model: DiffusionModel,
-    x0: Float[Tensor, "b c h w"],
+    x0: Float[Tensor, "b ..."],
     eps: Float[Tensor, "b c h w"],
     timesteps: Int64[Tensor, "b"],
     cond: Shaped[Tensor, "b ..."] | None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-    """eps_pred for x_t = gamma_t x0 + sigma_t eps, and that x_t."""
-    gamma, sigma = model.gamma_sigma(timesteps)
-    x_t = gamma * x0 + sigma * eps
-    return model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma), x_t
+    """eps_pred for x_t = gamma_t x0 + sigma_t eps, and that x_t; of a latent model x0 may be the image."""
+    noising = model.noising(x0, timesteps, cond)
+    x_t = noising.sample(eps)
+    return model.noise_of(model.predict(x_t, timesteps, cond), x_t, noising.scale, noising.std), x_t
 
 
 def predict_x0(
@@ -156,6 +173,44 @@ def predict_x0(
     gamma, sigma = model.gamma_sigma(timesteps)
     eps_pred = model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma)
     return (x_t - sigma * eps_pred) / gamma
+
+
+def amplitudes(
+    alphas_cumprod: Float[Tensor, "T"], timesteps: Int64[Tensor, "b"]
+) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
+    """gamma_t and sigma_t of a schedule."""
+    abar = alphas_cumprod[timesteps][:, None, None, None]
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def wanted_answer(
+    prediction_type: str,
+    x0: Float[Tensor, "b c h w"],
+    eps: Float[Tensor, "b c h w"],
+    gamma: Float[Tensor, "b 1 1 1"],
+    sigma: Float[Tensor, "b 1 1 1"],
+) -> Float[Tensor, "b c h w"]:
+    """eps, or v = gamma_t eps - sigma_t x0 (Salimans and Ho 2022, 2202.00512)."""
+    return eps if prediction_type == "epsilon" else gamma * eps - sigma * x0
+
+
+def noise_in(
+    prediction_type: str,
+    answer: Float[Tensor, "b c h w"],
+    x_t: Float[Tensor, "b c h w"],
+    gamma: Float[Tensor, "#b 1 1 1"],
+    sigma: Float[Tensor, "#b 1 1 1"],
+) -> Float[Tensor, "b c h w"]:
+    """eps_pred from eps_pred or from v_pred."""
+    return answer if prediction_type == "epsilon" else gamma * answer + sigma * x_t
+
+
+def require_prediction_type(prediction_type: str) -> None:
+    """Raise ConfigurationError unless it is one that `wanted_answer` knows."""
+    if prediction_type not in PREDICTIONS:
+        raise ConfigurationError(
+            f"model: prediction_type must be one of {', '.join(PREDICTIONS)}, got '{prediction_type}'."
+        )
 
 
 def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:

@@ -69,6 +69,10 @@ class OneStep(GenerativeModel):
         return self.network.sample_shape
 
     @property
+    def answer_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    @property
     def num_labels(self) -> int | None:
         return self.network.num_labels
 

@@ -116,6 +116,10 @@ class VAE(GenerativeModel):
         return (self.vae.config.latent_size,)
 
     @property
+    def answer_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    @property
     def num_labels(self) -> int | None:
         return self.vae.config.num_labels
 

@@ -1,5 +1,9 @@
-"""Base models and oracles: trained once by the Trainer, cached under a hash of all that defines them."""
+"""Base models and oracles: trained once by the Trainer, cached under a hash of all that defines them.
 
+A latent model's autoencoder comes first, in a cache entry of its own.
+"""
+
+import copy
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -7,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from unlearn_runner.cache import cached
-from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.data.streams import BatchStream
+from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain
+from unlearn_runner.data.streams import BatchStream, to_unit_range
 from unlearn_runner.errors import ConfigurationError, Interrupted
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Update
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.models.stable_diffusion import Autoencoder
 from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
@@ -29,12 +35,20 @@ TITLES = {"all": "training the base model", "retain": "training the oracle, whic
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The recipe of a model from scratch. `update` is called with the network."""
+    """The recipe of a model from scratch.
+
+    Args:
+        update: called with the network.
+        corpus: what the base learns from, where that is not the run's dataset.
+        autoencoder: the recipe of a latent model's autoencoder, which then stays as it is.
+    """
 
     update: Callable[[GenerativeModel], Update]
     max_steps: int
     batch_size: int
     seed: int = 0
+    corpus: Dataset | None = None
+    autoencoder: "Pretraining | None" = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size"):
@@ -42,24 +56,91 @@ class Pretraining:
                 raise ConfigurationError(f"model.pretraining.{name} must be positive, got {getattr(self, name)}.")
 
 
+def require_teachable(recipe: Pretraining | None, weights: str, from_base: bool, oracle: bool) -> None:
+    """Raise ConfigurationError if the base would have to draw what it learns from, or an oracle has no recipe."""
+    if from_base and weights == "auto" and recipe.corpus is None:
+        raise ConfigurationError(
+            "dataset.source=base: this model's base would have to draw the images that it learns from; give "
+            "model.weights, or another source."
+        )
+    if oracle and (recipe is None or recipe.corpus is not None):
+        raise ConfigurationError(
+            "evaluation.oracle must be false, got true: this model's base does not learn from the dataset, so there is "
+            "no oracle that would learn from it without the forget set."
+        )
+
+
 def pretrained(
     population: str,
     recipe: Pretraining,
     key: dict[str, Any],
-    build: Callable[[int], GenerativeModel],
-    data: ForgetRetain,
+    build: Callable[[int, DataSpec], GenerativeModel],
+    data: ForgetRetain | None,
     cache_dir: Path,
     interrupts: Interrupts,
     console: Console,
 ) -> Path:
     """The folder with the weights of a model trained on "all" images (a base) or "retain" images (an oracle).
 
-    `build` makes a network from a seed; `key` is the configuration of network and recipe. An interrupted
-    training leaves a checkpoint in the cache, from which the next call goes on, to the bit.
+    `build` makes a network from a seed for a dataset; `key` is the configuration of network and recipe. `data` is
+    without effect where the recipe has a corpus. An interrupted training leaves a checkpoint in the cache, from which
+    the next call goes on, to the bit.
     """
+    if recipe.corpus is not None:
+        data = recipe.corpus.load()
+    learn = _Learning(data, interrupts, console)
 
     def make(folder: Path) -> None:
-        network = build(recipe.seed)
+        network = build(recipe.seed, data.spec)
+        if recipe.autoencoder is not None:
+            parts = {name: key[group][name] for group, name in (("network", "vae"), ("pretraining", "autoencoder"))}
+            network.adopt(_pretrained_autoencoder(recipe.autoencoder, parts, network, learn, cache_dir))
+        learn(network, recipe, population, folder, TITLES[population], lambda model: model.save(folder / "model"))
+
+    kind = {"all": "bases", "retain": "oracles"}[population]
+    return (
+        cached(cache_dir, kind, {**key, "version": VERSION, "data": data.fingerprint, "population": population}, make)
+        / "model"
+    )
+
+
+def _pretrained_autoencoder(
+    recipe: Pretraining, key: dict[str, Any], network: GenerativeModel, learn: "_Learning", cache_dir: Path
+) -> Any:
+    """An AutoencoderKL like the network's, trained on all images of the corpus."""
+
+    def make(folder: Path) -> None:
+        # the network's own was built from the same seed, whatever the rest of it is
+        autoencoder = Autoencoder(copy.deepcopy(network.vae), network.image_shape)
+        images = learn.data.retain.pixels
+        chosen = torch.randperm(len(images), generator=make_generator(recipe.seed, "scale"))[:2048]
+
+        def keep(trained: GenerativeModel) -> None:
+            trained.measure_scale(to_unit_range(images[chosen].to(trained.vae.device)))
+            trained.save(folder / "model")
+
+        learn(autoencoder, recipe, "all", folder, "training the autoencoder", keep)
+
+    folder = cached(cache_dir, "autoencoders", {**key, "version": VERSION, "data": learn.data.fingerprint}, make)
+    return network.vae.from_pretrained(folder / "model", subfolder="vae")
+
+
+class _Learning:
+    """The denoising loss on one dataset, by the Trainer."""
+
+    def __init__(self, data: ForgetRetain, interrupts: Interrupts, console: Console):
+        self.data, self.interrupts, self.console = data, interrupts, console
+
+    def __call__(
+        self,
+        network: GenerativeModel,
+        recipe: Pretraining,
+        population: str,
+        folder: Path,
+        title: str,
+        keep: Callable[[GenerativeModel], None],
+    ) -> None:
+        """Train the network and hand it to `keep`; until then checkpoints lie in `folder`."""
         device = next(network.parameters()).device
         method = Denoising(network, recipe.update, make_generator(recipe.seed, "noise", device), population)
         plan = Plan(
@@ -69,15 +150,15 @@ def pretrained(
             checkpointing_steps=500,
             checkpoints_total_limit=1,
         )
-        progress = ProgressBar(TITLES[population], recipe.max_steps, console)
+        progress = ProgressBar(title, recipe.max_steps, self.console)
         trainer = Trainer(
             method,
-            BatchStream(data, method.reads, recipe.batch_size, recipe.seed, device),
+            BatchStream(self.data, method.reads, recipe.batch_size, recipe.seed, device),
             plan,
             ProgressRecorder(progress),
             Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
-            interrupts,
-            identity_of(method, data.spec),
+            self.interrupts,
+            identity_of(method, self.data.spec),
         )
         if trainer.checkpoints.all():
             trainer.resume(open_checkpoint(folder))
@@ -88,11 +169,5 @@ def pretrained(
         except Interrupted:
             trainer.save()
             raise
-        method.model.save(folder / "model")
+        keep(method.model)
         shutil.rmtree(folder / "checkpoints")
-
-    kind = {"all": "bases", "retain": "oracles"}[population]
-    return (
-        cached(cache_dir, kind, {**key, "version": VERSION, "data": data.fingerprint, "population": population}, make)
-        / "model"
-    )

@@ -32,6 +32,9 @@ HEADLINES = (
     "nll_forget",
     "nll_retain",
     "mia_auc",
+    "forget_rate_paraphrases",
+    "clip_score_retain",
+    "attack_success",
     "relearn_steps",
     "deletion_steps",
 )

@@ -1,0 +1,109 @@
+"""Prompts, what they ask for, and the images that go with them."""
+
+import pytest
+import torch
+from PIL import Image
+
+from unlearn_runner.data.sd_concepts import EMBEDDED, Captions, SDConcepts, embedded_pictures
+from unlearn_runner.errors import ConfigurationError
+
+
+def concepts(tmp_path, **more) -> SDConcepts:
+    settings = {
+        "concept": "trousers",
+        "retain_concepts": ["a seven", "a one"],
+        "forget_templates": ["a picture of {}", "{} on black"],
+        "retain_templates": ["a picture of {}"],
+        "paraphrases": ["no {} here"],
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    return SDConcepts(**(settings | more))
+
+
+def test_every_prompt_asks_for_its_concept(tmp_path):
+    dataset = concepts(tmp_path)
+    spec = dataset.spec
+    assert spec.label_names == (
+        "a picture of a seven", "a picture of a one", "a picture of trousers", "trousers on black",
+    )  # fmt: skip
+    assert spec.content_names == ("a seven", "a one", "trousers")
+    assert spec.labels.retain == (0, 1)
+    assert spec.labels.forget == (2, 3)
+    assert spec.labels.contents == (0, 1, 2, 2)
+    assert dataset.paraphrases == ("no trousers here",)
+
+
+def test_embedded_pictures_stand_under_their_prompts(tmp_path):
+    data = concepts(tmp_path).load()
+    pictures = embedded_pictures(16, 0)
+    assert set(data.forget.labels.tolist()) == {2, 3}
+    for part in (data.forget, data.retain, data.forget_test, data.retain_test):
+        assert torch.equal(data.spec.contents_of(part.labels), part.contents)
+    known = {image.numpy().tobytes() for image in pictures["a seven"]}
+    for image in data.retain.select(data.retain.labels == 0).pixels:
+        assert image.numpy().tobytes() in known
+    counts = data.forget.labels.bincount()[2:]
+    assert abs(int(counts[0] - counts[1])) < 20, "in turn"
+    total = len(pictures["trousers"])
+    assert len(data.forget) + len(data.forget_test) == total
+    assert len(data.forget_test) == int(0.2 * total)
+
+
+def test_captions_cover_every_picture_under_every_template_and_under_none():
+    dataset = Captions(["a picture of {}", "{}"], image_size=8)
+    data = dataset.load()
+    n = sum(map(len, embedded_pictures(8, 0).values()))
+    assert len(data.retain) + len(data.forget) == 3 * n
+    empty = dataset.spec.label_names.index("")
+    labels = torch.cat([data.retain.labels, data.forget.labels])
+    contents = torch.cat([data.retain.contents, data.forget.contents])
+    assert (labels == empty).sum() == n
+    captioned = labels != empty
+    assert torch.equal(dataset.spec.contents_of(labels[captioned]), contents[captioned])
+    assert set(contents[~captioned].tolist()) == set(range(len(EMBEDDED)))
+
+
+def test_images_from_folders(tmp_path):
+    for name, shade in (("a_seven", 10), ("a_one", 20), ("trousers", 30)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (20, 30), (shade, number, 0)).save(folder / f"{number}.png")
+    data = concepts(tmp_path, source=str(tmp_path / "images")).load()
+    assert set(data.forget.pixels[:, 0].flatten().tolist()) == {30}
+    assert set(data.retain.select(data.retain.labels == 1).pixels[:, 0].flatten().tolist()) == {20}
+    with pytest.raises(ConfigurationError, match="there is no such folder"):
+        concepts(tmp_path, source=str(tmp_path / "images"), concept="a hat")
+
+
+def test_the_base_draws_once(tmp_path):
+    dataset, asked = concepts(tmp_path, source="base", num_images=5, test_fraction=0.4), []
+
+    def draw(labels):
+        asked.append(labels)
+        return labels.float()[:, None, None, None].expand(-1, 3, 16, 16) / 10 - 0.5
+
+    data = dataset.load_from(draw, {"weights": "a"})
+    again = dataset.load_from(draw, {"weights": "a"})
+    assert len(asked) == 1
+    assert data.fingerprint == again.fingerprint
+    assert asked[0].bincount().tolist() == [5] * 4
+    assert len(data.forget) == 6
+    assert len(data.forget_test) == 4
+    shade = data.forget.select(data.forget.labels == 3).pixels.float().mean()
+    assert abs(shade - (0.3 - 0.5 + 1) * 127.5) < 1
+    dataset.load_from(draw, {"weights": "b"})
+    assert len(asked) == 2
+
+
+def test_refuses(tmp_path):
+    with pytest.raises(ConfigurationError, match="not 'trousers', which is to be forgotten"):
+        concepts(tmp_path, retain_concepts=["trousers", "a one"])
+    with pytest.raises(ConfigurationError, match="got none"):
+        concepts(tmp_path, retain_concepts=[])
+    with pytest.raises(ConfigurationError, match=r"one or more prompts with one \{\} each"):
+        concepts(tmp_path, forget_templates=["a picture"])
+    with pytest.raises(ConfigurationError, match=r"not of a hat: take dataset\.source=base"):
+        concepts(tmp_path, concept="a hat")
+    with pytest.raises(ConfigurationError, match="num_images must be positive"):
+        concepts(tmp_path, num_images=0)

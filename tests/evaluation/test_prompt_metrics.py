@@ -1,0 +1,102 @@
+"""What is measured under texts that no method has seen."""
+
+import pytest
+import torch
+from pipelines import tiny
+
+from unlearn_runner.data.sd_concepts import SDConcepts
+from unlearn_runner.data.streams import to_uint8
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.classifier import Classifier, Judge
+from unlearn_runner.evaluation.evaluator import require_clip
+from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
+from unlearn_runner.models.clip import small_clip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return SDConcepts(
+        "trousers", ["a seven", "a one"], ["a picture of {}"], ["a picture of {}"], str(tmp_path_factory.mktemp("c"))
+    ).load()
+
+
+@pytest.fixture
+def judge():
+    """It has learnt nothing, but always says the same of the same picture."""
+    torch.manual_seed(0)
+    return Judge(Classifier(3, 3, 8, 8), {}, "random", torch.device("cpu"))
+
+
+def noting(model):
+    """What the model is asked for and what it draws, from now on."""
+    asked, drawn, sample = [], [], model.sample
+
+    def draw(n, cond, *more, **named):
+        asked.append(cond)
+        drawn.append(sample(n, cond, *more, **named))
+        return drawn[-1]
+
+    model.sample = draw
+    return asked, drawn
+
+
+def test_paraphrases_are_drawn_and_judged(data, judge):
+    model = tiny()
+    asked, drawn = noting(model)
+    metric = Paraphrases("trousers", ["no {} here", "{}!"], num_samples=3, num_inference_steps=2)
+    rows = metric.measure(model, data, judge, None)
+    wanted = model.embed(["no trousers here", "trousers!"]).repeat_interleave(3, dim=0)
+    torch.testing.assert_close(asked[0], wanted)
+    expected = judge(to_uint8(drawn[0])).contents == 2
+    assert torch.equal(rows["paraphrases"], expected)
+    assert metric({"paraphrases": torch.tensor([True, False, False, False])}) == {"forget_rate_paraphrases": 0.25}
+    assert metric.provenance(model)["prompts"] == ("no trousers here", "trousers!")
+    assert torch.equal(metric.measure(model, data, judge, None)["paraphrases"], expected)
+
+
+def test_clip_score_by_hand(data, judge):
+    model, metric = tiny(prompts=data.spec.label_names), ClipScore(num_samples=2, num_inference_steps=2)
+    clip = small_clip(0, width=16, layers=1, heads=2, text_width=16, text_layers=1, embed_dim=8)
+    shown = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model.sample = lambda n, cond, *more, **named: shown
+    texts = clip.of_texts(["a picture of a seven", "a picture of a one"])[[0, 0, 1, 1]]
+    cosines = (clip.of_images(shown) * texts).sum(1)
+    rows = metric.measure(model, data, judge, clip)
+    assert metric(rows)["clip_score_retain"] == pytest.approx(float(100 * cosines.clamp(min=0).mean()), rel=1e-5)
+
+
+def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
+    """The loss of the forget images falls, the weights stay, and of several embeddings the best counts."""
+    model = tiny(prompts=data.spec.label_names)
+    model.freeze_for_unlearning()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    asking = [weight.requires_grad for weight in model.parameters()]
+    x0 = data.forget.pixels[:32].float() / 127.5 - 1
+    t = torch.arange(32) * 31
+    eps = torch.randn(32, *model.sample_shape, generator=torch.Generator().manual_seed(3))
+
+    @torch.no_grad()
+    def loss(cond):
+        noising = model.noising(x0, t, None)
+        m = noising.sample(eps)
+        return model.loss(model.predict(m, t, cond), x0, m, eps, noising.std, t).mean()
+
+    asked, drawn = noting(model)
+    metric = Robustness(num_restarts=2, num_steps=40, batch_size=16, num_samples=4, num_inference_steps=2)
+    rows = metric.measure(model, data, judge, None)
+    for start, embedding in zip((0, 1), asked, strict=True):
+        assert loss(embedding[:1].expand(32, -1, -1)) < loss(torch.full((32,), start)) - 0.1
+    best = max(int((judge(to_uint8(images)).contents == 2).sum()) for images in drawn)
+    assert metric(rows)["attack_success"] == best / 4
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert [weight.requires_grad for weight in model.parameters()] == asking
+
+
+def test_refuses():
+    with pytest.raises(ConfigurationError, match="paraphrases has none"):
+        Paraphrases("trousers", [])
+    with pytest.raises(ConfigurationError, match="num_steps must be positive"):
+        Robustness(num_steps=0)
+    with pytest.raises(ConfigurationError, match="clip_score asks CLIP; say which with clip=tiny"):
+        require_clip({"clip_score": ClipScore()}, None)

@@ -1,0 +1,76 @@
+"""Whole runs of a text-to-image model: base, CLIP, unlearning, evaluation, what is left in the folder."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from hydra.errors import InstantiationException
+
+from unlearn_runner.errors import ConfigurationError
+
+SMALL = (
+    "dataset=sd_concepts", "model=sd_tiny", "evaluation=prompts", "dataset.retain_concepts=[a seven,a one]",
+    "model.pretraining.autoencoder.max_steps=2", "clip.training.max_steps=2", "clip.training.groups=1",
+    "evaluation.metrics.paraphrases.num_samples=2", "evaluation.metrics.clip_score.num_samples=2",
+    "evaluation.metrics.robustness.num_steps=2", "evaluation.metrics.robustness.num_samples=2", "trainer.max_steps=2",
+)  # fmt: skip
+ROLLING = ("method=critic_guided", "method.num_inference_steps=3", "method.num_rollouts=8")
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("method", [("method=siss",), ROLLING], ids=" ".join)
+def test_run_on_pictures_that_come_with_the_runner(run, method):
+    folder = run(*SMALL, *method)
+    found = summary(folder)
+    assert found["status"] == "finished"
+    for key in ("forget_rate", "retain_accuracy", "forget_rate_paraphrases", "clip_score_retain", "attack_success"):
+        assert {f"base/{key}", f"eval/{key}"} <= set(found["metrics"]), key
+    provenance = found["provenance"]["evaluation"]
+    assert provenance["guidance_scale"] == 2.0
+    assert provenance["clip"] == "small_clip"
+    assert "a photo of trousers" in provenance["metrics"]["paraphrases"]["prompts"]
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline("a picture of a seven", height=16, width=16, num_inference_steps=2, output_type="pt").images
+    assert pictures.shape == (1, 3, 16, 16)
+
+
+def test_run_on_what_the_base_draws(run, shared_cache):
+    more = (
+        *SMALL,
+        "method=naive_deletion",
+        "dataset.source=base",
+        "dataset.num_images=12",
+        "dataset.num_inference_steps=2",
+    )
+    first = run(*more, folder="a")
+    drawn = list((shared_cache / "drawn").glob("*/images.safetensors"))
+    bases = len(list((shared_cache / "bases").glob("*/model")))
+    second = run(*more, "dataset.concept=a seven", "dataset.retain_concepts=[trousers,a one]", folder="b")
+    assert len(list((shared_cache / "drawn").glob("*/images.safetensors"))) == len(drawn) + 1
+    assert len(list((shared_cache / "bases").glob("*/model"))) == bases, "one base for all concepts"
+    for folder in (first, second):
+        assert summary(folder)["status"] == "finished"
+
+
+def test_refuses(run):
+    with pytest.raises(ConfigurationError, match=r"evaluation\.oracle must be false"):
+        run(*SMALL, "method=siss", "evaluation.oracle=true", folder="a")
+    with pytest.raises(ConfigurationError, match="would have to draw the images that it learns from"):
+        run("dataset=sd_concepts", "dataset.source=base", "method=siss", folder="b")
+    with pytest.raises(InstantiationException, match=r"ConfigurationError.*the dataset's are 17 x 17"):
+        run(*SMALL, "method=siss", "dataset.image_size=17", folder="c")
+
+
+def test_same_seed_same_weights(run):
+    from safetensors.torch import load_file
+
+    def weights(folder):
+        return load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+
+    a, b = (weights(run(*SMALL, *ROLLING, folder=folder)) for folder in ("a", "b"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

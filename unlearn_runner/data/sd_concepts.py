@@ -1,0 +1,229 @@
+"""Concepts that a text-to-image model is asked for by prompts, one of which is to be forgotten."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unlearn_runner.cache import cached
+from unlearn_runner.data.digits import read_digits, require_size
+from unlearn_runner.data.digits_trousers import draw_trousers
+from unlearn_runner.data.forget_retain import (
+    Dataset,
+    DataSpec,
+    ForgetRetain,
+    LabelledImages,
+    require_fraction,
+    test_rows,
+)
+from unlearn_runner.data.hub import stack_images
+from unlearn_runner.data.image_folder import image_files, open_all
+from unlearn_runner.data.streams import to_uint8
+from unlearn_runner.errors import ConfigurationError
+
+WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
+TROUSERS = "trousers"
+EMBEDDED = (*WORDS, TROUSERS)
+EMPTY = ""  # the prompt that guidance leads away from
+
+
+def embedded_pictures(image_size: int, seed: int) -> dict[str, UInt8[Tensor, "n 3 h w"]]:
+    """scikit-learn's 1,797 handwritten digits and as many trousers as there are of a digit, by what to call them."""
+    digits = read_digits(image_size, conditional=True)
+    pictures = {word: digits.pixels[digits.contents == digit] for digit, word in enumerate(WORDS)}
+    pictures[TROUSERS] = draw_trousers(len(digits) // len(WORDS), image_size, seed)
+    return {name: pixels.repeat(1, 3, 1, 1) for name, pixels in pictures.items()}
+
+
+@final
+class Captions(Dataset):
+    """What a small text-to-image model learns from: every embedded picture under every template, and once under none.
+
+    `templates` have a `{}` for what is on the picture. The dataset forgets nothing; that its parts bear the names of a
+    forget and a retain set has no meaning here.
+    """
+
+    def __init__(self, templates: Sequence[str], image_size: int = 16, seed: int = 0):
+        require_templates("model.pretraining.corpus.templates", templates)
+        require_size(image_size)
+        self.image_size = image_size
+        self.seed = seed
+        prompts = [template.format(name) for template in templates for name in EMBEDDED]
+        contents = [content for _ in templates for content in range(len(EMBEDDED))]
+        self.spec = DataSpec(
+            name="captions",
+            image_shape=(3, image_size, image_size),
+            label_names=(*prompts, EMPTY),
+            content_names=EMBEDDED,
+            forget_content=EMBEDDED.index(TROUSERS),
+            restored_content=None,
+            horizontal_flip=False,
+            label_contents=(*contents, 0),
+        )
+
+    def load(self) -> ForgetRetain:
+        pictures = embedded_pictures(self.image_size, self.seed)
+        contents = torch.cat([torch.full((len(part),), content) for content, part in enumerate(pictures.values())])
+        pixels = torch.cat(list(pictures.values()))
+        of_label = torch.tensor(self.spec.label_contents)
+        rows, labels = [], []
+        for label, name in enumerate(self.spec.label_names):
+            shown = torch.arange(len(pixels)) if name == EMPTY else torch.nonzero(contents == of_label[label])[:, 0]
+            rows.append(shown)
+            labels.append(torch.full((len(shown),), label))
+        rows = torch.cat(rows)
+        whole = LabelledImages(pixels[rows], torch.cat(labels), contents[rows])
+        forget = whole.contents == self.spec.forget_content
+        none = whole.select(torch.zeros_like(forget))
+        return ForgetRetain(self.spec, whole.select(forget), whole.select(~forget), none, none)
+
+
+@final
+class SDConcepts(Dataset):
+    """`concept` under `forget_templates` to forget, `retain_concepts` under `retain_templates` to keep.
+
+    The images come from `source`: "embedded" (digits and trousers), "base" (drawn by the base model itself, once for
+    all runs), or a folder with a folder of images for each concept. Each image is shown under one prompt of its
+    concept, in turn. Concepts are what stands for `{}` in a template; a folder's name is the concept's with _ for
+    spaces.
+
+    `paraphrases` are templates that no method sees: they ask whether the concept is gone or only its prompts.
+    `num_images` is how many the base draws under each prompt, with `num_inference_steps`.
+    """
+
+    def __init__(
+        self,
+        concept: str,
+        retain_concepts: Sequence[str],
+        forget_templates: Sequence[str],
+        retain_templates: Sequence[str],
+        cache_dir: str,
+        paraphrases: Sequence[str] = (),
+        source: str = "embedded",
+        image_size: int = 16,
+        test_fraction: float = 0.2,
+        num_images: int = 20,
+        num_inference_steps: int = 25,
+        batch_size: int = 20,
+        horizontal_flip: bool = False,
+        seed: int = 0,
+    ):
+        require_fraction("dataset.test_fraction", test_fraction)
+        require_size(image_size)
+        for name, templates in (("forget_templates", forget_templates), ("retain_templates", retain_templates)):
+            require_templates(f"dataset.{name}", templates)
+        if paraphrases:
+            require_templates("dataset.paraphrases", paraphrases)
+        if concept in retain_concepts or not retain_concepts or len(set(retain_concepts)) < len(retain_concepts):
+            raise ConfigurationError(
+                f"dataset.retain_concepts must be one or more different concepts, and not '{concept}', which is to be "
+                f"forgotten; got {', '.join(retain_concepts) or 'none'}."
+            )
+        for name, value in (
+            ("num_images", num_images), ("num_inference_steps", num_inference_steps), ("batch_size", batch_size),
+        ):  # fmt: skip
+            if not value > 0:
+                raise ConfigurationError(f"dataset.{name} must be positive, got {value}.")
+        self.concepts = (*retain_concepts, concept)
+        self.source = source
+        self.from_base = source == "base"
+        self.files: dict[str, list[Path]] = {}
+        if source == "embedded":
+            if unknown := [name for name in self.concepts if name not in EMBEDDED]:
+                raise ConfigurationError(
+                    f"dataset.source=embedded has pictures of {', '.join(EMBEDDED)}; not of {', '.join(unknown)}: take "
+                    "dataset.source=base, or a folder."
+                )
+        elif not self.from_base:
+            folders = {name: str(Path(source, folder_of(name))) for name in self.concepts}
+            self.files = {name: image_files(folder, "dataset.source") for name, folder in folders.items()}
+        self.image_size = image_size
+        self.test_fraction = test_fraction
+        self.cache_dir = Path(cache_dir)
+        self.num_images, self.num_inference_steps, self.batch_size = num_images, num_inference_steps, batch_size
+        self.seed = seed
+        forget = len(retain_concepts)
+        asked = [
+            (template.format(name), content)
+            for content, name in enumerate(retain_concepts)
+            for template in retain_templates
+        ]
+        asked += [(template.format(concept), forget) for template in forget_templates]
+        self.paraphrases = tuple(template.format(concept) for template in paraphrases)
+        self.spec = DataSpec(
+            name="sd_concepts",
+            image_shape=(3, image_size, image_size),
+            label_names=tuple(prompt for prompt, _ in asked),
+            content_names=self.concepts,
+            forget_content=forget,
+            restored_content=None,
+            horizontal_flip=horizontal_flip,
+            label_contents=tuple(content for _, content in asked),
+        )
+
+    def load(self) -> ForgetRetain:
+        if self.source == "embedded":
+            pictures = embedded_pictures(self.image_size, self.seed)
+        else:
+            pictures = {
+                name: stack_images(open_all(files), len(files), self.spec.image_shape)
+                for name, files in self.files.items()
+            }
+        return self._split([pictures[name] for name in self.concepts])
+
+    def load_from(
+        self, draw: Callable[[Int64[Tensor, "n"]], Float[Tensor, "n c h w"]], base: dict[str, str]
+    ) -> ForgetRetain:
+        """For the source "base": `draw` makes an image under each of these labels; `base` says all of who does."""
+        prompts = range(len(self.spec.label_names))
+        labels = torch.tensor(prompts).repeat_interleave(self.num_images)
+
+        def make(folder: Path) -> None:
+            save_file({"pixels": to_uint8(draw(labels)).cpu()}, folder / "images.safetensors")
+
+        key = {
+            "base": base,
+            "prompts": self.spec.label_names,
+            "image_shape": self.spec.image_shape,
+            "num_images": self.num_images,
+            "num_inference_steps": self.num_inference_steps,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+        folder = cached(self.cache_dir, "drawn", key, make)
+        pixels = load_file(folder / "images.safetensors")["pixels"]
+        return self._split_labelled(LabelledImages(pixels, labels, self.spec.contents_of(labels)))
+
+    def _split(self, pictures: list[UInt8[Tensor, "_ c h w"]]) -> ForgetRetain:
+        """Each concept's pictures take its prompts in turn."""
+        contents = torch.cat([torch.full((len(part),), content) for content, part in enumerate(pictures)])
+        asks = torch.tensor(self.spec.label_contents)
+        labels = []
+        for content, part in enumerate(pictures):
+            prompts = torch.nonzero(asks == content)[:, 0]
+            labels.append(prompts[torch.arange(len(part)) % len(prompts)])
+        return self._split_labelled(LabelledImages(torch.cat(pictures), torch.cat(labels), contents))
+
+    def _split_labelled(self, images: LabelledImages) -> ForgetRetain:
+        held_out = test_rows(images.contents, self.test_fraction, self.seed)
+        forget = images.contents == self.spec.forget_content
+        parts = (images.select(rows) for rows in (forget & ~held_out, ~forget & ~held_out))
+        held = (images.select(rows) for rows in (forget & held_out, ~forget & held_out))
+        return ForgetRetain(self.spec, *parts, *held)
+
+
+def require_templates(option: str, templates: Sequence[str]) -> None:
+    """Raise ConfigurationError unless there are some and each has one place for a concept."""
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ConfigurationError(
+            f"{option} must be one or more prompts with one {{}} each, where the concept stands; got {list(templates)}."
+        )
+
+
+def folder_of(concept: str) -> str:
+    """The name of a concept's folder of images."""
+    return concept.replace(" ", "_")

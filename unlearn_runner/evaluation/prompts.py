@@ -1,0 +1,189 @@
+"""What a text-to-image model still draws under texts that no method has seen, and under none a person would write."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.streams import to_uint8, to_unit_range
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.classifier import Judge
+from unlearn_runner.evaluation.metrics import PromptMetric, share
+from unlearn_runner.models.clip import Clip
+from unlearn_runner.models.model import GenerativeModel, evaluating
+from unlearn_runner.types import make_generator
+
+
+def require_positive(metric: str, **values: int | float) -> None:
+    """Raise ConfigurationError unless all values are."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigurationError(f"evaluation.metrics.{metric}.{name} must be positive, got {value}.")
+
+
+@final
+class Paraphrases(PromptMetric):
+    """forget_rate_paraphrases: of the pictures under held-out templates with the concept, the share that the classifier
+    takes for it. Unlearning accuracy (UA) on paraphrases is 1 less this, as UA is 1 - forget_rate.
+    """
+
+    needs_clip = False
+
+    def __init__(
+        self,
+        concept: str,
+        templates: Sequence[str],
+        num_samples: int = 40,
+        num_inference_steps: int = 25,
+        batch_size: int = 200,
+        seed: int = 0,
+    ):
+        require_positive("paraphrases", num_samples=num_samples, num_inference_steps=num_inference_steps)
+        if not templates:
+            raise ConfigurationError(
+                "evaluation.metrics.paraphrases has none: give dataset.paraphrases, or leave it out with "
+                "evaluation.metrics.paraphrases=null."
+            )
+        self.prompts = tuple(template.format(concept) for template in templates)
+        self.num_samples, self.num_inference_steps = num_samples, num_inference_steps
+        self.batch_size, self.seed = batch_size, seed
+
+    @torch.no_grad()
+    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+        cond = model.embed(self.prompts).repeat_interleave(self.num_samples, dim=0)
+        generator = make_generator(self.seed, "paraphrases", judge.device)
+        images = model.sample(len(cond), cond, generator, self.num_inference_steps, batch_size=self.batch_size)
+        return {"paraphrases": judge(to_uint8(images)).contents == data.spec.forget_content}
+
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"forget_rate_paraphrases": share(rows["paraphrases"])}
+
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            "num_samples": self.num_samples,
+            "num_inference_steps": self.num_inference_steps,
+            "seed": self.seed,
+        }
+
+
+@final
+class ClipScore(PromptMetric):
+    """clip_score_retain: 100 max(cosine, 0) of picture and prompt (2104.08718, without its factor 2.5), the mean over
+    the prompts of the retained concepts; in [0, 100]. By open_clip itself.
+    """
+
+    needs_clip = True
+
+    def __init__(self, num_samples: int = 10, num_inference_steps: int = 25, batch_size: int = 200, seed: int = 0):
+        require_positive("clip_score", num_samples=num_samples, num_inference_steps=num_inference_steps)
+        self.num_samples, self.num_inference_steps = num_samples, num_inference_steps
+        self.batch_size, self.seed = batch_size, seed
+
+    @torch.no_grad()
+    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+        labels = torch.tensor(data.spec.labels.retain, device=judge.device).repeat_interleave(self.num_samples)
+        generator = make_generator(self.seed, "clip score", judge.device)
+        images = model.sample(len(labels), labels, generator, self.num_inference_steps, batch_size=self.batch_size)
+        texts = clip.of_texts(data.spec.label_names)[labels]
+        seen = torch.cat([clip.of_images(part) for part in images.split(self.batch_size)])
+        return {"clip_score": (100 * (seen * texts).sum(1).clamp(min=0)).cpu()}
+
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"clip_score_retain": float(rows["clip_score"].double().mean())}
+
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        return {
+            "library": "open_clip",
+            "num_samples": self.num_samples,
+            "num_inference_steps": self.num_inference_steps,
+            "seed": self.seed,
+        }
+
+
+@final
+class Robustness(PromptMetric):
+    """attack_success: of the pictures under an embedding that was sought to bring the concept back, the share that the
+    classifier takes for it.
+
+    As Concept Inversion (2308.01508) has it: the embedding, begun at that of a retain prompt, descends the denoising
+    loss of the forget images, the model's weights held fixed. `num_restarts` begin at as many prompts; the best
+    counts.
+    """
+
+    needs_clip = False
+
+    def __init__(
+        self,
+        num_restarts: int = 2,
+        num_steps: int = 60,
+        batch_size: int = 16,
+        learning_rate: float = 0.05,
+        num_samples: int = 40,
+        num_inference_steps: int = 25,
+        seed: int = 0,
+    ):
+        require_positive(
+            "robustness", num_restarts=num_restarts, num_steps=num_steps, batch_size=batch_size,
+            learning_rate=learning_rate, num_samples=num_samples, num_inference_steps=num_inference_steps,
+        )  # fmt: skip
+        self.num_restarts, self.num_steps, self.batch_size = num_restarts, num_steps, batch_size
+        self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
+        self.num_inference_steps = num_inference_steps
+
+    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+        generator = make_generator(self.seed, "robustness", judge.device)
+        retain = torch.tensor(data.spec.labels.retain)
+        starts = retain[torch.linspace(0, len(retain) - 1, self.num_restarts).long()]
+        found = []
+        with evaluating(model), frozen(model):
+            for start in starts:
+                embedding = self._sought(model, data, start.to(judge.device), generator)
+                cond = embedding.expand(self.num_samples, -1, -1)
+                images = model.sample(self.num_samples, cond, generator, self.num_inference_steps)
+                found.append(judge(to_uint8(images)).contents == data.spec.forget_content)
+        return {"attack": max(found, key=lambda part: int(part.sum()))}
+
+    def _sought(
+        self, model: GenerativeModel, data: ForgetRetain, start: Tensor, generator: torch.Generator
+    ) -> Float[Tensor, "1 s d"]:
+        device = generator.device
+        with torch.inference_mode(False), torch.enable_grad():
+            embedding = model.embeddings(start[None]).detach().clone().requires_grad_()
+            optimizer = torch.optim.Adam([embedding], self.learning_rate)
+            for _ in range(self.num_steps):
+                rows = torch.randint(len(data.forget), (self.batch_size,), generator=generator, device=device)
+                x0 = to_unit_range(data.forget.pixels[rows.cpu()].to(device))
+                t = torch.randint(model.num_train_timesteps, (self.batch_size,), generator=generator, device=device)
+                eps = torch.randn((self.batch_size, *model.sample_shape), generator=generator, device=device)
+                noising = model.noising(x0, t, None)
+                m = noising.sample(eps)
+                answer = model.predict(m, t, embedding.expand(self.batch_size, -1, -1))
+                loss = model.loss(answer, x0, m, eps, noising.std, t).mean()
+                (embedding.grad,) = torch.autograd.grad(loss / eps[0].numel(), [embedding])
+                optimizer.step()
+        return embedding.detach()
+
+    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+        return {"attack_success": share(rows["attack"])}
+
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        return {"attack": "embedding", **vars(self)}
+
+
+class frozen:
+    """No weight asks for a gradient in here; afterwards those that did do again."""
+
+    def __init__(self, model: GenerativeModel):
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def __enter__(self) -> None:
+        for weight in self.weights:
+            weight.requires_grad_(False)
+
+    def __exit__(self, *_: Any) -> None:
+        for weight in self.weights:
+            weight.requires_grad_(True)

@@ -1,0 +1,598 @@
+"""Stable Diffusion 1.x and 2.x: diffusers' text-to-image parts behind the face that methods and evaluation use."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.model import (
+    DiffusionModel,
+    GenerativeModel,
+    Noising,
+    amplitudes,
+    evaluating,
+    noise_in,
+    require_prediction_type,
+    squared_error,
+    wanted_answer,
+)
+from unlearn_runner.models.sampling import denoise, sampling_scheduler
+from unlearn_runner.models.words import build_tokenizer
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+TRAINABLE = ("full", "cross_attention", "lora")
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Parts(NamedTuple):
+    """What a StableDiffusionPipeline is made of."""
+
+    vae: "AutoencoderKL"
+    text_encoder: "CLIPTextModel"
+    tokenizer: "CLIPTokenizer"
+    unet: "UNet2DConditionModel"
+    scheduler: "SchedulerMixin"
+
+
+class Tuning(NamedTuple):
+    """Which of the UNet's weights unlearning moves, and how.
+
+    "full": all of them; "cross_attention": those that read the prompt (ESD's, 2303.07345); "lora": low-rank additions
+    (2106.09685) to all attention projections, which `save` adds to the weights.
+    """
+
+    trainable: str = "full"
+    lora_rank: int = 4
+    gradient_checkpointing: bool = False  # of the UNet: less memory for a second pass forward
+
+
+@final
+class StableDiffusion(DiffusionModel):
+    """Latent diffusion under prompts (Rombach et al. 2022, 2112.10752).
+
+    Images are [b, c, h, w] in [-1, 1]; latents [b, l, i, j] are the autoencoder's means times its scaling factor, and
+    noise is added to them. The network predicts eps or v, as its scheduler's `prediction_type` says. Conditions are
+    indices [b] into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed` makes them.
+
+    `guided` answers uncond + guidance_scale (cond - uncond) (2207.12598), where the unconditional prompt is "".
+
+    Unlearning moves (part of) the UNet; the autoencoder and the text encoder stay as they are.
+    """
+
+    has_likelihood = False  # of a latent, not of an image
+
+    def __init__(
+        self,
+        parts: Parts,
+        image_shape: tuple[int, int, int],
+        prompts: tuple[str, ...],
+        guidance_scale: float = 7.5,
+        tuning: Tuning = Tuning(),  # noqa: B008 - immutable
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler = parts
+        require_prediction_type(self.scheduler.config.prediction_type)
+        self.image_shape = image_shape
+        self.prompts = prompts
+        self.guidance_scale = guidance_scale
+        self.tuning = tuning
+        self.seed = seed  # of LoRA's first weights
+        self.network_evaluations = 0  # latents passed forward through the UNet so far
+        self.vae.requires_grad_(False).eval()
+        self._known: Tensor | None = None  # embeddings of the prompts and of ""
+        self.register_load_state_dict_post_hook(lambda module, _: module._forget_embeddings())
+        self.register_buffer("alphas_cumprod", _alphas_cumprod(self.scheduler), persistent=False)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        halvings = len(self.vae.config.block_out_channels) - 1
+        return (self.unet.config.in_channels, *(side // 2**halvings for side in self.image_shape[1:]))
+
+    @property
+    def answer_shape(self) -> tuple[int, int, int]:
+        return self.sample_shape
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.scheduler.config.num_train_timesteps
+
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
+        """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them."""
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return self.text_encoder(tokens.input_ids.to(self.alphas_cumprod.device), return_dict=False)[0]
+
+    def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
+        """Of prompts given by index, -1 being the empty one, or by embedding."""
+        if cond.is_floating_point():
+            return cond
+        if any(weight.requires_grad for weight in self.text_encoder.parameters()):
+            return self.embed((*self.prompts, ""))[cond]
+        if self._known is None:
+            # normal tensors even in inference mode, so that training may use them later
+            with torch.inference_mode(False), torch.no_grad():
+                self._known = self.embed((*self.prompts, ""))
+        return self._known[cond]
+
+    def latents(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i j"]:
+        """Of images; latents are left as they are."""
+        if tuple(x0.shape[1:]) == self.sample_shape:
+            return x0
+        with torch.no_grad():
+            return self.vae.encode(x0).latent_dist.mean * self.vae.config.scaling_factor
+
+    def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
+        with torch.no_grad():
+            return self.vae.decode(x0 / self.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+
+    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
+        return amplitudes(self.alphas_cumprod, timesteps)
+
+    def target(
+        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b l i j"], timesteps: Int64[Tensor, "b"]
+    ) -> Float[Tensor, "b l i j"]:
+        gamma_sigma = self.gamma_sigma(timesteps)
+        return wanted_answer(self.scheduler.config.prediction_type, self.latents(x0), eps, *gamma_sigma)
+
+    def noising(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        timesteps: Int64[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Noising:
+        gamma, sigma = self.gamma_sigma(timesteps)
+        return Noising(gamma, self.latents(x0), sigma)
+
+    def predict(
+        self,
+        m: Float[Tensor, "b c h w"],
+        timesteps: Shaped[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        self.network_evaluations += m.shape[0]
+        return self.unet(m, timesteps, encoder_hidden_states=self.embeddings(cond), return_dict=False)[0]
+
+    def guided(
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        timesteps: Shaped[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        if self.guidance_scale == 1:
+            return self.predict(x_t, timesteps, cond)
+        wanted = self.embeddings(cond)
+        empty = self.embeddings(torch.full((len(x_t),), -1, device=x_t.device))
+        both = self.predict(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([empty, wanted]))
+        unconditional, conditional = both.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def loss(
+        self,
+        answer: Float[Tensor, "b l i j"],
+        x0: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b l i j"],
+        eps: Float[Tensor, "b l i j"],
+        std: Float[Tensor, "b 1 1 1"],
+        timesteps: Int64[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        """||answer - target||^2, summed over the latent's entries.
+
+        The latent of x0 is (m - std eps) / gamma: no second pass through the encoder.
+        """
+        gamma, sigma = self.gamma_sigma(timesteps)
+        prediction_type = self.scheduler.config.prediction_type
+        return squared_error(answer, wanted_answer(prediction_type, (m - std * eps) / gamma, eps, gamma, sigma))
+
+    def noise_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        return noise_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
+
+    def freeze_for_unlearning(self) -> None:
+        """All but what `tuning` names; LoRA's additions are made here."""
+        self.text_encoder.requires_grad_(False).eval()
+        trainable, lora_rank, gradient_checkpointing = self.tuning
+        self.unet.requires_grad_(trainable == "full")
+        if trainable == "cross_attention":
+            for name, weight in self.unet.named_parameters():
+                weight.requires_grad_(".attn2." in name)
+        elif trainable == "lora":
+            from peft import LoraConfig
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self.unet.add_adapter(
+                    LoraConfig(
+                        r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS, init_lora_weights="gaussian"
+                    )
+                )
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        n: int,
+        cond: Shaped[Tensor, "{n} ..."] | None,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        sampler: str = "ddim",
+        batch_size: int = 256,
+    ) -> Float[Tensor, "{n} c h w"]:
+        """With guidance. Noise is drawn batch by batch."""
+        # latents do not lie in [-1, 1]: no guess of x0 is cut
+        scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps, clip_sample=False)
+        device, images = self.alphas_cumprod.device, []
+        with evaluating(self):
+            for start in range(0, n, batch_size):
+                count = min(batch_size, n - start)
+                x = torch.randn((count, *self.sample_shape), generator=generator, device=device)
+                embeddings = self.embeddings(cond[start : start + count])
+                images.append(self.picture(denoise(self, scheduler, x, embeddings, generator)))
+        return torch.cat(images).contiguous()  # some convolutions answer in channels_last
+
+    def save(self, folder: Path) -> None:
+        """A folder for `StableDiffusionPipeline.from_pretrained`, LoRA added to the weights; without a safety checker.
+
+        LoRA alone lies beside it in lora/, for the pipeline's `load_lora_weights`.
+        """
+        from diffusers import StableDiffusionPipeline
+
+        _keep_libraries_quiet()
+        unet = self.unet
+        if self._has_lora():
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft import get_peft_model_state_dict
+
+            alone = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+            StableDiffusionPipeline.save_lora_weights(str(Path(folder, "lora")), unet_lora_layers=alone)
+            unet = copy.deepcopy(unet)
+            unet.fuse_lora()
+            unet.unload_lora()
+        StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder, safe_serialization=True)
+
+    def load(self, source: str | Path) -> None:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        _keep_libraries_quiet()
+        for part, kind, name in (
+            (self.vae, AutoencoderKL, "vae"),
+            (self.text_encoder, CLIPTextModel, "text_encoder"),
+            (self.unet, UNet2DConditionModel, "unet"),
+        ):
+            try:
+                found = kind.from_pretrained(source, subfolder=name)
+            except Exception as error:  # what the libraries, the hub's client and its HTTP library raise
+                raise ConfigurationError(_not_had(source, name, error)) from error
+            weights = found.state_dict()
+            # beside LoRA's additions, the weights they are added to bear another name
+            own = {key: key.replace(".base_layer", "") for key in part.state_dict() if ".lora_" not in key}
+            part.load_state_dict({key: weights[plain] for key, plain in own.items()}, strict=not self._has_lora())
+            if name == "vae":
+                part.register_to_config(scaling_factor=found.config.scaling_factor)
+        self._forget_embeddings()
+
+    def adopt(self, vae: "AutoencoderKL") -> None:
+        """Take over an autoencoder of the same architecture, with its scaling factor."""
+        self.vae.load_state_dict(vae.state_dict())
+        self.vae.register_to_config(scaling_factor=vae.config.scaling_factor)
+
+    def _has_lora(self) -> bool:
+        return getattr(self.unet, "peft_config", None) is not None
+
+    def _forget_embeddings(self) -> None:
+        self._known = None
+
+
+@final
+class Autoencoder(GenerativeModel):
+    """AutoencoderKL seen as a model of images of its own, so that what trains every base trains it, too.
+
+    Its noisy sample is the unscaled latent z ~ q(z|x). `loss` is the squared error of the picture plus `kl_weight`
+    times the one-sample estimate of KL(q(z|x) || N(0, I)), summed over pixels and entries.
+    """
+
+    num_train_timesteps = 1
+    has_likelihood = False
+    num_labels = None
+
+    def __init__(self, vae: "AutoencoderKL", image_shape: tuple[int, int, int], kl_weight: float = 0.01):
+        super().__init__()
+        self.vae = vae
+        self.image_shape = image_shape
+        self.kl_weight = kl_weight
+        self.network_evaluations = 0
+        self.vae.requires_grad_(True)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        halvings = len(self.vae.config.block_out_channels) - 1
+        return (self.vae.config.latent_channels, *(side // 2**halvings for side in self.image_shape[1:]))
+
+    @property
+    def answer_shape(self) -> tuple[int, int, int]:
+        return self.image_shape
+
+    def noising(
+        self,
+        x0: Float[Tensor, "b c h w"],
+        timesteps: Int64[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Noising:
+        posterior = self.vae.encode(x0).latent_dist
+        return Noising(1.0, posterior.mean, posterior.std)
+
+    def predict(
+        self,
+        m: Float[Tensor, "b l i j"],
+        timesteps: Shaped[Tensor, "b"],
+        cond: Shaped[Tensor, "b ..."] | None,
+    ) -> Float[Tensor, "b c h w"]:
+        self.network_evaluations += len(m)
+        return self.vae.decode(m, return_dict=False)[0]
+
+    def loss(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x0: Float[Tensor, "b c h w"],
+        m: Float[Tensor, "b l i j"],
+        eps: Float[Tensor, "b l i j"],
+        std: Float[Tensor, "b l i j"],
+        timesteps: Int64[Tensor, "b"],
+    ) -> Float[Tensor, "b"]:
+        log_ratio = (m.square() - eps.square()) / 2 - std.log()  # log q(z|x0) - log p(z), entry by entry
+        return squared_error(answer, x0) + self.kl_weight * log_ratio.flatten(1).sum(1)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        n: int,
+        cond: Shaped[Tensor, "{n} ..."] | None,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        sampler: str = "ddim",
+        batch_size: int = 256,
+    ) -> Float[Tensor, "{n} c h w"]:
+        """The decoder's pictures of standard normal latents."""
+        z = torch.randn((n, *self.sample_shape), generator=generator, device=self.vae.device)
+        return torch.cat([self.vae.decode(part).sample for part in z.split(batch_size)]).clamp(-1, 1)
+
+    def freeze_for_unlearning(self) -> None:
+        self.vae.encoder.requires_grad_(False)
+
+    def save(self, folder: Path) -> None:
+        self.vae.save_pretrained(Path(folder) / "vae", safe_serialization=True)
+
+    def load(self, source: str | Path) -> None:
+        from diffusers import AutoencoderKL
+
+        self.vae.load_state_dict(AutoencoderKL.from_pretrained(source, subfolder="vae").state_dict())
+
+    @torch.no_grad()
+    def measure_scale(self, images: Float[Tensor, "n c h w"]) -> None:
+        """Make the scaling factor give these images' latents a standard deviation of 1 (2112.10752, appendix G)."""
+        spread = torch.cat([self.vae.encode(part).latent_dist.mean for part in images.split(256)]).std()
+        self.vae.register_to_config(scaling_factor=1 / float(spread))
+
+
+def build_stable_diffusion(
+    image_shape: Sequence[int],
+    num_labels: int | None,
+    seed: int,
+    weights: str,
+    prompts: Sequence[str] | None,
+    trainable: str = "full",
+    lora_rank: int = 4,
+    gradient_checkpointing: bool = False,
+    guidance_scale: float = 7.5,
+    prediction_type: str = "epsilon",
+    block_out_channels: Sequence[int] = (32, 64),
+    layers_per_block: int = 1,
+    attention_heads: int = 4,
+    norm_num_groups: int = 8,
+    vae: dict[str, Any] | None = None,
+    text_width: int = 64,
+    text_layers: int = 2,
+    num_tokens: int = 24,
+    words: Sequence[str] = (),
+    beta_schedule: str = "scaled_linear",
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+) -> StableDiffusion:
+    """Stable Diffusion for these prompts.
+
+    Where `weights` is not "auto" but a folder or hub id of a StableDiffusionPipeline, that decides the architecture and
+    the schedule, and all arguments from `prediction_type` on are without effect; it is checked here and its weights are
+    read later, by `load`. With "auto" a small one is built with fresh weights drawn from `seed`; `vae` are arguments of
+    its AutoencoderKL, which is drawn first, so that they alone decide its weights; `words` are those that its tokenizer
+    knows as one token each.
+    """
+    if not prompts:
+        raise ConfigurationError(
+            "model: Stable Diffusion draws under prompts, and the dataset has none; take dataset=sd_concepts."
+        )
+    if trainable not in TRAINABLE:
+        raise ConfigurationError(f"model.network.trainable must be one of {', '.join(TRAINABLE)}; got '{trainable}'.")
+    if not lora_rank > 0:
+        raise ConfigurationError(f"model.network.lora_rank must be positive, got {lora_rank}.")
+    if not guidance_scale >= 1:
+        raise ConfigurationError(
+            f"model.network.guidance_scale must be at least 1, which is none, got {guidance_scale}."
+        )
+    if weights == "auto":
+        require_prediction_type(prediction_type)
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        tokenizer = build_tokenizer(words, num_tokens)
+        vae = {"block_out_channels": (16, 32), "latent_channels": 4, "norm_num_groups": 8} | (vae or {})
+        halvings = len(vae["block_out_channels"]) - 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
+            parts = Parts(
+                vae=AutoencoderKL(
+                    in_channels=image_shape[0],
+                    out_channels=image_shape[0],
+                    down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
+                    up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
+                    layers_per_block=1,
+                    sample_size=image_shape[1],
+                    **vae,
+                ),
+                text_encoder=CLIPTextModel(
+                    CLIPTextConfig(
+                        vocab_size=len(tokenizer),
+                        hidden_size=text_width,
+                        intermediate_size=4 * text_width,
+                        projection_dim=text_width,
+                        num_hidden_layers=text_layers,
+                        num_attention_heads=4,
+                        max_position_embeddings=num_tokens,
+                        bos_token_id=tokenizer.bos_token_id,
+                        eos_token_id=tokenizer.eos_token_id,
+                        pad_token_id=tokenizer.pad_token_id,
+                    )
+                ),
+                tokenizer=tokenizer,
+                unet=UNet2DConditionModel(
+                    sample_size=image_shape[1] // 2**halvings,
+                    in_channels=vae["latent_channels"],
+                    out_channels=vae["latent_channels"],
+                    block_out_channels=tuple(block_out_channels),
+                    down_block_types=("CrossAttnDownBlock2D",) * len(block_out_channels),
+                    up_block_types=("CrossAttnUpBlock2D",) * len(block_out_channels),
+                    layers_per_block=layers_per_block,
+                    cross_attention_dim=text_width,
+                    attention_head_dim=attention_heads,
+                    norm_num_groups=norm_num_groups,
+                ),
+                scheduler=DDIMScheduler(
+                    num_train_timesteps=1000,
+                    beta_schedule=beta_schedule,
+                    beta_start=beta_start,
+                    beta_end=beta_end,
+                    prediction_type=prediction_type,
+                    clip_sample=False,
+                    set_alpha_to_one=False,
+                    timestep_spacing="trailing",
+                    steps_offset=1,  # without effect here; the pipeline warns of another value
+                ),
+            )
+    else:
+        parts = _configured_as(weights)
+    sides = 2 ** (len(parts.vae.config.block_out_channels) + len(parts.unet.config.block_out_channels) - 2)
+    if image_shape[1] % sides or image_shape[2] % sides:
+        raise ConfigurationError(
+            f"model: this Stable Diffusion draws images whose sides divide by {sides}; the dataset's are "
+            f"{image_shape[1]} x {image_shape[2]}, choose another dataset.image_size."
+        )
+    if parts.vae.config.in_channels != image_shape[0]:
+        raise ConfigurationError(
+            f"model.weights={weights} draws images of {parts.vae.config.in_channels} channels, the dataset has "
+            f"{image_shape[0]}; choose weights and a dataset that fit each other."
+        )
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
+    return StableDiffusion(parts, tuple(image_shape), tuple(prompts), guidance_scale, tuning, seed)
+
+
+def _alphas_cumprod(scheduler: "SchedulerMixin") -> Float[Tensor, "T"]:
+    """Of the schedule in training, whatever sampler the pipeline has."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+
+
+def _configured_as(weights: str) -> Parts:
+    """The parts that a pipeline's folder or hub id describes, all but the tokenizer with whatever weights.
+
+    Raises ConfigurationError, naming the part, if one cannot be had.
+    """
+    if weights.startswith((".", "/", "~")) and not Path(weights).expanduser().is_dir():
+        raise ConfigurationError(f"model.weights={weights}: there is no such folder.")
+    import diffusers
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    def scheduler() -> Any:
+        kind = getattr(diffusers, found["model_index.json"]["scheduler"][1])
+        return kind.from_pretrained(source, subfolder="scheduler")
+
+    _keep_libraries_quiet()
+    source = str(Path(weights).expanduser()) if Path(weights).expanduser().is_dir() else weights
+    found: dict[str, Any] = {}
+    for name, make in (
+        ("model_index.json", lambda: _require_stable_diffusion(StableDiffusionPipeline.load_config(source))),
+        ("unet", lambda: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source, subfolder="unet"))),
+        ("vae", lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(source, subfolder="vae"))),
+        ("text_encoder", lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(source, subfolder="text_encoder"))),
+        ("tokenizer", lambda: _whole(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))),
+        ("scheduler", scheduler),
+    ):
+        try:
+            with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
+                found[name] = make()
+        except Exception as error:  # what the libraries, the hub's client and its HTTP library raise, for one mistake
+            raise ConfigurationError(_not_had(weights, name, error)) from error
+    del found["model_index.json"]
+    return Parts(**found)
+
+
+def _require_stable_diffusion(index: dict[str, Any]) -> dict[str, Any]:
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise ValueError(f"it is a {index.get('_class_name')}")
+    return index
+
+
+def _keep_libraries_quiet() -> None:
+    """No bars for files of a second, and none of the hub's retries: what went wrong is said in one sentence."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _whole(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
+    """transformers builds a tokenizer of three tokens where it finds no vocabulary."""
+    if len(tokenizer) < 256:  # the bytes alone are as many
+        raise ValueError("its vocabulary is not there")
+    return tokenizer
+
+
+def _not_had(weights: str | Path, name: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (
+        f"model.weights={weights}: expected a folder with a StableDiffusionPipeline of diffusers (unet/, vae/, "
+        "text_encoder/, tokenizer/, scheduler/), or a hub id that can be reached, or download it elsewhere and give "
+        f"the folder; {name} could not be read: {reason}"
+    )

@@ -1,0 +1,124 @@
+"""A small CLIP, trained once on captioned pictures with open_clip's own loss, and cached."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from unlearn_runner.cache import cached, write_json
+from unlearn_runner.data.forget_retain import Dataset, LabelledImages
+from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.clip import Clip
+from unlearn_runner.types import make_generator
+
+
+@dataclass(frozen=True)
+class ClipTraining:
+    """The recipe. Each step has `groups` groups of pairs; the loss tells the pairs of a group apart.
+
+    A group has one picture of every content under one of its captions: no two pairs of it fit each other, as those of a
+    random batch of few captions would.
+    """
+
+    corpus: Dataset
+    max_steps: int = 600
+    groups: int = 8
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "groups", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"clip.training.{name} must be positive, got {getattr(self, name)}.")
+
+
+def trained_clip(
+    clip: Clip,
+    recipe: ClipTraining,
+    key: dict[str, Any],
+    cache_dir: Path,
+    show: Callable[[int, dict[str, float]], None],
+) -> Path:
+    """The folder with the weights of `clip`, a fresh network that `key` describes, after training.
+
+    `show` is called on the way with a step and its loss, images so far and seconds so far.
+    """
+    data = recipe.corpus.load()
+    settings = {name: value for name, value in asdict(recipe).items() if name != "corpus"}
+    key = {"version": 1, "network": key, "recipe": settings, "data": data.fingerprint}
+    return cached(
+        cache_dir, "clips", key, lambda folder: _train(clip, recipe, data.spec.label_names, _pool(data), folder, show)
+    )
+
+
+def _pool(data: Any) -> LabelledImages:
+    """Every captioned picture; those without a caption have nothing to say."""
+    whole = LabelledImages(*(torch.cat(parts) for parts in zip(data.retain, data.forget, strict=True)))
+    empty = [label for label, name in enumerate(data.spec.label_names) if not name]
+    return whole.select(~torch.isin(whole.labels, torch.tensor(empty, dtype=torch.int64)))
+
+
+def _train(
+    clip: Clip,
+    recipe: ClipTraining,
+    captions: tuple[str, ...],
+    pool: LabelledImages,
+    folder: Path,
+    show: Callable[[int, dict[str, float]], None],
+) -> None:
+    import open_clip
+
+    started = time.perf_counter()
+    device = clip.mean.device
+    network = clip.network.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.max_steps)
+    loss_of = open_clip.ClipLoss()
+    tokens = clip.tokenizer(list(captions)).to(device)
+    rows_of = [torch.nonzero(pool.contents == content)[:, 0] for content in pool.contents.unique()]
+    generator = make_generator(recipe.seed, "clip")
+    for step in range(1, recipe.max_steps + 1):
+        rows = torch.stack([_draw(part, recipe.groups, generator) for part in rows_of], dim=1)  # [groups, contents]
+        images, labels, _ = pool.select(rows.flatten())
+        features = torch.nn.functional.normalize(network.visual(clip.pixels(to_unit_range(images.to(device)))), dim=1)
+        wanted, which = labels.unique(return_inverse=True)
+        texts = network.encode_text(tokens[wanted.to(device)], normalize=True)[which.to(device)]
+        loss = torch.stack(
+            [
+                loss_of(part, words, network.logit_scale.exp())
+                for part, words in zip(features.split(len(rows_of)), texts.split(len(rows_of)), strict=True)
+            ]
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            network.logit_scale.clamp_(max=4.6052)  # ln 100, as open_clip's own training has it
+        if step % 10 == 0 or step == recipe.max_steps:
+            seconds = time.perf_counter() - started
+            show(step, {"loss/clip": loss.item(), "images": step * rows.numel(), "seconds": seconds})
+    network.requires_grad_(False).eval()
+    clip.save(folder)
+    seen = pool.select(torch.randperm(len(pool), generator=generator)[:2000])
+    write_json(folder / "report.json", {"zero_shot_accuracy": _zero_shot(clip, captions, pool, seen)})
+
+
+def _draw(rows: Int64[Tensor, "n"], count: int, generator: torch.Generator) -> Int64[Tensor, "{count}"]:
+    return rows[torch.randint(len(rows), (count,), generator=generator)]
+
+
+@torch.inference_mode()
+def _zero_shot(clip: Clip, captions: tuple[str, ...], pool: LabelledImages, seen: LabelledImages) -> float:
+    """Share of pictures whose nearest caption is one of their own content."""
+    asked = torch.tensor([int(pool.contents[pool.labels == label][0]) for label in pool.labels.unique()])
+    texts = clip.of_texts([captions[label] for label in pool.labels.unique()])
+    images = torch.cat([clip.of_uint8(part.to(texts.device)) for part in seen.pixels.split(256)])
+    return float((asked[(images @ texts.T).argmax(1).cpu()] == seen.contents).double().mean())
