@@ -34,6 +34,23 @@ def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
     assert metrics["cost/peak_memory_gb"] <= 2.0
 
 
+def test_critic_guided_forgets_a_concept_and_keeps_the_others(tmp_path):
+    """Of the trousers at most a tenth is left, also under paraphrases; the digits are recognised as before."""
+    done = command(
+        "model=sd_tiny", "dataset=sd_concepts", "method=critic_guided", "evaluation=prompts", "logger=jsonl",
+        outputs=tmp_path / "o", cache=tmp_path / "c", timeout=3600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = runs_below(tmp_path / "o")
+    metrics = summary(folder)["metrics"]
+    assert metrics["base/forget_rate"] >= 0.85
+    assert metrics["base/retain_accuracy"] >= 0.85
+    assert metrics["eval/forget_rate"] <= 0.10
+    assert metrics["eval/forget_rate_paraphrases"] <= 0.10
+    assert metrics["eval/retain_accuracy"] >= metrics["base/retain_accuracy"] - 0.05
+    assert metrics["cost/seconds"] <= 1200
+
+
 def test_distillation_forgets_a_class_and_draws_in_one_step(tmp_path):
     """Of the digit "7" at most 5 % are left, the others are recognised as well as the teacher's; 25 passes less one."""
     done = command(

@@ -52,13 +52,23 @@ class GaussianModel(DiffusionModel):
     def noise_of(self, answer, x_t, gamma, sigma):
         return answer if self.prediction_type == "epsilon" else gamma * answer + sigma * x_t
 
+    def noising(self, x0, timesteps, cond):
+        gamma, sigma = self.gamma_sigma(timesteps)
+        return Noising(gamma, x0, sigma)
+
+    def guided(self, x_t, timesteps, cond):
+        return self.predict(x_t, timesteps, cond)
+
+    def picture(self, x0):
+        return x0
+
     def target(self, x0, eps, timesteps):
         raise NotImplementedError
 
     def sample(self, *_, **__):
         raise NotImplementedError
 
-    save = load = noising = loss = freeze_for_unlearning = sample
+    save = load = loss = freeze_for_unlearning = sample
 
 
 def gaussian(d, seed=0):
