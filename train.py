@@ -154,7 +154,7 @@ def drawn_by(network, dataset, device):
         steps, batch = dataset.num_inference_steps, dataset.batch_size
         return network.sample(len(labels), labels.to(device), generator, steps, batch_size=batch)
 
-    base = {"weights": digest(network.state_dict()), "guidance": str(getattr(network, "guidance_scale", 1.0))}
+    base = {"weights": digest(network.state_dict()), "guidance": str(network.guidance_scale)}
     return dataset.load_from(draw, base)
 
 

@@ -9,5 +9,10 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient norm stopped being a finite number: the run has diverged."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one sentence; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; raised where the state of the run is whole. Passes `except Exception`."""

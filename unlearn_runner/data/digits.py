@@ -13,7 +13,7 @@ from unlearn_runner.data.forget_retain import (
     ForgetRetain,
     LabelledImages,
     require_fraction,
-    test_rows,
+    split_content,
 )
 from unlearn_runner.errors import ConfigurationError
 
@@ -51,11 +51,7 @@ class Digits(Dataset):
 
     def load(self) -> ForgetRetain:
         digits = read_digits(self.image_size, self.spec.label_names is not None)
-        held_out = test_rows(digits.contents, self.test_fraction, self.seed)
-        forget = digits.contents == self.forget_class
-        parts = (digits.select(rows) for rows in (forget & ~held_out, ~forget & ~held_out))
-        held = (digits.select(rows) for rows in (forget & held_out, ~forget & held_out))
-        return ForgetRetain(self.spec, *parts, *held)
+        return split_content(self.spec, digits, self.test_fraction, self.seed)
 
 
 def require_size(image_size: int) -> None:

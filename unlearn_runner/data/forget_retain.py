@@ -129,6 +129,14 @@ def test_rows(contents: Int64[Tensor, "n"], test_fraction: float, seed: int) -> 
     return torch.from_numpy(is_test)
 
 
+def split_content(spec: DataSpec, images: LabelledImages, test_fraction: float, seed: int) -> ForgetRetain:
+    """The dataset that forgets all images of `spec.forget_content`; of each content a fraction is held out."""
+    held_out = test_rows(images.contents, test_fraction, seed)
+    forget = images.contents == spec.forget_content
+    rows = (forget & ~held_out, ~forget & ~held_out, forget & held_out, ~forget & held_out)
+    return ForgetRetain(spec, *(images.select(part) for part in rows))
+
+
 def alike(pixels: UInt8[Tensor, "n c h w"], label: int, content: int) -> LabelledImages:
     """Images that all carry one label and show one content."""
     n = pixels.shape[0]

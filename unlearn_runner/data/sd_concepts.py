@@ -18,7 +18,7 @@ from unlearn_runner.data.forget_retain import (
     ForgetRetain,
     LabelledImages,
     require_fraction,
-    test_rows,
+    split_content,
 )
 from unlearn_runner.data.hub import stack_images
 from unlearn_runner.data.image_folder import image_files, open_all
@@ -196,7 +196,8 @@ class SDConcepts(Dataset):
         }
         folder = cached(self.cache_dir, "drawn", key, make)
         pixels = load_file(folder / "images.safetensors")["pixels"]
-        return self._split_labelled(LabelledImages(pixels, labels, self.spec.contents_of(labels)))
+        images = LabelledImages(pixels, labels, self.spec.contents_of(labels))
+        return split_content(self.spec, images, self.test_fraction, self.seed)
 
     def _split(self, pictures: list[UInt8[Tensor, "_ c h w"]]) -> ForgetRetain:
         """Each concept's pictures take its prompts in turn."""
@@ -206,14 +207,8 @@ class SDConcepts(Dataset):
         for content, part in enumerate(pictures):
             prompts = torch.nonzero(asks == content)[:, 0]
             labels.append(prompts[torch.arange(len(part)) % len(prompts)])
-        return self._split_labelled(LabelledImages(torch.cat(pictures), torch.cat(labels), contents))
-
-    def _split_labelled(self, images: LabelledImages) -> ForgetRetain:
-        held_out = test_rows(images.contents, self.test_fraction, self.seed)
-        forget = images.contents == self.spec.forget_content
-        parts = (images.select(rows) for rows in (forget & ~held_out, ~forget & ~held_out))
-        held = (images.select(rows) for rows in (forget & held_out, ~forget & held_out))
-        return ForgetRetain(self.spec, *parts, *held)
+        images = LabelledImages(torch.cat(pictures), torch.cat(labels), contents)
+        return split_content(self.spec, images, self.test_fraction, self.seed)
 
 
 def require_templates(option: str, templates: Sequence[str]) -> None:

@@ -154,6 +154,7 @@ class Evaluator:
         self.on_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
         self.on_images = {name: metric for name, metric in metrics.items() if isinstance(metric, ImageMetric)}
         self.on_prompts = {name: metric for name, metric in metrics.items() if isinstance(metric, PromptMetric)}
+        self.on_rows = self.on_images | self.on_prompts
         self.clip = clip
         self.sampling = sampling
         self.retain_labels = [
@@ -216,7 +217,7 @@ class Evaluator:
             "sampler": sampling.sampler,
             "num_inference_steps": sampling.num_inference_steps,
             "batch_size": sampling.batch_size,
-            "guidance_scale": float(getattr(model, "guidance_scale", 1.0)),
+            "guidance_scale": float(model.guidance_scale),
             **({} if self.clip is None else {"clip": self.clip.name, "clip_digest": digest(self.clip.state_dict())}),
             "seed": sampling.seed,
             "bootstrap": self.sampling.bootstrap,
@@ -224,7 +225,7 @@ class Evaluator:
             "left_out": self.left_out(),
             "metrics": {
                 **{name: metric.provenance() for name, metric in self.on_samples.items()},
-                **{name: metric.provenance(model) for name, metric in (self.on_images | self.on_prompts).items()},
+                **{name: metric.provenance(model) for name, metric in self.on_rows.items()},
             },
         }
 
@@ -264,7 +265,7 @@ class Evaluator:
                 scores |= metric(samples)
         for name, tables in rows.items():
             with clock(name):
-                scores |= (self.on_images | self.on_prompts)[name](tables)
+                scores |= self.on_rows[name](tables)
         return scores
 
     def _intervals(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 
 EXTRACTORS = ("classifier", "inception", "open_clip")
 
@@ -70,7 +70,7 @@ class Inception(FeatureExtractor):
             self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
         except Exception as error:  # whatever a wrong file makes torch raise
             raise ConfigurationError(
-                f"{path} is not torch-fidelity's InceptionV3 ({_first_line(error)}); get it again from "
+                f"{path} is not torch-fidelity's InceptionV3 ({first_line(error)}); get it again from "
                 f"{URL_INCEPTION_V3} and put it there."
             ) from error
         self.name = f"torch-fidelity {path.name}"
@@ -93,7 +93,7 @@ class OpenClip(FeatureExtractor):
         except Exception as error:  # what open_clip, the hub's client and torch raise, for one mistake
             known = [tag for name, tag in open_clip.list_pretrained() if name == model]
             raise ConfigurationError(
-                f"evaluation.features=open_clip needs the weights '{pretrained}' of {model} ({_first_line(error)}); "
+                f"evaluation.features=open_clip needs the weights '{pretrained}' of {model} ({first_line(error)}); "
                 "put them into a file and give evaluation.extractor.open_clip_pretrained=<file>"
                 + (f", or take one of {', '.join(known)}." if known else ".")
             ) from error
@@ -131,10 +131,6 @@ def _download(url: str, path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
     except (OSError, RuntimeError) as error:
         raise ConfigurationError(
-            f"evaluation.features=inception needs {path.name}, which could not be downloaded ({_first_line(error)}); "
+            f"evaluation.features=inception needs {path.name}, which could not be downloaded ({first_line(error)}); "
             f"get it from {url} and put it at {path}, or give evaluation.extractor.inception_weights=<file>."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import Counter, Method, Update
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
@@ -337,7 +337,8 @@ class CriticGuided(Method):
             self.critic_update = critic_update(self.critic)
         self.networks = (model,) if self.base is None else (model, self.base)
         self.generator = generator
-        self.rounds = _Rounds()
+        self.rounds = Counter()
+        self.begun = False
 
     @property
     def model(self) -> GenerativeModel:
@@ -501,13 +502,13 @@ class CriticGuided(Method):
 
     def _begin(self) -> None:
         """Give critic and base the weights of CLIP and of the model, which are not there yet when a method is built."""
-        if self.rounds.begun:
+        if self.begun:
             return
         if self.critic is not None:
             self.critic.tower.load_state_dict(self.clip.visual.state_dict())
         if self.base is not None:
             self.base.load_state_dict(self.trained.state_dict())
-        self.rounds.begun = True
+        self.begun = True
 
     def _draw_labels(self) -> Int64[Tensor, "b"]:
         """Each prompt of a kind as often as the others up to one; which are more often is drawn."""
@@ -548,6 +549,7 @@ class CriticGuided(Method):
         return t.to(self.generator.device).expand(b)
 
     def stateful(self) -> dict[str, Stateful]:
+        self._begin()
         parts = {
             **self.update.stateful(),
             "noise": GeneratorState(self.generator),
@@ -560,18 +562,3 @@ class CriticGuided(Method):
         if self.base is not None:
             parts["base"] = self.base
         return parts
-
-
-@final
-class _Rounds:
-    """How many there were; stateful."""
-
-    def __init__(self) -> None:
-        self.value = 0
-        self.begun = False
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "begun": self.begun}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.value, self.begun = state_dict["value"], state_dict["begun"]

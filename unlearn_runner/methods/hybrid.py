@@ -24,10 +24,9 @@ from torch import Tensor
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import draw_noise
 from unlearn_runner.methods.lambdas import Constant, Inferred, LambdaController, Seen
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import Counter, Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, class_costs, drawn_labels
 from unlearn_runner.methods.sfd import (
-    Counter,
     LabelSampler,
     Noised,
     NoiseRange,

@@ -137,3 +137,17 @@ class Update:
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
+
+
+@final
+class Counter:
+    """Steps taken."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]

@@ -10,14 +10,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import Counter, Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
 from unlearn_runner.models.ddpm import DDPM
 from unlearn_runner.models.model import GenerativeModel, predict_eps, predict_x0, squared_error, timestep_with_ratio
@@ -188,20 +188,6 @@ class Trio:
         x0_teacher = predict_x0(self.teacher, drawn.x_t, drawn.timesteps, teacher_labels)
         x0_fake = predict_x0(self.fake, drawn.x_t, drawn.timesteps, fake_labels)
         return generator_loss(x0_teacher, x0_fake, drawn.x0, alpha)
-
-
-@final
-class Counter:
-    """Steps taken."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.value = state_dict["value"]
 
 
 def two_stage_rate(

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 
 WEIGHTS = "clip.safetensors"
 
@@ -129,7 +129,7 @@ def pretrained_clip(model: str, pretrained: str, seed: int = 0) -> Clip:
         network = open_clip.create_model(model, pretrained=pretrained, require_pretrained=True)
     except Exception as error:  # what open_clip, the hub's client and torch raise, for one mistake
         known = [tag for name, tag in open_clip.list_pretrained() if name == model]
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigurationError(
             f"{model} needs the weights '{pretrained}', which could not be had ({reason}); put them into a file and "
             "give clip.network.pretrained=<file>" + (f", or take one of {', '.join(known)}." if known else ".")

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.model import (
     DiffusionModel,
     Noising,
     amplitudes,
     evaluating,
+    first_noises,
     in_words,
     noise_in,
     require_prediction_type,
@@ -142,10 +143,7 @@ class DDPM(DiffusionModel):
         scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps)
         images = []
         with evaluating(self):
-            for start in range(0, n, batch_size):
-                count = min(batch_size, n - start)
-                x = torch.randn((count, *self.image_shape), generator=generator, device=self.alphas_cumprod.device)
-                part = None if cond is None else cond[start : start + count]
+            for x, part in first_noises(self, n, cond, generator, batch_size):
                 images.append(self.picture(denoise(self, scheduler, x, part, generator)))
         return torch.cat(images)
 
@@ -246,7 +244,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
         size = config["sample_size"]
         found = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
     except Exception as error:  # what diffusers, the hub's client and its HTTP library raise, for one mistake
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ConfigurationError(
             f"model.weights={weights}: expected 'auto', a folder with a diffusers DDPM (unet/ and scheduler/), or "
             f"a hub id that can be reached, or download it elsewhere and give the folder; {reason}"

@@ -44,6 +44,7 @@ class GenerativeModel(nn.Module, ABC):
     num_labels: int | None
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
     prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
+    guidance_scale: float = 1.0  # of sampling; 1: none
     has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
     network_evaluations: int  # samples passed forward through the trained network so far
 
@@ -231,6 +232,20 @@ def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
 def in_words(num_labels: int | None) -> str:
     """For messages: "10 labels", "no labels"."""
     return "no labels" if num_labels is None else f"{num_labels} labels"
+
+
+def first_noises(
+    model: GenerativeModel,
+    n: int,
+    cond: Shaped[Tensor, "{n} ..."] | None,
+    generator: torch.Generator,
+    batch_size: int,
+) -> Iterator[tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b ..."] | None]]:
+    """Standard normal m for n samples, batch by batch as they are asked for, and their conditions."""
+    for start in range(0, n, batch_size):
+        count = min(batch_size, n - start)
+        noise = torch.randn((count, *model.sample_shape), generator=generator, device=generator.device)
+        yield noise, None if cond is None else cond[start : start + count]
 
 
 @contextmanager

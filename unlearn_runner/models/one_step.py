@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import DDPM
-from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, predict_x0, squared_error
+from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, predict_x0, squared_error
 
 
 @final
@@ -121,13 +121,10 @@ class OneStep(GenerativeModel):
         batch_size: int = 256,
     ) -> Float[Tensor, "{n} c h w"]:
         """One pass through the network an image. The number of steps and the sampler have no meaning here."""
-        device, images = self.network.alphas_cumprod.device, []
+        images = []
         with evaluating(self):
-            for start in range(0, n, batch_size):
-                count = min(batch_size, n - start)
-                z = torch.randn((count, *self.sample_shape), generator=generator, device=device)
-                timesteps = torch.zeros(count, dtype=torch.int64, device=device)
-                part = None if cond is None else cond[start : start + count]
+            for z, part in first_noises(self, n, cond, generator, batch_size):
+                timesteps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
                 images.append(self.predict(z, timesteps, part).clamp(-1, 1))
         return torch.cat(images)
 

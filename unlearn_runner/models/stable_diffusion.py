@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.model import (
     DiffusionModel,
     GenerativeModel,
     Noising,
     amplitudes,
     evaluating,
+    first_noises,
     noise_in,
     require_prediction_type,
     squared_error,
@@ -243,13 +244,10 @@ class StableDiffusion(DiffusionModel):
         """With guidance. Noise is drawn batch by batch."""
         # latents do not lie in [-1, 1]: no guess of x0 is cut
         scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps, clip_sample=False)
-        device, images = self.alphas_cumprod.device, []
+        images = []
         with evaluating(self):
-            for start in range(0, n, batch_size):
-                count = min(batch_size, n - start)
-                x = torch.randn((count, *self.sample_shape), generator=generator, device=device)
-                embeddings = self.embeddings(cond[start : start + count])
-                images.append(self.picture(denoise(self, scheduler, x, embeddings, generator)))
+            for x, part in first_noises(self, n, cond, generator, batch_size):
+                images.append(self.picture(denoise(self, scheduler, x, self.embeddings(part), generator)))
         return torch.cat(images).contiguous()  # some convolutions answer in channels_last
 
     def save(self, folder: Path) -> None:
@@ -590,7 +588,7 @@ def _whole(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
 
 
 def _not_had(weights: str | Path, name: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return (
         f"model.weights={weights}: expected a folder with a StableDiffusionPipeline of diffusers (unet/, vae/, "
         "text_encoder/, tokenizer/, scheduler/), or a hub id that can be reached, or download it elsewhere and give "

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, in_words
+from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, in_words
 
 SUBFOLDER = "vae"
 
@@ -174,13 +174,10 @@ class VAE(GenerativeModel):
         """The decoder's means of z ~ N(0, I), drawn batch by batch. The number of steps and the sampler have no
         meaning for a VAE: there is one pass through the decoder.
         """
-        device, images = self.vae.log_sigma.device, []
+        images = []
         with evaluating(self):
-            for start in range(0, n, batch_size):
-                count = min(batch_size, n - start)
-                z = torch.randn((count, *self.sample_shape), generator=generator, device=device)
-                timesteps = torch.zeros(count, dtype=torch.int64, device=device)
-                part = None if cond is None else cond[start : start + count]
+            for z, part in first_noises(self, n, cond, generator, batch_size):
+                timesteps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
                 images.append(self.predict(z, timesteps, part).clamp(-1, 1))
         return torch.cat(images)
 
