@@ -4,22 +4,46 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
+from train import build_method, build_model
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.evaluation.evaluator import require_clip, require_enough_samples
+from unlearn_runner.types import make_generator
 
 SMALL = (
     "dataset=sd_concepts", "model=sd_tiny", "evaluation=prompts", "dataset.retain_concepts=[a seven,a one]",
     "model.pretraining.autoencoder.max_steps=2", "clip.training.max_steps=2", "clip.training.groups=1",
     "evaluation.metrics.paraphrases.num_samples=2", "evaluation.metrics.clip_score.num_samples=2",
     "evaluation.metrics.robustness.num_steps=2", "evaluation.metrics.robustness.num_samples=2", "trainer.max_steps=2",
+    "evaluation.metrics.fid_base.min_samples=20",
 )  # fmt: skip
+METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml") if path.stem != "retrain")
 ROLLING = ("method=critic_guided", "method.num_inference_steps=3", "method.num_rollouts=8")
 
 
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experiment_composes_with_every_method(composed, method):
+    cfg = composed("experiment=sd_trousers", f"method={method}", "seed=7", debug=False)
+    assert cfg["name"] == "sd_trousers"
+    pretraining = cfg["model"]["pretraining"]
+    assert pretraining["seed"] == pretraining["autoencoder"]["seed"] == cfg["clip"]["training"]["seed"] == 7
+    spec = instantiate(cfg["dataset"]).spec
+    network = build_model(cfg["model"]["network"], spec, 0)
+    network.freeze_for_unlearning()
+    clip = instantiate(cfg["clip"]["network"])
+    built = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
+    assert built.networks
+    evaluation = instantiate(cfg["evaluation"], _convert_="all")
+    require_enough_samples(evaluation["metrics"], evaluation["sampling"], 64, network.num_labels)
+    require_clip(evaluation["metrics"], clip)
 
 
 @pytest.mark.parametrize("method", [("method=siss",), ROLLING], ids=" ".join)
@@ -29,6 +53,8 @@ def test_run_on_pictures_that_come_with_the_runner(run, method):
     assert found["status"] == "finished"
     for key in ("forget_rate", "retain_accuracy", "forget_rate_paraphrases", "clip_score_retain", "attack_success"):
         assert {f"base/{key}", f"eval/{key}"} <= set(found["metrics"]), key
+    assert "eval/fid_base_retain" in found["metrics"]
+    assert "base/fid_base_retain" not in found["metrics"]
     provenance = found["provenance"]["evaluation"]
     assert provenance["guidance_scale"] == 2.0
     assert provenance["clip"] == "small_clip"

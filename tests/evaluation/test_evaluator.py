@@ -119,9 +119,9 @@ def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network, 
     judged = dict(evaluation.judged)
     judged["forget"] = replace(judged["forget"], logits=logits)
     rows = {"mia": {"forget": torch.rand(100, 1), "unseen": torch.rand(100, 1) + 0.1}}
-    scores = evaluator._score(judged, rows, _Clock())
+    scores = evaluator._score(judged, rows, _Clock(), None)
     assert scores["forget_rate"] == 0.5
-    intervals = evaluator._intervals(scores, judged, rows)
+    intervals = evaluator._intervals(scores, judged, rows, None)
     low, high = intervals["forget_rate"]
     assert low == pytest.approx(0.5 - 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * (0.25 / 200) ** 0.5, abs=0.02)

@@ -63,6 +63,20 @@ def test_fid_is_the_frechet_distance():
     assert scores["fid_retain"] == pytest.approx(frechet(retain, reference), rel=1e-6)
     assert scores["per_class/fid/1"] == scores["fid_forget"]
 
+    before = judged(200, 3), judged(300, 4)
+    drawn = samples(forget, retain, None)
+    assert FID(against="base")(drawn) == {}, "the base has none before it"
+    groups = (Group(part, None, earlier) for part, earlier in zip((forget, retain), before, strict=True))
+    drawn = drawn._replace(**dict(zip(("forget", "retain"), groups, strict=True)))
+    for _ in range(2):
+        scores = FID(against="base")(drawn)
+        assert scores["fid_base_forget"] == pytest.approx(frechet(forget, before[0]), rel=1e-6)
+        assert scores["fid_base_retain"] == pytest.approx(frechet(retain, before[1]), rel=1e-6)
+    same = drawn._replace(retain=Group(retain, None, retain))
+    assert FID(against="base")(same)["fid_base_retain"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ConfigurationError, match="against must be images or base, got 'bass'"):
+        FID(against="bass")
+
 
 def test_kid_is_the_unbiased_mmd():
     forget, retain, reference = judged(60, 0, shift=0.5), judged(60, 1), judged(60, 2)

@@ -17,12 +17,12 @@ from unlearn_runner.methods.critic_guided import (
     Reward,
     Rollouts,
     generalised_advantages,
-    ladder,
     move,
     policy_loss,
 )
 from unlearn_runner.methods.method import Update
 from unlearn_runner.models.clip import small_clip
+from unlearn_runner.models.sampling import ladder
 from unlearn_runner.types import Batch, Labels, make_generator
 
 F64 = torch.float64

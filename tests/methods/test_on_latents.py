@@ -1,21 +1,27 @@
 """Every method that can runs on a Stable Diffusion of another's making: random weights, other sizes, v-prediction."""
 
+import copy
+
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits
 from diffusers import StableDiffusionPipeline
-from hydra.errors import InstantiationException
 from pipelines import foreign
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.sd_concepts import SDConcepts
+from unlearn_runner.models.one_step import OneStep, OneStepPipeline
 from unlearn_runner.training.checkpoint import open_checkpoint
 
 METHODS = (
     "siss", "siss_no_is", "adaptive_siss", "rl_lambda", "naive_deletion", "neg_grad", "erase_diff",
-    "critic_guided", "ddpo",
+    "critic_guided", "ddpo", "esd",
 )  # fmt: skip
-DISTILLING = ("sfd", "sfd_two_stage", "hybrid")  # of a DDPM's pixels
+DISTILLING = {
+    "sfd": (), "sfd_two_stage": (), "hybrid": (),
+    "hybrid of mixed labels": ("method.variant=siss_sfd_labels",),
+    "hybrid with a student": ("method.variant=siss_sfd_student", "method.distil_share=0.4"),
+}  # fmt: skip
 SMALL = ("method.num_inference_steps=3", "method.num_rollouts=4", "method.critic_steps=1")
 
 
@@ -25,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def configuration(composed, folder, method, *more):
-    small = SMALL if method in ("critic_guided", "ddpo") else ()
+    small = SMALL if method in ("critic_guided", "ddpo") else SMALL[:1] if method == "esd" else ()
     return composed(
         f"method={method}", "dataset=sd_concepts", "model=sd15", f"model.weights={folder}",
         "model.network.trainable=full", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]",
@@ -39,7 +45,9 @@ def dataset_of(cfg) -> SDConcepts:
 
 def test_every_method_is_looked_at():
     options = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
-    assert options == {*METHODS, *DISTILLING, "retrain"}, "retrain has the base's recipe, which sd15 has not"
+    assert options == {*METHODS, *(name for name in DISTILLING if " " not in name), "retrain"}, (
+        "retrain has the base's recipe, which sd15 has not"
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,11 +86,66 @@ def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, met
     StableDiffusionPipeline.from_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("method", DISTILLING)
-def test_methods_that_distil_refuse(composed, folder, tmp_path, method):
-    cfg = configuration(composed, folder, method)
-    with pytest.raises(InstantiationException, match=r"ConfigurationError.*take model=ddpm_tiny"):
-        build_trainer(cfg, dataset_of(cfg).load(), tmp_path)
+@pytest.mark.parametrize("name", DISTILLING)
+def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder, tmp_path, name):
+    cfg = configuration(composed, folder, name.split()[0], "trainer.max_steps=3", *DISTILLING[name])
+    data = dataset_of(cfg).load()
+
+    def begun(place):
+        trainer = build_trainer(cfg, data, tmp_path / place, resettable=False)
+        trainer.method.trio.teacher.load(folder)
+        return trainer
+
+    whole, first, second = begun("a"), begun("b"), begun("b")
+    teacher = whole.method.trio.teacher
+    start = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    while not whole.done:
+        metrics = whole.step()
+        assert all(value.isfinite() for value in metrics.values())
+    assert all(torch.equal(weight, start[name]) for name, weight in teacher.state_dict().items())
+    for network in whole.method.networks:
+        moved = {name for name, weight in network.state_dict().items() if not same_as(start, name, weight)}
+        assert bool(moved) == (network is not teacher)
+        assert all("unet." in name for name in moved)
+    first.step()
+    first.step()
+    first.save()
+    second.resume(open_checkpoint(tmp_path / "b"))
+    while not second.done:
+        second.step()
+    assert_same_bits(flat_state(second), flat_state(whole))
+
+    model = whole.method.model
+    labels = torch.tensor([0, 2, 1])
+    images = model.sample(3, labels, torch.Generator().manual_seed(5), 2)
+    assert images.shape == (3, 3, 16, 16)
+    model.save(tmp_path / "model")
+    if name == "hybrid with a student":
+        StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+        return
+    pipeline = OneStepPipeline.from_pretrained(tmp_path / "model")
+    assert pipeline.unet.config.sample_size * 4 == 32, "the foreign pipeline's own size"
+    asked = [model.prompts[label] for label in labels]
+    assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, 3, 32, 32)
+    other = OneStep(copy.deepcopy(teacher), 7)
+    other.load(tmp_path / "model")
+    assert torch.equal(other.sample(3, labels, torch.Generator().manual_seed(5), 2), images)
+
+
+def same_as(start, name, weight):
+    return torch.equal(weight, start[name.removeprefix("network.")])
+
+
+def test_copies_share_what_is_not_trained(composed, folder, tmp_path):
+    cfg = configuration(composed, folder, "sfd", "model.network.trainable=lora")
+    method = build_trainer(cfg, dataset_of(cfg).load(), tmp_path, resettable=False).method
+    teacher, fake = method.trio.teacher, method.trio.fake
+    assert fake.vae is teacher.vae
+    assert fake.text_encoder is teacher.text_encoder
+    assert fake.unet is not teacher.unet
+    stored = method.stateful()["fake_weights"].state_dict()
+    assert stored
+    assert all(".lora_" in name for name in stored), "the base's own weights are not in a checkpoint"
 
 
 def test_no_method_asks_for_the_models_kind():

@@ -66,6 +66,9 @@ def test_ratios_are_the_papers_timesteps_on_its_schedule(tiny_network):
     for ratio in ratios:
         gamma, sigma = cosine.gamma_sigma(torch.tensor([timestep_with_ratio(cosine, ratio, "x")]))
         assert (sigma / gamma).item() == pytest.approx(ratio, rel=0.03)
+    stable = tiny_network(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    ours = [timestep_with_ratio(stable, ratio, "x") for ratio in ratios]
+    assert ours == [625, 20, 979], "which are the paper's on Stable Diffusion: the same noise"
     with pytest.raises(ConfigurationError, match=r"x must be a ratio .* 0\.01 to 157; got 200"):
         timestep_with_ratio(linear, 200.0, "x")
 

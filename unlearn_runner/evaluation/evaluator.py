@@ -189,9 +189,9 @@ class Evaluator:
         for name, metric in self.on_prompts.items() if model.prompts is not None else ():
             with clock(name):
                 rows[name] = metric.measure(model, self.data, self.judge, self.clip)
-        scores = self._score(judged, rows, clock)
+        scores = self._score(judged, rows, clock, before)
         with clock("bootstrap"):
-            intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
+            intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows, before)
         evaluations /= self.sampling.num_samples * len(self.conditions)
         return Evaluation(scores, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
 
@@ -256,9 +256,13 @@ class Evaluator:
         )
 
     def _score(
-        self, judged: dict[str, Judged], rows: dict[str, dict[str, Tensor]], clock: "_Clock"
+        self,
+        judged: dict[str, Judged],
+        rows: dict[str, dict[str, Tensor]],
+        clock: "_Clock",
+        before: dict[str, Judged] | None,
     ) -> dict[str, float]:
-        samples = self._grouped(judged)
+        samples = self._grouped(judged, before)
         scores: dict[str, float] = {}
         for name, metric in self.on_samples.items():
             with clock(name):
@@ -269,7 +273,11 @@ class Evaluator:
         return scores
 
     def _intervals(
-        self, scores: dict[str, float], judged: dict[str, Judged], rows: dict[str, dict[str, Tensor]]
+        self,
+        scores: dict[str, float],
+        judged: dict[str, Judged],
+        rows: dict[str, dict[str, Tensor]],
+        before: dict[str, Judged] | None,
     ) -> dict[str, list[float]]:
         """95 % bootstrap intervals: samples redrawn within their condition, real images within their set.
 
@@ -291,7 +299,7 @@ class Evaluator:
                 name: {part: table[again(len(table))] for part, table in tables.items()}
                 for name, tables in rows.items()
             }
-            for key, value in self._score(chosen, redrawn, _Clock()).items():
+            for key, value in self._score(chosen, redrawn, _Clock(), before).items():
                 drawn[key].append(value)
         intervals = {}
         for key, values in drawn.items():
@@ -343,9 +351,10 @@ class Evaluator:
 
         return Judged(**load_file(cached(self.cache_dir, "references", key, make) / "judged.safetensors"))
 
-    def _grouped(self, judged: dict[str, Judged]) -> Samples:
+    def _grouped(self, judged: dict[str, Judged], before: dict[str, Judged] | None) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:
-            return Group(judged[name].select(rows), self.references.get(reference))
+            earlier = None if before is None else before[name].select(rows)
+            return Group(judged[name].select(rows), self.references.get(reference), earlier)
 
         everything = torch.arange(self.sampling.num_samples)
         names = ("all", "all") if "all" in judged else ("forget", "retain" if "retain" in judged else "forget")

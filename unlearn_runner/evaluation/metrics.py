@@ -20,10 +20,11 @@ from unlearn_runner.models.model import GenerativeModel
 
 
 class Group(NamedTuple):
-    """Samples that belong together, with the real images they are compared with."""
+    """Samples that belong together, with what they are compared with."""
 
     samples: Judged
-    reference: Judged | None  # None where there are none, or too few
+    reference: Judged | None  # real images; None where there are none, or too few
+    before: Judged | None = None  # the base model's samples from the same noise; None for the base itself
 
 
 class Samples(NamedTuple):
@@ -170,12 +171,16 @@ class FID(Metric):
 
     Biased upwards at small n, so compare at equal n only. fid_forget is the distance to the forget images: it
     should rise.
+
+    `against="base"`: fid_base_<group>, the distance to the base model's samples from the same noise instead: 0 for a
+    model that was not changed, whatever the base is worth, and lower than it would be from other noise.
     """
 
-    needs_references = True
-
-    def __init__(self, per_class: bool = False, min_samples: int = 100):
+    def __init__(self, per_class: bool = False, min_samples: int = 100, against: str = "images"):
+        if against not in ("images", "base"):
+            raise ConfigurationError(f"evaluation.metrics.fid.against must be images or base, got '{against}'.")
         self.per_class, self.min_samples = per_class, _at_least_two("fid", min_samples)
+        self.needs_references = against == "images"
         self._by_reference: dict[int, tuple[Judged, Any]] = {}  # the statistics of real images are taken once
 
     def least(self, num_features: int) -> int:
@@ -183,28 +188,37 @@ class FID(Metric):
         return max(self.min_samples, num_features + 1)
 
     def __call__(self, samples: Samples) -> dict[str, float]:
-        return {_key("fid", name): self._distance(group) for name, group in compared(samples, self)}
+        if self.needs_references:
+            groups = ((name, group.samples, group.reference) for name, group in compared(samples, self))
+            return {_key("fid", name): self._distance(*pair) for name, *pair in groups}
+        groups = ((name, group.samples, group.before) for name, group in samples.groups(self.per_class).items())
+        return {_key("fid_base", name): self._distance(*pair) for name, *pair in groups if pair[1] is not None}
 
-    def _distance(self, group: Group) -> float:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        if id(group.reference) not in self._by_reference:
-            d = group.reference.features.shape[1]
-            metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False).set_dtype(torch.float64)
-            metric.update(group.reference.features.double(), real=True)
-            self._by_reference[id(group.reference)] = (group.reference, metric)  # kept, so that no other has its id
-        metric = self._by_reference[id(group.reference)][1]
-        metric.update(group.samples.features.double(), real=False)
+    def _distance(self, samples: Judged, reference: Judged) -> float:
+        metric = self._prepared(reference)
+        metric.update(samples.features.double(), real=False)
         distance = float(metric.compute())
         metric.reset()
         return distance
+
+    def _prepared(self, reference: Judged) -> Any:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        if id(reference) in self._by_reference:
+            return self._by_reference[id(reference)][1]
+        d = reference.features.shape[1]
+        metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False).set_dtype(torch.float64)
+        metric.update(reference.features.double(), real=True)
+        if self.needs_references:
+            self._by_reference[id(reference)] = (reference, metric)  # kept, so that no other has its id
+        return metric
 
     def provenance(self) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
             "per_class": self.per_class,
             "min_samples": self.min_samples,
-            "reference": "training images",
+            "reference": "training images" if self.needs_references else "base samples from the same noise",
         }
 
 

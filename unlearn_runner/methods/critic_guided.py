@@ -21,6 +21,7 @@ from unlearn_runner.methods.method import Counter, Method, Update
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
+from unlearn_runner.models.sampling import ddim_step, ladder
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
 
 SIGHTS = ("noisy", "clean")
@@ -77,30 +78,18 @@ def move(
     noise: Float[Tensor, "b c h w"] | None = None,
     eta: float = 1.0,
 ) -> Move:
-    """DDIM's step from t to t_next (2010.02502, equations 12, 16), taken with `noise` or scored for a known `action`.
+    """DDIM's step from t to t_next (`ddim_step`), taken with `noise` or scored for a known `action`.
 
-    The answer is the guided one. Where t_next is -1 the picture is done: the action is the mean, x0_pred, whatever the
+    Where t_next is -1 the picture is done: the action is the mean, x0_pred, whatever the
     noise, and has no density; its log_prob is 0.
     """
-    gamma, sigma = model.gamma_sigma(t)
+    mean, std = ddim_step(model, x_t, t, t_next, cond, eta)
     last = (t_next < 0)[:, None, None, None]
-    gamma_next, sigma_next = model.gamma_sigma(t_next.clamp(min=0))
-    gamma_next, sigma_next = torch.where(last, 1.0, gamma_next), torch.where(last, 0.0, sigma_next)
-    eps_pred = model.noise_of(model.guided(x_t, t, cond), x_t, gamma, sigma)
-    x0_pred = (x_t - sigma * eps_pred) / gamma
-    std = eta * sigma_next / sigma * (1 - (gamma / gamma_next).square()).sqrt()
-    mean = gamma_next * x0_pred + (sigma_next.square() - std.square()).clamp(min=0).sqrt() * eps_pred
     if action is None:
         action = torch.where(last, mean, mean + std * noise)
     safe = torch.where(last, 1.0, std)
     density = -((action - mean) / safe).square() / 2 - safe.log() - 0.5 * math.log(2 * math.pi)
     return Move(action, torch.where(last, 0.0, density).flatten(1).sum(1), mean, std)
-
-
-def ladder(num_train_timesteps: int, num_inference_steps: int) -> Int64[Tensor, "times"]:
-    """Timesteps from the noisiest down, evenly spaced, and -1 after the last ("trailing", 2305.08891)."""
-    share = torch.arange(num_inference_steps, -1, -1, dtype=torch.float64) / num_inference_steps
-    return (share * num_train_timesteps).round().long() - 1
 
 
 class Rollouts(NamedTuple):
@@ -559,6 +548,4 @@ class CriticGuided(Method):
         }
         if self.critic is not None:
             parts |= {f"critic_{name}": part for name, part in self.critic_update.stateful().items()}
-        if self.base is not None:
-            parts["base"] = self.base
         return parts

@@ -197,7 +197,8 @@ class MultiClass(Method):
         """The teacher's guess of x0 for each retained class."""
         count, b = len(self.retained), len(noised.x_t)
         x_t, timesteps = (part.repeat_interleave(count, 0) for part in (noised.x_t, noised.timesteps))
-        return predict_x0(self.trio.teacher, x_t, timesteps, self._retained().repeat(b)).unflatten(0, (b, count))
+        guesses = predict_x0(self.trio.teacher, x_t, timesteps, self._retained().repeat(b), guided=True)
+        return guesses.unflatten(0, (b, count))
 
     def _retained(self) -> Int64[Tensor, "r"]:
         return torch.tensor(self.retained, device=self.trio.device)

@@ -131,12 +131,33 @@ class Update:
             ema.step(self.trained.parameters())
 
     def stateful(self) -> dict[str, Stateful]:
-        parts = {"weights": self.trained, "optimizer": self.optimizer}
+        parts = {"weights": TrainedWeights(self.trained), "optimizer": self.optimizer}
         if self.lr_schedule is not None:
             parts["lr_schedule"] = self.lr_schedule
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
+
+
+@final
+class TrainedWeights:
+    """The weights of a network that training moves, and its buffers, with the face of a Stateful.
+
+    What stays as the base has it is not stored: every run loads the base.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def state_dict(self) -> dict[str, Tensor]:
+        still = {name for name, weight in self.network.named_parameters() if not weight.requires_grad}
+        return {name: value for name, value in self.network.state_dict().items() if name not in still}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        missing = self.state_dict().keys() - state_dict.keys()
+        unexpected = self.network.load_state_dict(state_dict, strict=False).unexpected_keys
+        if missing or unexpected:
+            raise KeyError(f"other weights than the network's: {sorted(missing)} missing, {unexpected} unexpected")
 
 
 @final

@@ -19,8 +19,14 @@ from torch import Tensor
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Counter, Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
-from unlearn_runner.models.ddpm import DDPM
-from unlearn_runner.models.model import GenerativeModel, predict_eps, predict_x0, squared_error, timestep_with_ratio
+from unlearn_runner.models.model import (
+    DiffusionModel,
+    GenerativeModel,
+    predict_eps,
+    predict_x0,
+    squared_error,
+    timestep_with_ratio,
+)
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
 
@@ -127,18 +133,18 @@ class Trio:
     """Teacher, fake score and generator. The latter two begin with the weights that the teacher has at first use."""
 
     def __init__(self, model: GenerativeModel, name: str, noise: NoiseRange):
-        if not isinstance(model, DDPM) or model.num_labels is None:
+        if not isinstance(model, DiffusionModel) or model.num_labels is None:
             raise ConfigurationError(
-                f"method={name} distils a DDPM with class labels; take model=ddpm_tiny and a dataset with labels "
-                "(dataset.conditional=true), or another method."
+                f"method={name} distils a diffusion model that draws under labels or prompts; take model=ddpm_tiny and "
+                "a dataset with labels (dataset.conditional=true), or another method."
             )
         self.first, self.last, start = (
             timestep_with_ratio(model, getattr(noise, name), f"method.noise.{name}")
             for name in ("least", "most", "init")
         )
+        self.fake = copy.deepcopy(model)
+        self.generator = OneStep(copy.deepcopy(model), start)
         self.teacher = model.requires_grad_(False)
-        self.fake = copy.deepcopy(model).requires_grad_(True)
-        self.generator = OneStep(copy.deepcopy(model).requires_grad_(True), start)
         self.networks = (self.generator, self.fake, self.teacher)
         self.begun = False
 
@@ -184,8 +190,11 @@ class Trio:
     def generator_losses(
         self, drawn: Noised, teacher_labels: Int64[Tensor, "b"], fake_labels: Int64[Tensor, "b"], alpha: float
     ) -> Float[Tensor, "b"]:
-        """`generator_loss` with the teacher asked about one class and the fake score about another."""
-        x0_teacher = predict_x0(self.teacher, drawn.x_t, drawn.timesteps, teacher_labels)
+        """`generator_loss` with the teacher asked about one class and the fake score about another.
+
+        The teacher answers with its guidance, if it has one: what it draws with it is what the generator is to draw.
+        """
+        x0_teacher = predict_x0(self.teacher, drawn.x_t, drawn.timesteps, teacher_labels, guided=True)
         x0_fake = predict_x0(self.fake, drawn.x_t, drawn.timesteps, fake_labels)
         return generator_loss(x0_teacher, x0_fake, drawn.x0, alpha)
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -147,10 +147,14 @@ class DDPM(DiffusionModel):
                 images.append(self.picture(denoise(self, scheduler, x, part, generator)))
         return torch.cat(images)
 
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"unet": self.unet, "scheduler": self.scheduler}
+
     def save(self, folder: Path) -> None:
         from diffusers import DDPMPipeline
 
-        DDPMPipeline(self.unet, self.scheduler).save_pretrained(folder, safe_serialization=True)
+        DDPMPipeline(**self.components).save_pretrained(folder, safe_serialization=True)
 
     def load(self, source: str | Path) -> None:
         from diffusers import UNet2DModel

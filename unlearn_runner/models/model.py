@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -97,6 +97,10 @@ class GenerativeModel(nn.Module, ABC):
     def freeze_for_unlearning(self) -> None:
         """Take from training what q(m|x0) is made of, which unlearning must not move."""
 
+    def thaw(self) -> None:
+        """Let training move all that learning from images can."""
+        self.requires_grad_(True)
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write a folder that diffusers' `from_pretrained` loads."""
@@ -145,6 +149,11 @@ class DiffusionModel(GenerativeModel):
     def picture(self, x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b c h w"]:
         """The image in [-1, 1] that a denoised x0 stands for."""
 
+    @property
+    @abstractmethod
+    def components(self) -> dict[str, Any]:
+        """The parts of a pipeline of diffusers that draws with this network, by their names there."""
+
 
 def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """||prediction - target||^2 of each sample: a sum over its pixels."""
@@ -169,10 +178,14 @@ def predict_x0(
     x_t: Float[Tensor, "b c h w"],
     timesteps: Int64[Tensor, "b"],
     cond: Shaped[Tensor, "b ..."] | None,
+    guided: bool = False,
 ) -> Float[Tensor, "b c h w"]:
-    """The network's guess of x0, (x_t - sigma_t eps_pred) / gamma_t, whatever its parametrisation."""
+    """The network's guess of x0, (x_t - sigma_t eps_pred) / gamma_t, whatever its parametrisation; `guided`: the one
+    that sampling goes by.
+    """
     gamma, sigma = model.gamma_sigma(timesteps)
-    eps_pred = model.noise_of(model.predict(x_t, timesteps, cond), x_t, gamma, sigma)
+    answer = (model.guided if guided else model.predict)(x_t, timesteps, cond)
+    eps_pred = model.noise_of(answer, x_t, gamma, sigma)
     return (x_t - sigma * eps_pred) / gamma
 
 

@@ -2,16 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int64, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import DDPM
-from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, predict_x0, squared_error
+from unlearn_runner.models.model import (
+    DiffusionModel,
+    GenerativeModel,
+    Noising,
+    evaluating,
+    first_noises,
+    predict_x0,
+    squared_error,
+)
+from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion
 
 
 @final
@@ -19,25 +28,42 @@ class OneStepPipeline(DiffusionPipeline):
     """What a run that distils leaves in model/. One network evaluation an image:
 
         pipeline = OneStepPipeline.from_pretrained("<run>/model")
-        images = pipeline(torch.tensor([1, 1, 7, 7]), generator=torch.Generator().manual_seed(0))  # [4, c, h, w]
+        images = pipeline([1, 1, 7, 7], generator=torch.Generator().manual_seed(0))  # [4, c, h, w]
+        images = pipeline(["a picture of a seven"])  # of a text-to-image model
 
-    `unet` and `scheduler` are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
+    The parts are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
     """
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, timestep: int = 0):
+    _optional_components: ClassVar = ["vae", "text_encoder", "tokenizer"]  # of a text-to-image model
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        vae: nn.Module | None = None,
+        text_encoder: nn.Module | None = None,
+        tokenizer: Any = None,
+        timestep: int = 0,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(timestep=timestep)
 
     def __call__(
-        self, labels: Int64[Tensor, "b"] | Sequence[int], generator: torch.Generator | None = None
+        self, asked: Int64[Tensor, "b"] | Sequence[int] | Sequence[str], generator: torch.Generator | None = None
     ) -> Float[Tensor, "b c h w"]:
-        """An image in [-1, 1] for each label."""
-        labels = torch.as_tensor(labels, device=self.device)
+        """An image in [-1, 1] for each label, or for each prompt."""
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(torch.seed())
-        model = OneStep(DDPM(self.unet, self.scheduler).to(self.device), self.config.timestep)
-        return model.sample(len(labels), labels, generator, num_inference_steps=1, batch_size=len(labels))
+        if self.vae is None:
+            network, cond = DDPM(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
+        else:
+            parts = Parts(self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler)
+            side = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+            network = StableDiffusion(parts, (self.vae.config.in_channels, side, side), tuple(asked))
+            cond = torch.arange(len(asked), device=self.device)
+        model = OneStep(network.to(self.device), self.config.timestep)
+        return model.sample(len(cond), cond, generator, num_inference_steps=1, batch_size=len(cond))
 
 
 @final
@@ -45,13 +71,13 @@ class OneStep(GenerativeModel):
     """G(z, c): what a diffusion model's network takes for x0 if it is shown pure noise z as x_t at one fixed timestep.
 
     Its noisy sample m is z, which knows nothing of any image, so it has no likelihood: metrics that ask for one leave
-    it out. Conditions are class indices [b], or None.
+    it out. Conditions are those of the network; there is no guidance, what was distilled may have had one.
     """
 
     num_train_timesteps = 1
     has_likelihood = False
 
-    def __init__(self, network: DDPM, timestep: int):
+    def __init__(self, network: DiffusionModel, timestep: int):
         super().__init__()
         if timestep not in range(network.num_train_timesteps):
             raise ConfigurationError(
@@ -70,11 +96,23 @@ class OneStep(GenerativeModel):
 
     @property
     def answer_shape(self) -> tuple[int, int, int]:
-        return self.image_shape
+        return self.network.answer_shape
 
     @property
     def num_labels(self) -> int | None:
         return self.network.num_labels
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        return self.network.prompts
+
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
+        """Conditions for any texts, if the network has `prompts`."""
+        return self.network.embed(prompts)
+
+    def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
+        """Of conditions, if the network has `prompts`."""
+        return self.network.embeddings(cond)
 
     @property
     def network_evaluations(self) -> int:
@@ -95,7 +133,7 @@ class OneStep(GenerativeModel):
         timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """The image of noise m; not cut to [-1, 1]."""
+        """The x0 of noise m, an image or a latent; not cut to [-1, 1]."""
         return predict_x0(self.network, m, torch.full((len(m),), self.timestep, device=m.device), cond)
 
     def loss(
@@ -108,7 +146,7 @@ class OneStep(GenerativeModel):
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
         """||answer - x0||^2. No bound on a likelihood: which noise an image belongs to is not known."""
-        return squared_error(answer, x0)
+        return squared_error(answer, self.network.noising(x0, timesteps, None).center)
 
     @torch.inference_mode()
     def sample(
@@ -125,19 +163,18 @@ class OneStep(GenerativeModel):
         with evaluating(self):
             for z, part in first_noises(self, n, cond, generator, batch_size):
                 timesteps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-                images.append(self.predict(z, timesteps, part).clamp(-1, 1))
-        return torch.cat(images)
+                images.append(self.network.picture(self.predict(z, timesteps, part)))
+        return torch.cat(images).contiguous()
 
     def freeze_for_unlearning(self) -> None:
         """Nothing to freeze: its noise is not learnt."""
 
     def save(self, folder: Path) -> None:
-        """A folder for `OneStepPipeline.from_pretrained`; unet/ and scheduler/ are as a DDPM's."""
-        OneStepPipeline(self.network.unet, self.network.scheduler, self.timestep).save_pretrained(
+        """A folder for `OneStepPipeline.from_pretrained`; its parts are those of the network's own pipeline."""
+        OneStepPipeline(**self.network.components, timestep=self.timestep).save_pretrained(
             folder, safe_serialization=True
         )
 
     def load(self, source: str | Path) -> None:
-        pipeline = OneStepPipeline.from_pretrained(source)
-        self.network.unet.load_state_dict(pipeline.unet.state_dict())
-        self.timestep = pipeline.config.timestep
+        self.network.load(source)
+        self.timestep = OneStepPipeline.load_config(source)["timestep"]

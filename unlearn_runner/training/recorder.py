@@ -34,6 +34,7 @@ HEADLINES = (
     "mia_auc",
     "forget_rate_paraphrases",
     "clip_score_retain",
+    "fid_base_retain",
     "attack_success",
     "relearn_steps",
     "deletion_steps",

@@ -44,7 +44,8 @@ class Relearning:
         per_step/relearn_forget_rate/<n> is the forget rate after n steps. The same images and noise for every model;
         a copy is trained, `model` stays as it is.
         """
-        network = copy.deepcopy(model).requires_grad_(True)
+        network = copy.deepcopy(model)
+        network.thaw()
         device = next(network.parameters()).device
         method = Denoising(network, self.update, make_generator(self.seed, "relearning", device))
         stream = BatchStream(replace(data, retain=data.forget), method.reads, self.batch_size, self.seed, device)

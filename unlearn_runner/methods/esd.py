@@ -1,0 +1,128 @@
+"""ESD: Erased Stable Diffusion (ICCV 2023, 2303.07345): the concept's prompt comes to mean what leads away from it.
+
+# Notation (variable -> paper)
+# answer, concept, empty -> eps_theta(x_t, c, t), eps_theta*(x_t, c, t), eps_theta*(x_t, t)
+# eta -> eta;  base -> theta*, the frozen network
+"""
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.overrides import drawn_labels
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, squared_error
+from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
+
+
+def esd_loss(
+    answer: Float[Tensor, "b c h w"],
+    concept: Float[Tensor, "b c h w"],
+    empty: Float[Tensor, "b c h w"],
+    eta: float,
+) -> Float[Tensor, "b"]:
+    """||eps_theta(x_t, c, t) - [eps*(x_t, t) - eta (eps*(x_t, c, t) - eps*(x_t, t))]||^2 (2303.07345, section 4).
+
+    Summed over the entries. The target is guidance with its sign turned. It is the same of answers in v, which are one
+    combination of x_t and eps for all three.
+    """
+    return squared_error(answer, empty - eta * (concept - empty))
+
+
+@final
+class ESD(Method):
+    """Under a forget prompt, the network learns to answer as the base does when it is guided away from that prompt.
+
+    Reads no image: x_t is what the network of today draws under the prompt, with its guidance, stopped on the way.
+
+    Args:
+        labels: the dataset's prompts; those to forget are drawn.
+        batch_size: pictures in a step, all stopped at the same timestep, which is drawn anew.
+        num_inference_steps: of a whole drawing by DDIM.
+        eta: how far away; the paper's 1.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        update: Callable[[GenerativeModel], Update],
+        generator: torch.Generator,
+        labels: Labels | None,
+        batch_size: int,
+        num_inference_steps: int = 50,
+        eta: float = 1.0,
+    ):
+        if not isinstance(model, DiffusionModel) or model.prompts is None:
+            raise ConfigurationError(
+                "method=esd leads away from a prompt, towards what is drawn under none; take model=sd_tiny "
+                "dataset=sd_concepts, or another method."
+            )
+        if not eta > 0:
+            raise ConfigurationError(f"method.eta must be positive, got {eta}.")
+        if not 1 <= num_inference_steps <= model.num_train_timesteps:
+            raise ConfigurationError(
+                f"method.num_inference_steps must lie in 1..{model.num_train_timesteps}, got {num_inference_steps}."
+            )
+        self.reads = Streams(retain=None, forget=False)
+        self.trained, self.labels = model, labels
+        self.batch_size, self.eta = batch_size, eta
+        self.times = ladder(model.num_train_timesteps, num_inference_steps)
+        self.update = update(model)
+        self.base = copy.deepcopy(model).requires_grad_(False)
+        self.networks = (model, self.base)
+        self.generator = generator
+        self.begun = False
+
+    @property
+    def model(self) -> GenerativeModel:
+        return self.update.model
+
+    def step(self, batch: Batch) -> Metrics:
+        self._begin()
+        model, g = self.trained, self.generator
+
+        # 1. x_t as it is drawn under the prompt, stopped at a random timestep
+        labels = drawn_labels(self.labels.forget, self.batch_size, g, g.device)
+        stop = int(torch.randint(len(self.times) - 1, (1,), generator=g, device=g.device))
+        x_t, t = self._drawn_until(stop, labels)
+
+        # 2. what the base answers under the prompt and under none
+        with torch.no_grad():
+            concept, empty = (self.base.predict(x_t, t, cond) for cond in (labels, torch.full_like(labels, -1)))
+
+        # 3. the network's own answer under the prompt, and the update
+        losses = esd_loss(model.predict(x_t, t, labels), concept, empty, self.eta)
+        loss = losses.mean() / x_t[0].numel()
+        gradient = self.update.gradient(loss)
+        self.update.apply(gradient)
+        return {"loss/forget": loss.detach(), "grad_norm/forget": gradient.norm()}
+
+    @torch.no_grad()
+    def _drawn_until(
+        self, stop: int, labels: Int64[Tensor, "b"]
+    ) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
+        """x_t after `stop` steps of DDIM from pure noise, and its t."""
+        g, model = self.generator, self.trained
+        x = torch.randn((len(labels), *model.sample_shape), generator=g, device=g.device)
+        times = self.times.to(g.device)[:, None].expand(-1, len(labels))
+        with evaluating(model):
+            for t, t_next in pairwise(times[: stop + 1]):
+                x, _ = ddim_step(model, x, t, t_next, labels, eta=0.0)
+        return x, times[stop]
+
+    def _begin(self) -> None:
+        """Give the base its weights, which are not there yet when a method is built."""
+        if not self.begun:
+            self.base.load_state_dict(self.trained.state_dict())
+            self.begun = True
+
+    def stateful(self) -> dict[str, Stateful]:
+        self._begin()
+        return {**self.update.stateful(), "noise": GeneratorState(self.generator)}
