@@ -112,7 +112,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             network.load_state_dict(build_network(seed).state_dict())
         trainer = Trainer(
             method,
-            BatchStream(data, method.reads, plan.batch_size, seed, hardware.device),
+            BatchStream(data, method.reads, plan.batch_size, seed, hardware.device, network.encode),
             plan,
             recorder,
             Checkpoints(folder.checkpoints, plan.checkpoints_total_limit),

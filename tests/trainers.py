@@ -22,16 +22,26 @@ CPU = torch.device("cpu")
 make = partial(instantiate, _convert_="all")
 
 
-def build_trainer(cfg: dict, data, folder: Path, resettable: bool = True, recorder: Recorder | None = None) -> Trainer:
+def build_trainer(
+    cfg: dict,
+    data,
+    folder: Path,
+    resettable: bool = True,
+    recorder: Recorder | None = None,
+    base: Path | None = None,
+) -> Trainer:
+    """`base` is a folder of weights that the network is given, as train.py does it, when the method is built."""
     spec = data.spec
     network = build_model(cfg["model"]["network"], spec, 0)
     plan = make(cfg["trainer"])
     if plan.init == "base":
         network.freeze_for_unlearning()
     method = build_method(cfg["method"], network, spec, make_generator(0, "method"), make(cfg["clip"]["network"]))
+    if base is not None:
+        network.load(base)
     return Trainer(
         method,
-        BatchStream(data, method.reads, plan.batch_size, 0, CPU),
+        BatchStream(data, method.reads, plan.batch_size, 0, CPU, network.encode),
         plan,
         recorder or ProgressRecorder(ProgressBar("test", plan.max_steps, Console(quiet=True))),
         Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),

@@ -11,7 +11,9 @@ Metrics: TypeAlias = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """One batch for one optimizer step; images in [-1, 1]. A stream that the method does not read is None."""
+    """One batch for one optimizer step; images in [-1, 1], or their latents. A stream that the method does not read is
+    None.
+    """
 
     x0_retain: Float[Tensor, "b c h w"] | None
     x0_forget: Float[Tensor, "b c h w"] | None

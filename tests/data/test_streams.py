@@ -74,3 +74,31 @@ def test_uint8_survives_the_way_to_the_model_and_back():
     assert torch.equal(to_uint8(to_unit_range(every)), every)
     assert to_unit_range(every).min() == -1
     assert to_unit_range(every).max() == 1
+
+
+def test_images_are_encoded_once(digits):
+    calls = []
+
+    def halved(x0):
+        calls.append(len(x0))
+        return x0[:, :, ::2, ::2] / 2
+
+    whole = BatchStream(digits, Streams("all", True), 100, 3, CPU)
+    stream = BatchStream(digits, Streams("all", True), 100, 3, CPU, halved)
+    assert sum(calls) == 1442 + 146 + 146
+    for _ in range(20):  # into a second epoch
+        found, wanted = stream.next(), whole.next()
+        assert torch.equal(found.x0_retain, wanted.x0_retain[:, :, ::2, ::2] / 2)
+        assert torch.equal(found.x0_forget, wanted.x0_forget[:, :, ::2, ::2] / 2)
+        assert torch.equal(found.cond_retain, wanted.cond_retain)
+    assert sum(calls) == 1442 + 146 + 146
+
+
+def test_images_that_are_mirrored_or_left_alone_are_not_encoded(digits):
+    def refuse(x0):
+        raise AssertionError("a mirrored latent is not the latent of the mirrored image")
+
+    data = DigitsTrousers(horizontal_flip=True).load()
+    BatchStream(data, Streams("retain", False), 4, 0, CPU, refuse).next()
+    stream = BatchStream(digits, Streams("retain", False), 4, 0, CPU, lambda x0: x0)
+    assert stream.sources["retain"].pixels[0] is digits.retain.pixels

@@ -69,6 +69,7 @@ class GaussianModel(DiffusionModel):
         raise NotImplementedError
 
     save = load = loss = freeze_for_unlearning = sample
+    components = None
 
 
 def gaussian(d, seed=0):

@@ -266,5 +266,5 @@ def test_refuses(tiny_network, variant, settings):
 
 def test_every_variant_refuses_what_it_cannot_distil(tiny_network):
     for variant in VARIANTS:
-        with pytest.raises(ConfigurationError, match="a DDPM with class labels"):
+        with pytest.raises(ConfigurationError, match="a diffusion model that draws under labels"):
             build(variant, tiny_network(num_labels=None), labels=None)

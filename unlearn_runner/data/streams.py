@@ -1,5 +1,6 @@
 """Endless batches of forget and retain images, drawn by index with an explicit generator."""
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -59,7 +60,8 @@ class BatchStream:
     """Batches of `batch_size` retain images and as many forget images, as far as the method reads them.
 
     Images stay uint8, on the device where they fit, memory-mapped where they do not; a batch is one
-    indexing operation, no file is opened and nothing is decoded.
+    indexing operation, no file is opened and nothing is decoded. Where they fit and are not mirrored, what a model's
+    `encode` makes of them is kept in their place.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class BatchStream:
         batch_size: int,
         seed: int,
         device: torch.device,
+        encode: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b ..."]] | None = None,
     ):
         self.batch_size = batch_size
         self.device = device
@@ -83,6 +86,9 @@ class BatchStream:
             sources["forget"] = [data.forget]
         keep_on = device if data.resident else torch.device("cpu")
         self.sources = {name: Pool(parts, keep_on) for name, parts in sources.items()}
+        if encode is not None and data.resident and not self.horizontal_flip:
+            for pool in self.sources.values():
+                pool.pixels = [encoded(pixels, encode, device) for pixels in pool.pixels]
         self.indices = {name: Shuffled(len(pool), self.generator) for name, pool in self.sources.items()}
 
     def next(self) -> Batch:
@@ -94,7 +100,7 @@ class BatchStream:
         if name not in self.sources:
             return None, None
         pixels, labels, _ = self.sources[name].take(self.indices[name].draw(self.batch_size))
-        x0 = to_unit_range(pixels.to(self.device))
+        x0 = pixels if pixels.is_floating_point() else to_unit_range(pixels.to(self.device))  # latents, or bytes
         if self.horizontal_flip:
             x0 = half_mirrored(x0, self.generator)
         return x0, labels.to(self.device) if self.conditional else None
@@ -109,6 +115,22 @@ class BatchStream:
         self.generator.set_state(state_dict["generator"].cpu())
         for name, indices in self.indices.items():
             indices.load_state_dict(state_dict[name])
+
+
+def encoded(
+    pixels: UInt8[Tensor, "n c h w"],
+    encode: Callable[[Float[Tensor, "b c h w"]], Float[Tensor, "b ..."]],
+    device: torch.device,
+    batch_size: int = 16,
+) -> Shaped[Tensor, "n ..."]:
+    """What `encode` makes of images, or the images where it leaves them as they are."""
+    parts = []
+    for part in pixels.split(batch_size):
+        images = to_unit_range(part.to(device))
+        parts.append(encode(images))
+        if parts[-1] is images:
+            return pixels
+    return torch.cat(parts)
 
 
 def half_mirrored(images: Shaped[Tensor, "b c h w"], generator: torch.Generator) -> Shaped[Tensor, "b c h w"]:

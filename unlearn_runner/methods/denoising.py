@@ -84,7 +84,7 @@ class Denoising(Method):
 
     def step(self, batch: Batch) -> Metrics:
         losses = drawn_loss(self.trained, batch.x0_retain, batch.cond_retain, self.generator)
-        loss = losses.mean() / batch.x0_retain[0].numel()
+        loss = losses.mean() / self.trained.num_entries
         gradient = self.update.gradient(loss)
         self.update.apply(gradient)
         return {"loss/retain": loss.detach(), "grad_norm/retain": gradient.norm()}

@@ -78,7 +78,7 @@ class EraseDiff(Method):
 
         # 3. both in one direction
         self.update.apply(combine(grad_retain, grad_forget, self.eta))
-        pixels = batch.x0_retain[0].numel()
+        pixels = self.trained.num_entries
         return {
             "loss/retain": loss_retain.detach() / pixels,
             "loss/forget": loss_forget.detach() / pixels,

@@ -41,7 +41,7 @@ class NegGrad(Method):
         gradient = self.update.gradient(loss)
         self.update.apply(gradient)
         return {
-            "loss/forget": -loss.detach() / batch.x0_forget[0].numel(),
+            "loss/forget": -loss.detach() / self.trained.num_entries,
             "grad_norm/forget": gradient.norm(),
         }
 

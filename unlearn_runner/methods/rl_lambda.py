@@ -66,7 +66,7 @@ class Probe:
         eps = draw_eps(model, self.batch.x0_retain, generator)
         with torch.no_grad():
             retain, forget = (
-                denoising_loss(model, x0, cond, timesteps, eps).mean() / x0[0].numel()
+                denoising_loss(model, x0, cond, timesteps, eps).mean() / model.num_entries
                 for x0, cond in (
                     (self.batch.x0_retain, self.batch.cond_retain), (self.batch.x0_forget, self.batch.cond_forget),
                 )

@@ -262,7 +262,7 @@ class SISS(Method):
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
-        model, b, pixels = self.trained, len(batch.x0_retain), batch.x0_retain[0].numel()
+        model, b, pixels = self.trained, len(batch.x0_retain), self.trained.num_entries
 
         # 1. t and eps common to each pair, lambda, and from which of the two images m is drawn
         timesteps, t_weights = self.timesteps.draw(b, model.num_train_timesteps, self.generator, batch.x0_retain.device)
@@ -422,7 +422,7 @@ class SISSNoIS(Method):
     def step(self, batch: Batch) -> Metrics:
         # 1. L_retain at the noisy x, L_forget at the noisy a
         (loss_retain, grad_retain), (loss_forget, grad_forget) = (
-            (loss.detach() / x0[0].numel(), self.update.gradient(loss))
+            (loss.detach() / self.trained.num_entries, self.update.gradient(loss))
             for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget))
             for loss in [drawn_loss(self.trained, x0, cond, self.generator).mean()]
         )

@@ -48,6 +48,17 @@ class GenerativeModel(nn.Module, ABC):
     has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
     network_evaluations: int  # samples passed forward through the trained network so far
 
+    @property
+    def num_entries(self) -> int:
+        """How many numbers `loss` sums over: pixels, or entries of a latent."""
+        return math.prod(self.answer_shape)
+
+    def encode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
+        """What can stand for images wherever this face takes them, and costs nothing more then: of a latent model their
+        latents; here, the images.
+        """
+        return x0
+
     @abstractmethod
     def noising(
         self,

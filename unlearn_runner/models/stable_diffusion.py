@@ -142,8 +142,8 @@ class StableDiffusion(DiffusionModel):
                 self._known = self.embed((*self.prompts, ""))
         return self._known[cond]
 
-    def latents(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i j"]:
-        """Of images; latents are left as they are."""
+    def encode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i j"]:
+        """Latents of images; latents are left as they are."""
         if tuple(x0.shape[1:]) == self.sample_shape:
             return x0
         with torch.no_grad():
@@ -160,7 +160,7 @@ class StableDiffusion(DiffusionModel):
         self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b l i j"], timesteps: Int64[Tensor, "b"]
     ) -> Float[Tensor, "b l i j"]:
         gamma_sigma = self.gamma_sigma(timesteps)
-        return wanted_answer(self.scheduler.config.prediction_type, self.latents(x0), eps, *gamma_sigma)
+        return wanted_answer(self.scheduler.config.prediction_type, self.encode(x0), eps, *gamma_sigma)
 
     def noising(
         self,
@@ -169,7 +169,7 @@ class StableDiffusion(DiffusionModel):
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Noising:
         gamma, sigma = self.gamma_sigma(timesteps)
-        return Noising(gamma, self.latents(x0), sigma)
+        return Noising(gamma, self.encode(x0), sigma)
 
     def predict(
         self,

@@ -153,7 +153,7 @@ class _Learning:
         progress = ProgressBar(title, recipe.max_steps, self.console)
         trainer = Trainer(
             method,
-            BatchStream(self.data, method.reads, recipe.batch_size, recipe.seed, device),
+            BatchStream(self.data, method.reads, recipe.batch_size, recipe.seed, device, network.encode),
             plan,
             ProgressRecorder(progress),
             Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),

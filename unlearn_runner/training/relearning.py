@@ -48,7 +48,8 @@ class Relearning:
         network.thaw()
         device = next(network.parameters()).device
         method = Denoising(network, self.update, make_generator(self.seed, "relearning", device))
-        stream = BatchStream(replace(data, retain=data.forget), method.reads, self.batch_size, self.seed, device)
+        forget = replace(data, retain=data.forget)
+        stream = BatchStream(forget, method.reads, self.batch_size, self.seed, device, network.encode)
         scores: dict[str, float] = {}
         for step in range(self.max_steps + 1):
             if step % self.every == 0 or step == self.max_steps:
