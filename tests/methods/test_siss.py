@@ -4,17 +4,20 @@ import math
 
 import pytest
 import torch
+from conftest import assert_same_bits
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.lambdas import Constant
 from unlearn_runner.methods.method import Update
 from unlearn_runner.methods.siss import (
     SISS,
+    LastNorms,
     NormFix,
     SISSNoIS,
     effective_sample_size,
     importance_weights,
     mix,
+    shared_passes,
     siss_loss,
 )
 from unlearn_runner.models.model import Noising, squared_error
@@ -171,7 +174,61 @@ def test_split_batches_give_the_plain_gradients(tiny_network, one_label, predict
         weights.append(torch.cat([w.flatten() for w in siss.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=2e-6)
     assert passes[1] == 96
-    assert (passes[0] <= 110) if not one_label else (passes[0] == 96), "overlapping batches take the plain way"
+    assert 96 <= passes[0] <= 110
+
+
+def test_rows_are_passed_the_cheapest_way():
+    def way(only_retain, only_forget, both, **more):
+        w_retain, w_forget = (
+            torch.tensor(
+                [value for n, value in zip((only_retain, only_forget, both), column, strict=True) for _ in range(n)]
+            )
+            for column in ((1.0, 0.0, 0.5), (0.0, 1.0, 0.5))
+        )
+        return [(int(rows.sum()), terms) for rows, terms in shared_passes(w_retain, w_forget, **more)]
+
+    assert way(32, 32, 0) == [(32, (0,)), (32, (1,))]
+    assert way(0, 0, 64) == [(64, (0, 1))]
+    assert way(64, 0, 0) == [(64, (0,))]
+    assert way(20, 20, 24) == [(20, (0,)), (20, (1,)), (24, (0, 1))], "60 + 60 + 120 units instead of 320 or 264"
+    assert way(31, 31, 2) == [(33, (0,)), (33, (1,))], "two more units are cheaper than three more calls"
+    assert way(1, 1, 62) == [(64, (0, 1))]
+    assert way(31, 31, 2, call=0.0) == [(31, (0,)), (31, (1,)), (2, (0, 1))]
+
+
+def test_norms_may_be_measured_now_and_then(tiny_network):
+    """Between two measurements the update is the plain one with the last factor; at them it is the plain one."""
+    batches = [unit_batch(one_label=True, seed=step) for step in range(4)]
+    plain, stale = method(tiny_network(), tau=5.0), method(tiny_network(), tau=5.0, norm_every=2)
+    exact = method(tiny_network(), tau=5.0)
+    for network in (plain, stale):
+        network.step(batches[0])
+    assert_same_bits(dict(plain.model.state_dict()), dict(stale.model.state_dict()))
+    factor = 5.0 / exact.step(batches[0])["grad_norm/forget"].item()
+    fixed = method(tiny_network())  # no norm fix: its superfactor is the factor
+    fixed.trained.load_state_dict(stale.model.state_dict())
+    fixed.generator.set_state(stale.generator.get_state())
+    fixed.superfactor = factor - 1
+    found, wanted = stale.step(batches[1]), fixed.step(batches[1])
+    for got, expected in zip(stale.model.parameters(), fixed.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert found["grad_norm/forget"] != wanted["grad_norm/forget"], "the last one, from the step before"
+    for key in ("loss/retain", "loss/forget"):
+        assert found[key].item() == pytest.approx(wanted[key].item(), rel=1e-5)
+    before = stale.norms.last
+    stale.step(batches[2])
+    assert stale.norms.last[0] is not before[0]
+
+
+def test_a_batch_without_forget_samples_leaves_the_last_factor(tiny_network):
+    norms = LastNorms(3)
+    norms.keep(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1e4))
+    assert norms.last[2] == 0
+    norms.keep(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(0.5))
+    norms.keep(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1e4))
+    assert norms.last[2] == 0.5
+    with pytest.raises(ConfigurationError, match=r"add method\.gradient_variance=false"):
+        method(tiny_network(), norm_every=2, gradient_variance=True)
 
 
 @pytest.mark.parametrize("lambd", [0.0, 1.0])
@@ -250,7 +307,7 @@ def test_effective_sample_size():
     "settings",
     [
         {"lambd": -0.1}, {"lambd": 1.5}, {"lambd": float("nan")}, {"tau": 1.0, "rho": 0.1}, {"tau": -1.0},
-        {"rho": float("inf")}, {"population": "both"}, {"superfactor": -2.0},
+        {"rho": float("inf")}, {"population": "both"}, {"superfactor": -2.0}, {"norm_every": 0},
     ],
 )  # fmt: skip
 def test_refuses(tiny_network, settings):

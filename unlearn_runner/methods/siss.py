@@ -131,6 +131,33 @@ def mix(
     )
 
 
+def shared_passes(
+    w_retain: Float[Tensor, "b"], w_forget: Float[Tensor, "b"], call: float = 4.0
+) -> list[tuple[Bool[Tensor, "b"], tuple[int, ...]]]:
+    """The cheapest way to pass a batch: which rows together, and back for which of the terms 0, 1 (retain, forget).
+
+    A pass forward and back costs 3 units a row, a second pass back over the same graph 2, and each of these passes
+    what `call` units cost besides. A row whose weight in a term is below rounding needs no pass back for it, which is
+    exact to rounding. Rows with weight in both terms go together with two passes back, or once with each of the others.
+    """
+    negligible = torch.finfo(w_retain.dtype).eps / 16
+    in_retain, in_forget = w_retain > negligible, w_forget > negligible
+    both, every = in_retain & in_forget, torch.ones_like(in_retain)
+    ways = [
+        [(every, (0, 1))],
+        [(in_retain, (0,)), (in_forget, (1,))],
+        [(in_retain & ~both, (0,)), (in_forget & ~both, (1,)), (both, (0, 1))],
+    ]
+    counts = [[int(rows.sum()) for rows, _ in way] for way in ways]
+
+    def cost(way: int) -> float:
+        passes = ((count, len(terms)) for count, (_, terms) in zip(counts[way], ways[way], strict=True) if count)
+        return sum(count * (1 + 2 * backward) + call * (1 + backward) for count, backward in passes)
+
+    best = min(range(len(ways)), key=cost)
+    return [part for part, count in zip(ways[best], counts[best], strict=True) if count]
+
+
 @final
 class NormFix:
     """Rescales every forget gradient to norm tau (2503.01034, section 4), up or down.
@@ -173,15 +200,40 @@ class NormFix:
         self.average = state_dict["average"]
 
 
-class Gradients(NamedTuple):
-    """The two terms of one batch; all detached."""
+@final
+class LastNorms:
+    """The norms of the two gradients and the norm fix's factor, as they were last measured; stateful."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.steps = 0
+        self.last: tuple[Float[Tensor, ""], ...] = ()
+
+    def due(self) -> bool:
+        """Whether this step measures them."""
+        self.steps += 1
+        return (self.steps - 1) % self.every == 0
+
+    def keep(self, norm_retain: Float[Tensor, ""], norm_forget: Float[Tensor, ""], fix: Float[Tensor, ""]) -> None:
+        """A batch without a forget sample says nothing of the factor: then the one before stays, at first 0."""
+        if self.every > 1:
+            before = self.last[2] if self.last else torch.zeros_like(fix)
+            self.last = (norm_retain, norm_forget, torch.where(norm_forget > 0, fix, before))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "last": list(self.last)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.last = state_dict["steps"], tuple(state_dict["last"])
+
+
+class Answered(NamedTuple):
+    """What the two terms of one batch make of the network's answer; all detached."""
 
     losses_retain: Float[Tensor, "b"]  # w_x l_x, summed over pixels
     losses_forget: Float[Tensor, "b"]
     slopes_retain: Float[Tensor, "b c h w"]  # gradient of w_x l_x over the network's answer
     slopes_forget: Float[Tensor, "b c h w"]
-    grad_retain: Float[Tensor, "p"]  # gradient of the batch's mean over the network's weights
-    grad_forget: Float[Tensor, "p"]
 
 
 @final
@@ -223,6 +275,8 @@ class SISS(Method):
             with the factors N/(N-K) and K/(N-K), as in the theory. Either is right, both together would be wrong.
         superfactor: s, how much more than deletion's share the forget term weighs. Without effect under a norm fix.
         split: back-propagate each term only through the samples that carry weight in it.
+        norm_every: steps between two measurements of the gradients' norms; in between the terms share one pass back,
+            and the forget gradient is multiplied by what was last found right. 1: at every step, as in the paper.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
         gradient_variance: log grad_variance/{retain,forget,update}.
     """
@@ -238,6 +292,7 @@ class SISS(Method):
         population: str = "retain",
         superfactor: float = 0.0,
         split: bool = True,
+        norm_every: int = 1,
         timesteps: TimestepSampler | None = None,
         gradient_variance: bool = False,
     ):
@@ -245,6 +300,13 @@ class SISS(Method):
             raise ConfigurationError(f"method.population must be retain or all, got '{population}'.")
         if not superfactor > -1:
             raise ConfigurationError(f"method.superfactor must be greater than -1, got {superfactor}.")
+        if not norm_every > 0:
+            raise ConfigurationError(f"method.norm_every must be positive, got {norm_every}.")
+        if norm_every > 1 and gradient_variance:
+            raise ConfigurationError(
+                f"method.norm_every={norm_every} does not know both gradients at every step; add "
+                "method.gradient_variance=false, or leave it at 1."
+            )
         self.reads = Streams(retain=population, forget=True)
         self.networks = (model,)
         self.trained = model
@@ -252,6 +314,7 @@ class SISS(Method):
         self.norm_fix = NormFix(tau, rho)
         self.superfactor = superfactor
         self.split = split
+        self.norms = LastNorms(norm_every)
         self.timesteps = Uniform() if timesteps is None else timesteps
         self.gradient_variance = GradientVariance() if gradient_variance else None
         self.update = update(model)
@@ -276,15 +339,21 @@ class SISS(Method):
         noising_forget = model.noising(batch.x0_forget, timesteps, batch.cond_forget)
         mixture = mix(batch, timesteps, noising_retain, noising_forget, eps, coin < lambd, lambd)
 
-        # 3. the gradients of both terms
-        found = self._gradients(mixture, t_weights * scale_retain, t_weights * scale_forget)
+        # 3. the gradients of both terms, and the forget gradient at its norm; or both at once, at the last norms
+        scales = (t_weights * scale_retain, t_weights * scale_forget)
         c_retain, c_forget = self.factors(batch)
-        grad_retain, grad_forget = found.grad_retain * c_retain, found.grad_forget * c_forget
+        if self.norms.due():
+            found, (grad_retain, grad_forget) = self._gradients(mixture, *scales)
+            grad_retain, grad_forget = grad_retain * c_retain, grad_forget * c_forget
+            norm_retain, norm_forget = grad_retain.norm(), grad_forget.norm()
+            fix = self.norm_fix.scale(norm_retain, norm_forget)
+            gradient = grad_retain - fix * grad_forget
+            self.norms.keep(norm_retain, norm_forget, fix)
+        else:
+            norm_retain, norm_forget, fix = self.norms.last
+            found, gradient = self._joint_gradient(mixture, *scales, c_retain, fix * c_forget)
 
-        # 4. the forget gradient at its norm, and the update
-        norm_retain, norm_forget = grad_retain.norm(), grad_forget.norm()
-        fix = self.norm_fix.scale(norm_retain, norm_forget)
-        gradient = grad_retain - fix * grad_forget
+        # 4. the update
         self.update.apply(gradient)
 
         # 5. lambda's controller and the timesteps' sampler learn from what was seen
@@ -330,47 +399,43 @@ class SISS(Method):
 
     def _gradients(
         self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]
-    ) -> Gradients:
-        """Both terms and their gradients, each sample's two losses multiplied by its scales besides its weights.
-
-        A pass forward and back costs 3 units a sample, a second pass back over the same graph 2. Samples whose
-        weight in a term is below rounding are left out of that term's passes, which is exact to rounding; when
-        both weights matter for most samples, one forward pass with two backward passes is cheaper.
+    ) -> tuple[Answered, tuple[Float[Tensor, "p"], Float[Tensor, "p"]]]:
+        """Both terms, each sample's two losses multiplied by its scales besides its weights; and the gradients of their
+        means over the batch, over the network's weights.
         """
-        negligible = torch.finfo(mixture.retain.weight.dtype).eps / 16
-        in_retain = mixture.retain.weight > negligible
-        in_forget = mixture.forget.weight > negligible
-        b = len(in_retain)
-
-        if not self.split or int(in_retain.sum() + in_forget.sum()) * 3 > 5 * b:
-            answer, losses = self._losses(mixture)
-            terms = siss_loss(*losses, mixture.retain.weight * scale_retain, mixture.forget.weight * scale_forget)
-            slopes_retain, grad_retain = self.update.gradient_through(answer, terms[0], retain_graph=True)
-            slopes_forget, grad_forget = self.update.gradient_through(answer, terms[1])
-            weighted = (
-                (origin.weight * loss).detach()
-                for origin, loss in zip((mixture.retain, mixture.forget), losses, strict=True)
+        weights, scales = (mixture.retain.weight, mixture.forget.weight), (scale_retain, scale_forget)
+        b, losses = len(weights[0]), [torch.zeros_like(weight) for weight in weights]
+        slopes = [weight.new_zeros((b, *self.trained.answer_shape)) for weight in weights]
+        gradients = [self.update.zero_gradient() for _ in weights]
+        for rows, terms in shared_passes(*weights) if self.split else [(torch.ones_like(weights[0]) > 0, (0, 1))]:
+            answer, found = self._losses(mixture.select(rows))
+            means = siss_loss(
+                *found, *(weight[rows] * scale[rows] for weight, scale in zip(weights, scales, strict=True))
             )
-            return Gradients(*weighted, slopes_retain * b, slopes_forget * b, grad_retain, grad_forget)
+            for term in terms:
+                loss = means[term] * (len(answer) / b)
+                over_answer, gradient = self.update.gradient_through(answer, loss, retain_graph=term != terms[-1])
+                losses[term][rows] = (weights[term][rows] * found[term]).detach()
+                slopes[term][rows] = over_answer * b
+                gradients[term] = gradients[term] + gradient
+        return Answered(*losses, *slopes), (gradients[0], gradients[1])
 
-        def term(rows: Bool[Tensor, "b"], which: int) -> tuple[Tensor, Tensor, Tensor]:
-            losses = torch.zeros_like(mixture.retain.weight)
-            slopes = losses.new_zeros((b, *self.trained.answer_shape))
-            if not rows.any():
-                return losses, slopes, self.update.zero_gradient()
-            part = mixture.select(rows)
-            answer, found = self._losses(part)
-            losses[rows] = ((part.retain.weight, part.forget.weight)[which] * found[which]).detach()
-            weights = (part.retain.weight * scale_retain[rows], part.forget.weight * scale_forget[rows])
-            loss = siss_loss(*found, *weights)[which] * (rows.sum() / b)
-            over_answer, gradient = self.update.gradient_through(answer, loss)
-            slopes[rows] = over_answer * b
-            return losses, slopes, gradient
-
-        (losses_retain, slopes_retain, grad_retain), (losses_forget, slopes_forget, grad_forget) = (
-            term(in_retain, 0), term(in_forget, 1)
-        )  # fmt: skip
-        return Gradients(losses_retain, losses_forget, slopes_retain, slopes_forget, grad_retain, grad_forget)
+    def _joint_gradient(
+        self,
+        mixture: Mixture,
+        scale_retain: Float[Tensor, "b"],
+        scale_forget: Float[Tensor, "b"],
+        c_retain: float,
+        c_forget: Float[Tensor, ""],
+    ) -> tuple[Answered, Float[Tensor, "p"]]:
+        """c_retain g_x - c_forget g_a by one pass back, and what the two terms make of the network's answer."""
+        answer, losses = self._losses(mixture)
+        weights = (mixture.retain.weight, mixture.forget.weight)
+        terms = siss_loss(*losses, weights[0] * scale_retain, weights[1] * scale_forget)
+        slopes = [torch.autograd.grad(term, answer, retain_graph=True)[0] for term in terms]
+        gradient = self.update.gradient_from(answer, c_retain * slopes[0] - c_forget * slopes[1])
+        weighted = [(weight * loss).detach() for weight, loss in zip(weights, losses, strict=True)]
+        return Answered(*weighted, *(part * len(answer) for part in slopes)), gradient
 
     def _losses(self, mixture: Mixture) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The network's answer at m, and what it costs if m is a sample of x, and if m is a sample of a."""
@@ -386,6 +451,7 @@ class SISS(Method):
             "noise": GeneratorState(self.generator),
             "lambd": self.lambd,
             "norm_fix": self.norm_fix,
+            "norms": self.norms,
             "timesteps": self.timesteps,
         }
         if self.gradient_variance is not None:
