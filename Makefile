@@ -8,7 +8,7 @@ METHODS ?= naive_deletion,neg_grad,erase_diff,siss,siss_no_is
 SEEDS ?= 0,1,2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run table test test-all lint format clean clean-cache
+.PHONY: help install run table bench test test-all lint format clean clean-cache
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ table: install ## a table of docs/results.md on two CPU cores: make table EXPERI
 		hydra.sweep.dir=outputs/tables/$(EXPERIMENT) hydra/launcher=joblib hydra.launcher.n_jobs=2 \
 		hardware=cpu hardware.threads=1 $(ARGS)
 	$(BIN)/python scripts/compare.py outputs/tables/$(EXPERIMENT)
+
+bench: install ## milliseconds of every method's step against a plain loop; nothing else may run: make bench ARGS="--network paper"
+	$(BIN)/python scripts/bench.py $(ARGS)
 
 test: install ## the default tests: two CPU cores, no network, under 10 minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -1,0 +1,397 @@
+"""How long a step takes, of what, and against what: a benchmark whose comparisons are made in turns.
+
+    python scripts/bench.py                                   # every method on the 1.1M network, minutes
+    python scripts/bench.py --network paper --methods siss siss_no_is --steps 3
+    python scripts/bench.py --json bench.json --markdown bench.md
+
+All that is compared runs in turns, a few steps each, round after round, so that a machine that grows slower does not
+favour whoever came first. A ratio is the median over rounds of one round's ratio. Nothing else may run meanwhile.
+The reference is the plain loop of scripts/reference_loop.py. Pictures: scikit-learn's digits at 28x28 with trousers.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+NETWORKS = {
+    "paper": ["model=ddpm_mnist"],
+    "small": ["model=ddpm_mnist", "model.network.block_out_channels=[24,48,80]", "model.network.norm_num_groups=8",
+              "model.network.layers_per_block=1"],
+}  # fmt: skip
+REFERENCES = {"reference": True, "reference_no_is": False}  # with importance sampling, without
+PLAIN = ["method.update.ema_decay=null", "method.gradient_variance=false"]  # the reference has neither
+SUBJECTS = {
+    "siss": ["method=siss", *PLAIN],
+    "siss_stale": ["method=siss", "method.norm_every=10", *PLAIN],
+    "siss_no_is": ["method=siss_no_is", PLAIN[0]],
+    "adaptive_siss": ["method=adaptive_siss", *PLAIN],
+    "adaptive_unsplit": ["method=adaptive_siss", "method.split=false", *PLAIN],
+    "siss_unsplit": ["method=siss", "method.split=false", *PLAIN],
+    "siss_default": ["method=siss"],
+    "naive_deletion": ["method=naive_deletion", PLAIN[0]],
+    "neg_grad": ["method=neg_grad", PLAIN[0]],
+    "erase_diff": ["method=erase_diff", PLAIN[0]],
+    "sfd": ["method=sfd", PLAIN[0]],
+    "multi_class": ["method=hybrid", "method.variant=multi_class", PLAIN[0]],
+    "rl_ppo": ["method=rl_lambda", "method.split=false", *PLAIN],
+    "rl_sac": ["method=rl_lambda", "method/agent=sac", "method.split=false", *PLAIN],
+}
+COMPARED = {  # whose ratio to whom is worth a line
+    "siss": "reference", "siss_stale": "reference", "siss_default": "reference", "siss_no_is": "reference_no_is",
+    "adaptive_unsplit": "siss_unsplit", "rl_ppo": "siss_unsplit", "rl_sac": "siss_unsplit",
+}  # fmt: skip
+ROLLOUT = 25  # steps of an agent between two updates of its policy: it runs so many at a time
+
+
+class Subject(NamedTuple):
+    """What is timed."""
+
+    run: Callable[[int], None]  # takes so many steps
+    networks: tuple[Any, ...]  # whose passes are counted
+    least: int  # steps at a time
+
+
+class Timing(NamedTuple):
+    """What was found of one subject."""
+
+    milliseconds: float  # of a step: median over rounds
+    quartiles: tuple[float, float]
+    images_per_second: float
+    evaluations: float  # of networks, in a step, for each image pair
+    outside: float  # share of the step outside passes forward and back
+
+
+def composed(overrides: list[str]) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import unlearn_runner.cli  # noqa: F401 - what configurations interpolate
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", ["logger=jsonl", *overrides], return_hydra_config=True)
+    return {
+        key: OmegaConf.to_container(cfg[key], resolve=True)
+        for key in cfg
+        if OmegaConf.is_config(cfg[key]) and key != "hydra"
+    }
+
+
+def make_subject(name: str, arguments: argparse.Namespace, folder: Path) -> Subject:
+    """One of SUBJECTS or REFERENCES on a network of its own, all of them from the same seed."""
+    import torch
+    from hydra.utils import instantiate
+    from rich.console import Console
+
+    from train import build_method, build_model
+    from unlearn_runner.data.streams import BatchStream
+    from unlearn_runner.training.checkpoint import Checkpoints
+    from unlearn_runner.training.progress import ProgressBar
+    from unlearn_runner.training.recorder import ProgressRecorder
+    from unlearn_runner.training.signals import Interrupts
+    from unlearn_runner.training.trainer import Trainer, identity_of
+    from unlearn_runner.types import Streams, make_generator
+
+    make = partial(instantiate, _convert_="all")
+    cfg = composed(
+        [
+            "dataset=digits_trousers", "dataset.image_size=28", f"dataset.conditional={arguments.conditional}",
+            f"hardware={arguments.hardware}", f"budget.batch_size={arguments.batch_size}", "trainer.max_steps=1000000",
+            "trainer.log_every=10", *NETWORKS[arguments.network], *SUBJECTS.get(name, ["method=siss"]),
+        ]
+    )  # fmt: skip
+    hardware = make(cfg["hardware"])
+    hardware.apply()
+    data = make(cfg["dataset"]).load()
+    network = hardware.place(build_model(cfg["model"]["network"], data.spec, 0))
+    if name in REFERENCES:
+        from scripts.reference_loop import ReferenceLoop
+
+        loop = ReferenceLoop(network.unet, network.alphas_cumprod, REFERENCES[name], 0.5, 5.0, 1e-4)
+        stream = BatchStream(data, Streams("retain", True), arguments.batch_size, 0, hardware.device)
+        torch.manual_seed(0)
+
+        def run(steps: int) -> None:
+            for _ in range(steps):
+                loop.step(*stream.next()[:4])
+
+        return Subject(run, (), 1)
+    method = build_method(cfg["method"], network, data.spec, make_generator(0, "method", hardware.device))
+    plan, driver = make(cfg["trainer"]), make(cfg["driver"])
+    driver.total_steps(method, plan)
+    trainer = Trainer(
+        method,
+        BatchStream(data, method.reads, plan.batch_size, 0, hardware.device),
+        plan,
+        ProgressRecorder(ProgressBar(name, plan.max_steps, Console(quiet=True))),
+        Checkpoints(folder / name, 1),
+        Interrupts(),
+        identity_of(method, data.spec),
+    )
+    if not name.startswith("rl_"):
+
+        def take(steps: int) -> None:
+            for _ in range(steps):
+                trainer.step()
+
+        return Subject(take, method.networks, 1)
+
+    from unlearn_runner.drivers.sb3 import RolloutStart
+
+    driver.prepare(trainer)
+
+    def learn(steps: int) -> None:
+        agent = driver.agent
+        with agent.randomness.inside():
+            agent.model.learn(steps, RolloutStart(agent.rollout_started), None, reset_num_timesteps=False)
+
+    return Subject(learn, method.networks, ROLLOUT)
+
+
+@contextmanager
+def passes_timed(device: Any) -> Iterator[list[float]]:
+    """Within, seconds spent in networks' passes forward and back are added to the list's only entry."""
+    import torch
+    from diffusers import UNet2DModel
+
+    spent = [0.0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            synchronise(device)
+            started = time.perf_counter()
+            found = function(*arguments, **settings)
+            synchronise(device)
+            spent[0] += time.perf_counter() - started
+            return found
+
+        return call
+
+    forward, grad, backward = UNet2DModel.forward, torch.autograd.grad, torch.autograd.backward
+    UNet2DModel.forward, torch.autograd.grad, torch.autograd.backward = timed(forward), timed(grad), timed(backward)
+    try:
+        yield spent
+    finally:
+        UNet2DModel.forward, torch.autograd.grad, torch.autograd.backward = forward, grad, backward
+
+
+def synchronise(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(subjects: dict[str, Subject], arguments: argparse.Namespace, device: Any) -> dict[str, list[float]]:
+    """Seconds of a step by round. Each round begins with another subject."""
+    names = list(subjects)
+    for name in names:
+        subjects[name].run(max(arguments.warm_up, subjects[name].least))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round in range(arguments.rounds):
+        first = round % len(names)
+        for name in names[first:] + names[:first]:
+            steps = max(arguments.steps, subjects[name].least)
+            synchronise(device)
+            started = time.perf_counter()
+            subjects[name].run(steps)
+            synchronise(device)
+            seconds[name].append((time.perf_counter() - started) / steps)
+        told = ", ".join(f"{name} {1000 * seconds[name][-1]:.0f}" for name in names)
+        print(f"round {round + 1} of {arguments.rounds}, ms a step: {told}", file=sys.stderr)
+    return seconds
+
+
+def timing_of(subject: Subject, seconds: list[float], arguments: argparse.Namespace, device: Any) -> Timing:
+    """What a few more steps tell besides the seconds."""
+    steps = max(arguments.steps, subject.least)
+    before = sum(network.network_evaluations for network in subject.networks)
+    with passes_timed(device) as spent:
+        started = time.perf_counter()
+        subject.run(steps)
+        synchronise(device)
+        whole = time.perf_counter() - started
+    evaluations = sum(network.network_evaluations for network in subject.networks) - before
+    low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    middle = median(seconds)
+    pairs = arguments.batch_size
+    return Timing(1000 * middle, (1000 * low, 1000 * high), pairs / middle, evaluations / steps / pairs,
+                  1 - spent[0] / whole)  # fmt: skip
+
+
+def peak_of(name: str, arguments: argparse.Namespace) -> float:
+    """MiB that three steps need at their peak, besides Python, torch, data and weights, in a process of its own."""
+    options = ["--network", arguments.network, "--hardware", arguments.hardware, "--conditional",
+               str(arguments.conditional).lower(), "--batch-size", str(arguments.batch_size)]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, __file__, "--peak", name, *options], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return float(done.stdout.splitlines()[-1])
+
+
+def print_peak(name: str, arguments: argparse.Namespace) -> None:
+    from unlearn_runner.training.provenance import peak_memory_gb
+
+    with tempfile.TemporaryDirectory() as folder:
+        subject = make_subject(name, arguments, Path(folder))
+        before = peak_memory_gb()
+        subject.run(max(3, subject.least))
+    print(1024 * (peak_memory_gb() - before))
+
+
+def drawing(arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds to draw 1,000 samples with 25 steps, and to score them by all metrics of `evaluation=quick`."""
+    from hydra.utils import instantiate
+
+    from train import build_model
+    from unlearn_runner.evaluation.classifier import trained_judge
+    from unlearn_runner.evaluation.evaluator import Evaluator
+
+    make = partial(instantiate, _convert_="all")
+    cfg = composed(["dataset=digits_trousers", "dataset.image_size=28", f"dataset.conditional={arguments.conditional}",
+                    f"hardware={arguments.hardware}", *NETWORKS[arguments.network], "evaluation.num_samples=500",
+                    "evaluation.classifier.max_steps=50"])  # fmt: skip
+    hardware, evaluation = make(cfg["hardware"]), make(cfg["evaluation"])
+    hardware.apply()
+    data = make(cfg["dataset"]).load()
+    network = hardware.place(build_model(cfg["model"]["network"], data.spec, 0))
+    with tempfile.TemporaryDirectory() as cache:
+        judge = trained_judge(data, evaluation["classifier"], Path(cache), hardware.device, None, lambda *_: None)
+        evaluator = Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], Path(cache))
+        found = evaluator(network)
+    scoring = sum(seconds for part, seconds in found.seconds.items() if part != "sampling")
+    return {"drawing": found.seconds["sampling"], "scoring": scoring}
+
+
+def start_up() -> dict[str, float]:
+    """Seconds until `main` begins, and of a run of nothing but its parts; medians of three."""
+
+    def seconds(*command: str) -> float:
+        taken = []
+        for _ in range(3):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], capture_output=True, check=True, cwd=ROOT)
+            taken.append(time.perf_counter() - started)
+        return median(taken)
+
+    return {
+        "import of train.py": seconds("-c", "import train"),
+        "train.py --cfg job": seconds("train.py", "--cfg", "job"),
+    }
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table, and what stands above and below it."""
+    lines = [
+        f"{found['network']} network ({found['parameters'] / 1e6:.1f}M weights), 28x28, batch {found['batch_size']}, "
+        f"{'conditional' if found['conditional'] else 'unconditional'}, {found['threads']} threads, "
+        f"{found['rounds']} rounds of {found['steps']} steps.",
+        "",
+        "| | ms a step (quartiles) | pairs/s | evaluations a pair | outside the passes | peak MiB | times as fast as |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found["subjects"].items():
+        ratio = found["ratios"].get(name)
+        versus = (
+            "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) {ratio['of']}"
+        )
+        evaluations = "" if name in REFERENCES else f"{row['evaluations']:.2f}"
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {name} | {row['milliseconds']:.0f} ({low:.0f} to {high:.0f}) | {row['images_per_second']:.0f} | "
+            f"{evaluations} | {100 * row['outside']:.1f} % | {row['peak']:.0f} | {versus} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--network", choices=NETWORKS, default="small", help="the paper's UNet, or one of 1.1M weights")
+    add("--methods", nargs="+", choices=[*REFERENCES, *SUBJECTS], metavar="NAME",
+        default=[*REFERENCES, *SUBJECTS], help=f"of {', '.join([*REFERENCES, *SUBJECTS])} (default: all)")  # fmt: skip
+    add("--conditional", type=lambda text: {"true": True, "false": False}[text], default=True, metavar="true|false")
+    add("--batch-size", type=int, default=64)
+    add("--hardware", default="auto", help="a group of conf/hardware")
+    add("--rounds", type=int, default=7)
+    add("--steps", type=int, default=5, help="of each subject in a round")
+    add("--warm-up", type=int, default=2, help="steps before anything is timed")
+    add("--json", type=Path, metavar="FILE", help="write all that was found, with the machine")
+    add("--markdown", type=Path, metavar="FILE", help="write the table")
+    add("--peak", choices=[*REFERENCES, *SUBJECTS], help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.peak:
+        print_peak(arguments.peak, arguments)
+        return
+    for name in ("rounds", "steps", "warm_up", "batch_size"):
+        if not getattr(arguments, name) > 0:
+            sys.exit(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}.")
+    if not arguments.conditional:  # distillation draws labels
+        arguments.methods = [name for name in arguments.methods if name not in ("sfd", "multi_class")]
+    for file in filter(None, (arguments.json, arguments.markdown)):
+        if not file.parent.is_dir():
+            sys.exit(f"{file} cannot be written: there is no folder {file.parent}.")
+
+    import torch
+
+    from unlearn_runner.training.provenance import environment
+
+    peaks = {name: peak_of(name, arguments) for name in arguments.methods}
+    with tempfile.TemporaryDirectory() as folder:
+        subjects = {name: make_subject(name, arguments, Path(folder)) for name in arguments.methods}
+        some = next(iter(subject.networks for subject in subjects.values() if subject.networks), None)
+        device = torch.device("cuda" if torch.cuda.is_available() and arguments.hardware != "cpu" else "cpu")
+        seconds = in_turns(subjects, arguments, device)
+        settings = ("network", "batch_size", "conditional", "hardware", "rounds", "steps")
+        found: dict[str, Any] = {
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            **environment(),
+            **{name: getattr(arguments, name) for name in settings},
+            "parameters": sum(weight.numel() for weight in some[0].parameters()) if some else 0,
+            "subjects": {},
+        }
+        for name, subject in subjects.items():
+            timing = timing_of(subject, seconds[name], arguments, device)
+            found["subjects"][name] = timing._asdict() | {"peak": peaks[name], "seconds": seconds[name]}
+    found["ratios"] = {}
+    for name, other in COMPARED.items():
+        if name in seconds and other in seconds:
+            by_round = sorted(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
+            found["ratios"][name] = {"of": other, "median": median(by_round), "low": by_round[0], "high": by_round[-1]}
+    found |= {"evaluation": drawing(arguments), "start_up": start_up()}
+    text = markdown(found)
+    print(text)
+    print({name: round(value, 2) for name, value in (found["evaluation"] | found["start_up"]).items()})
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
