@@ -21,6 +21,7 @@ from unlearn_runner.comparison.comparison import Comparison, Table, Wanted, comp
 from unlearn_runner.comparison.render import csv_text, latex, markdown, terminal, terminal_tables, terminal_tests
 from unlearn_runner.comparison.runs import Found, read_runs
 from unlearn_runner.comparison.statistics import TESTS
+from unlearn_runner.comparison.verdicts import sentence, verdicts_of
 from unlearn_runner.errors import ConfigurationError
 
 
@@ -124,6 +125,8 @@ def show(comparison: Comparison, arguments: argparse.Namespace, console: Console
         for drawn in terminal_tables(table.rows, table.columns, table.cells, console.width):
             console.print(drawn)
         console.print(f"{how(table)}; ★ best, ↓ less is better, ↑ more is.")
+        for verdict in verdicts_of(table.rows, arguments.test):
+            console.print(f"  {verdict.question}: {verdict.label} ({verdict.column}); {sentence(verdict)}.", markup=False)
         if table.tests:
             what = f"{TESTS[arguments.test]}, p after Holm's correction over the methods of each metric"
             console.print(f"\nAgainst {arguments.baseline}, on the same seeds: difference, {what}.")
@@ -151,7 +154,7 @@ def write(found: Found, wanted: Wanted, comparison: Comparison, arguments: argpa
         from unlearn_runner.comparison.report import report
 
         whole = compare(found, wanted._replace(short=False))
-        page, remarks = report(whole, wanted)
+        page, remarks = report(whole, wanted.test, wanted.baseline)
         for remark in remarks:
             console.print(remark, markup=False)
         arguments.html.write_text(page, encoding="utf-8")

@@ -21,7 +21,7 @@ HEADLINES = (
     "cost/peak_memory_gb",
 )  # fmt: skip
 
-ORACLE = "the oracle's"  # best is what the model has that never saw the forget set
+ORACLE = "oracle"  # best is what the model has that never saw the forget set
 LOW, HIGH = "low", "high"
 # As docs/metrics.md says. A metric without a line here has no good direction, and nothing of it is marked.
 BETTER: dict[str, str | float] = {
