@@ -80,6 +80,7 @@ def report(comparison: Comparison, test: str, baseline: str | None) -> tuple[str
         baseline=baseline,
         open_runs=most_runs <= 12,
         as_json=as_json,
+        breakable=breakable,
     )
     return page, remarks
 
@@ -91,6 +92,11 @@ def part(name: str) -> str:
 def as_json(value: Any) -> Markup:
     """JSON that cannot end the script element which holds it."""
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def breakable(name: str) -> Markup:
+    """A long name may be broken after each "_"."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def title_of(table: Table) -> str:

@@ -187,13 +187,14 @@ def badness(value: float, direction: str | float | None, oracle: float | None) -
 
 
 def cells_of(rows: list[Row], columns: list[str]) -> list[dict[str, Cell]]:
-    """For each row its means by column. The best is marked among methods that have a value for all of their seeds.
+    """For each row its means by column. The best is marked among the `eligible` rows.
 
     Nothing is marked where no direction is good, where all methods are alike, or where there is only one.
     """
     cells: list[dict[str, Cell]] = [{} for _ in rows]
     for column in columns:
         oracle = oracle_mean(rows, column)
+        may_win = {row.label for row in eligible(rows, column)}
         bad: dict[int, float] = {}
         for place, row in enumerate(rows):
             if not (values := list(row.values.get(column, {}).values())):
@@ -201,7 +202,7 @@ def cells_of(rows: list[Row], columns: list[str]) -> list[dict[str, Cell]]:
             cell = Cell(mean(values), half_width(values), len(values), max(len(row.seeds), len(values)), False)
             cells[place][column] = cell
             how_bad = badness(cell.mean, better(column), oracle)
-            if row.is_method and cell.n == cell.of and how_bad is not None:
+            if row.is_method and row.label in may_win and how_bad is not None:
                 bad[place] = how_bad
         if len(bad) < 2:
             continue
@@ -210,6 +211,12 @@ def cells_of(rows: list[Row], columns: list[str]) -> list[dict[str, Cell]]:
         for place in same if len(same) < len(bad) else ():
             cells[place][column] = cells[place][column]._replace(best=True)
     return cells
+
+
+def eligible(rows: list[Row], column: str) -> list[Row]:
+    """Methods that may be called the best: with a value for all of their seeds, and more than one if any has more."""
+    whole = [row for row in rows if row.is_method and row.seeds and len(row.values.get(column, {})) == len(row.seeds)]
+    return [row for row in whole if len(row.seeds) > 1] or whole
 
 
 def number(value: float) -> str:

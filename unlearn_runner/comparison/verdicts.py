@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.statistics import holm, paired
-from unlearn_runner.comparison.tables import Row, badness
+from unlearn_runner.comparison.tables import Row, badness, eligible
 
-# What a person asks first, and the metrics that answer it: the first one that every method has.
+# What a person asks first, and the metrics that answer it.
 QUESTIONS = {
     "forgets best": ("forget_rate",),
-    "brings back most": ("restored_rate",),
+    "restores most": ("restored_rate",),
     "keeps most": ("retain_accuracy", "fid_retain", "clip_score_retain"),
     "costs least": ("cost/network_evaluations", "cost/seconds"),
 }
@@ -28,20 +28,20 @@ class Verdict(NamedTuple):
 
 
 def verdicts_of(rows: list[Row], test: str = "t") -> list[Verdict]:
-    """Among methods with a value for each of their seeds; nothing where fewer than two have that."""
+    """For each question the first metric that every method has; nothing where fewer than two rows could win."""
     found = []
     for question, columns in QUESTIONS.items():
         for column in columns:
-            there = [row for row in rows if row.is_method and len(row.values.get(column, {})) == len(row.seeds)]
-            if len(there) >= 2 and len(there) == sum(row.is_method for row in rows):
-                found.append(verdict_on(question, column, there, test))
+            methods = [row for row in rows if row.is_method]
+            if len(eligible(rows, column)) >= 2 and all(row.values.get(column) for row in methods):
+                found.append(verdict_on(question, column, methods, eligible(rows, column), test))
                 break
     return found
 
 
-def verdict_on(question: str, column: str, rows: list[Row], test: str) -> Verdict:
-    ranked = sorted(rows, key=lambda row: badness(mean(row.values[column].values()), better(column), None))
-    best, others = ranked[0], ranked[1:]
+def verdict_on(question: str, column: str, methods: list[Row], may_win: list[Row], test: str) -> Verdict:
+    best = min(may_win, key=lambda row: badness(mean(row.values[column].values()), better(column), None))
+    others = [row for row in methods if row.label != best.label]
     centre = mean(best.values[column].values())
     equal = [row.label for row in others if mean(row.values[column].values()) == centre]
     results = [paired(row.values[column], best.values[column], test) for row in others]

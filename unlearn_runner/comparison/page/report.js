@@ -2,7 +2,8 @@
 (() => {
   const COLOURS = 8;
   const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
-  const FIRST_SHOWN = 8; // methods in the plots before anyone chooses
+  const FIRST_SHOWN = 6; // methods in the plots before anyone chooses; more bands than that would hide each other
+  const LEGEND = 12; // lines named under a plot
   const SHARES = new Set(["forget_rate", "restored_rate", "forget_rate_paraphrases", "retain_accuracy", "ssim_retain",
     "precision_retain", "recall_retain"]);
 
@@ -30,7 +31,12 @@
     if (size !== 0 && size < 0.001) return value.toExponential(1);
     return String(Number(value.toPrecision(3)));
   }
-  const interval = ([mean, half]) => say(mean) + (half ? ` ± ${say(half)}` : "");
+  function interval([mean, half]) {
+    const decimals = (say(mean).split(".")[1] || "").length;
+    return say(mean) + (half ? ` ± ${Math.abs(mean) < 1e4 ? half.toFixed(decimals) : say(half)}` : "");
+  }
+  // A label that may be broken after each "_".
+  const breakable = (label) => label.split("_").flatMap((part, place) => (place ? ["_", html("wbr"), part] : [part]));
 
   function ticks(low, high, count) {
     const rough = (high - low) / Math.max(1, count);
@@ -154,10 +160,10 @@
     const [xKey, yKey] = [part(".pick-x").value, part(".pick-y").value];
     const pair = data.tradeoffs.find((each) => each.x === xKey && each.y === yKey);
     const has = (each) => each.cells[xKey] && each.cells[yKey];
-    const points = data.methods.map((method, place) => ({ ...method, place })).filter((each) => has(each) && shown.has(each.place));
+    const points = data.methods.map((method, place) => ({ ...method, place, faint: !shown.has(place) })).filter(has);
     const references = data.references.filter(has);
     if (!pair || !points.length) {
-      box.replaceChildren(html("p", { class: "empty" }, pair ? "No method is chosen." : "No run has both metrics."));
+      box.replaceChildren(html("p", { class: "empty" }, "No run has both metrics."));
       note.textContent = "";
       return;
     }
@@ -176,7 +182,8 @@
       }
       const pad = (high - low || 0.1) * 0.06;
       [low, high] = [low - pad, high + pad];
-      if (SHARES.has(key)) [low, high] = [Math.max(low, -0.02), Math.min(high, 1.02)];
+      const margin = 0.04 * (Math.min(high, 1) - Math.max(low, 0));
+      if (SHARES.has(key)) [low, high] = [Math.max(low, -margin), Math.min(high, 1 + margin)];
       return low < high ? [low, high] : [low - 0.5, high + 0.5];
     };
     const arrows = { low: "← better", high: "better →" };
@@ -208,12 +215,13 @@
         continue;
       }
       const stroke = each.reference ? "var(--soft)" : colour(each.place);
-      const whisker = { stroke, "stroke-width": 1.4, opacity: 0.5 };
+      const whisker = { stroke, "stroke-width": 1.4, opacity: each.faint ? 0 : 0.4 };
       if (xCell[1]) plot.inside.append(svg("line", { x1: plot.x(xCell[0] - xCell[1]), x2: plot.x(xCell[0] + xCell[1]), y1: y, y2: y, ...whisker }));
       if (yCell[1]) plot.inside.append(svg("line", { y1: plot.y(yCell[0] - yCell[1]), y2: plot.y(yCell[0] + yCell[1]), x1: x, x2: x, ...whisker }));
       const dot = each.reference
         ? svg("circle", { cx: x, cy: y, r: 6, fill: "var(--card)", stroke, "stroke-width": 2.2 })
-        : marker(each.place, x, y, 5.5, stroke);
+        : marker(each.place, x, y, each.faint ? 4 : 5.5, stroke);
+      if (each.faint) dot.setAttribute("opacity", front.has(each.place) ? 0.8 : 0.4);
       const text = `${each.label}${front.has(each.place) && !each.reference ? " (on the front)" : ""}\n${xKey} ${interval(xCell)}\n${yKey} ${interval(yCell)}`;
       dot.addEventListener("pointermove", (event) => showTip(event, text));
       dot.addEventListener("pointerleave", hideTip);
@@ -222,7 +230,7 @@
       each.at = [x, y];
     }
     // names: first those on the front, and only where they hide nothing
-    const named = everyone.filter((each) => each.at).sort((a, b) => (b.reference || front.has(b.place) || 0) - (a.reference || front.has(a.place) || 0));
+    const named = everyone.filter((each) => each.at && (!each.faint || front.has(each.place))).sort((a, b) => (b.reference || front.has(b.place) || 0) - (a.reference || front.has(a.place) || 0));
     let unnamed = 0;
     for (const each of named) {
       const [x, y] = each.at;
@@ -252,7 +260,7 @@
     const pair = view.data.tradeoffs[0];
     if (!pair) return false;
     return [pair.x, pair.y].some((key) => {
-      const all = view.data.methods.map((each) => each.cells[key]).filter(Boolean).map((cell) => cell[0]);
+      const all = [...view.data.methods, ...view.data.references].map((each) => each.cells[key]).filter(Boolean).map((cell) => cell[0]);
       const best = pair.front.map((place) => view.data.methods[place].cells[key][0]);
       const far = Math.max(...all) - Math.min(...all);
       const middle = [...all].sort((a, b) => a - b)[round(all.length / 2)];
@@ -277,12 +285,12 @@
       if (keep.length) lines.push({ place, xs: keep.map((i) => xs[i]), mean: keep.map((i) => mean[i]), low: low && keep.map((i) => low[i]), high: high && keep.map((i) => high[i]) });
     });
     plotBox.setAttribute("aria-label", `${key} over ${clock}, ${lines.length} methods`);
-    reading.textContent = "";
+    reading.replaceChildren();
     if (!lines.length) {
       plotBox.replaceChildren(html("p", { class: "empty" }, "None of the chosen methods has this metric."));
       return;
     }
-    const bands = lines.length <= 6;
+    const bands = lines.length <= FIRST_SHOWN;
     const all = (side) => lines.flatMap((each) => each[side] && bands ? each[side] : each.mean);
     let [low, high] = [Math.min(...all("low").map(Number)), Math.max(...all("high").map(Number))];
     if (!log) {
@@ -305,26 +313,31 @@
     const cross = svg("line", { y1: plot.m.top, y2: plot.height - plot.m.bottom, stroke: "var(--ink)", opacity: 0.6, visibility: "hidden" });
     plot.root.append(cross);
     const grid = [...new Set(lines.flatMap((each) => each.xs))].sort((a, b) => a - b);
-    let where = -1;
+    let where = grid.length - 1;
+    const nearest = (each, x) => each.xs.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(each.xs[best] - x) ? i : best), 0);
     const read = (place) => {
       where = Math.max(0, Math.min(grid.length - 1, place));
       const x = grid[where];
       cross.setAttribute("x1", plot.x(x));
       cross.setAttribute("x2", plot.x(x));
-      cross.setAttribute("visibility", "visible");
-      const nearest = (each) => each.xs.reduce((best, value, i) => (Math.abs(value - x) < Math.abs(each.xs[best] - x) ? i : best), 0);
-      reading.replaceChildren(`${clock} ${say(x)}:`, ...lines.slice(0, 10).map((each) => html("b", {},
-        html("i", { style: `background:${colour(each.place)}` }), `${data.methods[each.place].label} ${say(each.mean[nearest(each)])}`)));
+      reading.replaceChildren(`${clock} ${say(x)}:`, ...lines.slice(0, LEGEND).map((each) => html("b", {},
+        html("i", { style: `background:${colour(each.place)}` }), ...breakable(data.methods[each.place].label), ` ${say(each.mean[nearest(each, x)])}`)));
+      if (lines.length > LEGEND) reading.append(` and ${lines.length - LEGEND} more`);
     };
+    const move = (place) => {
+      cross.setAttribute("visibility", "visible");
+      read(place);
+    };
+    read(where); // the legend: where the lines end
     plotBox.onpointermove = (event) => {
       const x = ((event.clientX - plot.root.getBoundingClientRect().left) / plot.root.getBoundingClientRect().width) * plot.width;
-      read(grid.reduce((best, value, i) => (Math.abs(plot.x(value) - x) < Math.abs(plot.x(grid[best]) - x) ? i : best), 0));
+      move(grid.reduce((best, value, i) => (Math.abs(plot.x(value) - x) < Math.abs(plot.x(grid[best]) - x) ? i : best), 0));
     };
     plotBox.onkeydown = (event) => {
       const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!by) return;
       event.preventDefault();
-      read(where < 0 ? (by > 0 ? 0 : grid.length - 1) : where + by);
+      move(where + by);
     };
   }
 
@@ -345,7 +358,7 @@
           const low = Math.max(0, mean - half);
           track.append(html("span", { class: "interval", style: `left:${share(low)};width:calc(${share(mean + half)} - ${share(low)})` }));
         }
-        panel.append(html("div", { class: "bar" }, html("span", { class: "who" }, label), track, html("span", { class: "value" }, say(mean))));
+        panel.append(html("div", { class: "bar" }, html("span", { class: "who" }, ...breakable(label)), track, html("span", { class: "value" }, say(mean))));
       }
       return panel;
     }));
