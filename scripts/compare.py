@@ -66,6 +66,9 @@ def parser() -> Parser:
 def main() -> None:
     arguments = parser().parse_args()
     try:
+        for file in filter(None, (arguments.html, arguments.grid, arguments.curves)):
+            if not file.parent.is_dir():
+                raise ConfigurationError(f"{file} cannot be written: there is no folder {file.parent}.")
         found = read(arguments.folders)
         exported = arguments.csv or arguments.latex or arguments.markdown
         short = not (arguments.all or arguments.csv or arguments.markdown)
@@ -85,6 +88,10 @@ def main() -> None:
         write(found, wanted, comparison, arguments, aside if exported else console)
     except ConfigurationError as error:
         sys.exit(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(f"{error.filename}: {error.strerror}.")
 
 
 def read(folders: list[Path]) -> Found:
@@ -126,7 +133,9 @@ def show(comparison: Comparison, arguments: argparse.Namespace, console: Console
             console.print(drawn)
         console.print(f"{how(table)}; ★ best, ↓ less is better, ↑ more is.")
         for verdict in verdicts_of(table.rows, arguments.test):
-            console.print(f"  {verdict.question}: {verdict.label} ({verdict.column}); {sentence(verdict)}.", markup=False)
+            console.print(
+                f"  {verdict.question}: {verdict.label} ({verdict.column}); {sentence(verdict)}.", markup=False
+            )
         if table.tests:
             what = f"{TESTS[arguments.test]}, p after Holm's correction over the methods of each metric"
             console.print(f"\nAgainst {arguments.baseline}, on the same seeds: difference, {what}.")
@@ -148,7 +157,9 @@ def say(comparison: Comparison, console: Console) -> None:
             console.print(f"  {run.folder}: {run.why}", markup=False)
 
 
-def write(found: Found, wanted: Wanted, comparison: Comparison, arguments: argparse.Namespace, console: Console) -> None:
+def write(
+    found: Found, wanted: Wanted, comparison: Comparison, arguments: argparse.Namespace, console: Console
+) -> None:
     """The files that were asked for, each with a line that says so. What draws is imported only now."""
     if arguments.html:
         from unlearn_runner.comparison.report import report

@@ -35,18 +35,9 @@ def read_lines(path: Path) -> Lines:
     same as its first are kept, so that a curve does not end in another number of samples.
     """
     tables: dict[tuple[str, ...], list[list[Any]]] = {}
-    corrupt = 0
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    line = None
-                if isinstance(line, dict):
-                    tables.setdefault(tuple(line), []).append(list(line.values()))
-                else:
-                    corrupt += bool(text.strip())
+    lines, corrupt = parsed(path)
+    for line in lines:
+        tables.setdefault(tuple(line), []).append(list(line.values()))
     parts: dict[str, list[Points]] = {}
     measured: dict[str, frozenset[str]] = {}
     for keys, rows in tables.items():
@@ -68,6 +59,27 @@ def read_lines(path: Path) -> Lines:
     return Lines({key: in_order(found) for key, found in parts.items()}, corrupt)
 
 
+def parsed(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines that are JSON objects, and how many others there are; none for a file that is not there."""
+    if not path.is_file():
+        return [], 0
+    texts = [text for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
+    try:
+        values = json.loads(f"[{','.join(texts)}]")  # at once: faster than line by line
+    except ValueError:
+        values = [value_of(text) for text in texts]
+    lines = [value for value in values if isinstance(value, dict)]
+    return lines, max(0, len(texts) - len(lines))
+
+
+def value_of(text: str) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
 def in_order(parts: list[Points]) -> Points:
     steps, values = (np.concatenate(side) for side in zip(*parts, strict=True))
     order = np.argsort(steps, kind="stable")
@@ -85,9 +97,10 @@ def curve_of(seeds: list[Points], most: int) -> Curve:
         count = np.bincount(place, minlength=bins)
         there = count > 0
         row[there] = np.bincount(place, values, bins)[there] / count[there]
-    middle = [steps[start : start + size].mean() for start in range(0, len(steps), size)]
+    starts = np.arange(0, len(steps), size)
+    middle = np.add.reduceat(steps, starts) / np.diff(np.append(starts, len(steps)))
     ends = (np.nanmean(means, 0), np.nanmin(means, 0), np.nanmax(means, 0))
-    return Curve([float(step) for step in middle], *([float(value) for value in end] for end in ends))
+    return Curve(middle.tolist(), *(end.tolist() for end in ends))
 
 
 def curves_by_label(

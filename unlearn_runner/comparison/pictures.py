@@ -62,7 +62,7 @@ def as_data_uri(path: Path, columns: int, widest: int) -> str:
     if (pixels == pixels[..., :1]).all():
         picture = picture.convert("L")
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 

@@ -81,6 +81,7 @@ def report(comparison: Comparison, test: str, baseline: str | None) -> tuple[str
         open_runs=most_runs <= 12,
         as_json=as_json,
         breakable=breakable,
+        listed=listed,
     )
     return page, remarks
 
@@ -130,9 +131,7 @@ def cell_of(cell: Cell | None) -> dict[str, Any] | None:
 
 def cards_of(table: Table, test: str) -> list[dict[str, str]]:
     """Who is best at what."""
-    by_label = {
-        row.label: cells for row, cells in zip(table.rows, table.cells, strict=True) if row.is_method
-    }
+    by_label = {row.label: cells for row, cells in zip(table.rows, table.cells, strict=True) if row.is_method}
     cards = []
     for verdict in verdicts_of(table.rows, test):
         if verdict.column in by_label[verdict.label]:
@@ -220,7 +219,10 @@ def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], lis
             wanted.append((row.label, run.seed, run.folder / "samples" / "after.png"))
     samples, left_out, spent = [], [], 0
     for title, at, path in wanted:
-        uri = as_data_uri(path, PICTURE_COLUMNS, WIDEST) if spent < most_bytes else ""
+        try:
+            uri = as_data_uri(path, PICTURE_COLUMNS, WIDEST) if spent < most_bytes else ""
+        except OSError:  # a picture cut off by a full disk; the others are still worth looking at
+            uri = ""
         spent += len(uri)
         if uri:
             is_method = title not in ("before", "oracle") or "after" in path.name
@@ -248,9 +250,11 @@ def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]
     scatter = [column for column in (*FORGETTING, *RETENTION) if column in known]
     costs = [column for column in COSTS if column in known]
 
-    def pairs(found: dict[str, Cell], columns: list[str]) -> dict[str, list[float | None]]:
+    def pairs(found: dict[str, Cell], columns: list[str]) -> dict[str, list[float | int | None]]:
         return {
-            column: [short(found[column].mean), short(found[column].half_width)] for column in columns if column in found
+            column: [short(found[column].mean), short(found[column].half_width)]
+            for column in columns
+            if column in found
         }
 
     keys = curve_keys(curves)
@@ -289,7 +293,7 @@ def curve_keys(curves: dict[str, dict[str, Curve]]) -> list[str]:
 
 def series_of(by_key: dict[str, Curve], keys: list[str]) -> dict[str, Any]:
     """The curves of one label: x axes, and for each key its axis, mean, lowest and highest (where they differ)."""
-    axes: list[dict[str, list[float]]] = []
+    axes: list[dict[str, list[Any]]] = []
     places: dict[tuple[float, ...], int] = {}
     series: dict[str, list[Any]] = {}
     for key in keys:

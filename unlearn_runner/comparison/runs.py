@@ -106,7 +106,11 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
     except (OSError, ValueError, yaml.YAMLError) as error:
         return Apart(folder, f"config.yaml is unreadable: {first_line(error)}")
     try:
-        label, method, seed = config.get("label") or config["choices"]["method"], config["choices"]["method"], config["seed"]
+        label, method, seed = (
+            config.get("label") or config["choices"]["method"],
+            config["choices"]["method"],
+            config["seed"],
+        )
         if summary["status"] != "finished":
             return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + error_of(summary))
         version = summary.get("version", 1)

@@ -100,7 +100,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def hypervolume(points: Sequence[tuple[float, float]], ideal: tuple[float, float], worst: tuple[float, float]) -> float:
-    """Share of the rectangle from `ideal` to `worst` that the points dominate, both coordinates being costs: in [0, 1]."""
+    """Share of the rectangle from `ideal` to `worst` that the points dominate; both coordinates are costs."""
     clipped = [(max(x, ideal[0]), max(y, ideal[1])) for x, y in points if x < worst[0] and y < worst[1]]
     area, below = 0.0, worst[1]
     for x, y in sorted(clipped):

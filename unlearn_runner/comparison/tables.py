@@ -70,9 +70,7 @@ def what_differs(groups: list[Group]) -> tuple[list[str], int]:
         further = [(*before, group.facts.get(key)) for before, group in zip(told, groups, strict=True)]
         if len(set(further)) > len(set(told)):
             chosen, told = [*chosen, key], further
-    names = [
-        ", ".join(f"{readable(key)} {said(group.facts.get(key))}" for key in chosen) for group in groups
-    ]
+    names = [", ".join(f"{readable(key)} {said(group.facts.get(key))}" for key in chosen) for group in groups]
     return names, len(differing) - len(chosen)
 
 
@@ -171,7 +169,9 @@ def in_order(rows: list[Row], by: str) -> list[Row]:
 
 
 def oracle_mean(rows: list[Row], column: str) -> float | None:
-    found = [row.values[column] for row in rows if not row.is_method and row.label == REFERENCE and column in row.values]
+    found = [
+        row.values[column] for row in rows if not row.is_method and row.label == REFERENCE and column in row.values
+    ]
     return mean(found[0].values()) if found else None
 
 

@@ -1,4 +1,4 @@
-"""Run folders by the hundred, as train.py would leave them, for measuring: python tests/scripts/many_runs.py FOLDER."""
+"""Run folders by the hundred, for measuring: python tests/comparison/many_runs.py FOLDER."""
 
 import json
 import sys
