@@ -165,7 +165,7 @@ def write(
         from unlearn_runner.comparison.report import report
 
         whole = compare(found, wanted._replace(short=False))
-        page, remarks = report(whole, wanted.test, wanted.baseline)
+        page, remarks = report(whole, wanted)
         for remark in remarks:
             console.print(remark, markup=False)
         arguments.html.write_text(page, encoding="utf-8")

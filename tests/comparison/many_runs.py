@@ -25,7 +25,7 @@ def make_runs(folder: Path, labels: int, seeds: int, steps: int) -> None:
             (run / "config.yaml").write_text(
                 yaml.safe_dump({**config, "label": f"method_{label}", "seed": seed}, sort_keys=False)
             )
-            metrics = {key: value * float(random.uniform(0.9, 1.1)) for key, value in summary["metrics"].items()}
+            metrics = {key: value * float(random.uniform(0.8, 1.0)) for key, value in summary["metrics"].items()}
             (run / "summary.json").write_text(json.dumps({**summary, "metrics": metrics}))
             values = random.random((steps, len(METRICS)))
             with open(run / "metrics.jsonl", "w") as file:

@@ -14,13 +14,15 @@ from unlearn_runner.comparison.curves import Curve, curves_by_label
 from unlearn_runner.comparison.report import command_of, curve_keys, plotted, report, samples_of, series_of, short
 from unlearn_runner.comparison.runs import read_runs
 
-
-def compared(folder, baseline=None):
-    return compare(read_runs([folder]), Wanted([], False, None, baseline, "t"))
+USUAL = Wanted(metrics=[], short=False, sort=None, baseline=None, test="t")
 
 
-def page_of(folder, baseline=None):
-    page, _ = report(compared(folder, baseline), "t", baseline)
+def compared(folder, **wanted):
+    return compare(read_runs([folder]), USUAL._replace(**wanted))
+
+
+def page_of(folder, **wanted):
+    page, _ = report(compared(folder, **wanted), USUAL._replace(**wanted))
     return page
 
 
@@ -28,7 +30,12 @@ def page_of(folder, baseline=None):
 def runs(tmp_path):
     for method, rate in (("siss", 0.1), ("neg_grad", 0.3)):
         for seed in (0, 1):
-            metrics = {"eval/forget_rate": rate + 0.02 * seed, "eval/retain_accuracy": 0.9, "cost/seconds": 60.0}
+            metrics = {
+                "eval/forget_rate": rate + 0.02 * seed,
+                "eval/retain_accuracy": 0.9,
+                "eval/is_retain": 8.0,
+                "cost/seconds": 60.0,
+            }
             lines = [
                 {
                     "step": step,
@@ -47,7 +54,7 @@ def runs(tmp_path):
 
 
 def test_the_page_stands_alone(runs):
-    page = page_of(runs, "siss")
+    page = page_of(runs, baseline="siss")
     assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:)""", page)
     assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
     addresses = set(re.findall(r"https?://[^\s\"']+", page))
@@ -71,6 +78,13 @@ def test_every_table_and_every_run_apart_is_there(runs):
     assert page.count("<article") == 2
     assert "diverged (siss, seed 9)" in page
     assert "not measured alike" in page
+
+
+def test_metrics_that_were_named_are_shown_at_once(runs):
+    assert 'class="number detail"' in page_of(runs)
+    named = page_of(runs, metrics=["is_retain", "forget_rate"])
+    assert 'class="number detail"' not in named
+    assert named.count('<th scope="col"') == 4
 
 
 def test_the_samples_are_those_of_one_seed(runs):

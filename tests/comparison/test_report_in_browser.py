@@ -59,7 +59,8 @@ def page_file(tmp_path_factory):
             save_grid(folder, "after", 90 + 30 * place)
     make_run(root / "other", "ddpm_sampled", 0, {"eval/forget_rate": 0.7}, provenance=changed(sampler="ddpm"))
     make_run(root, "siss", 9, {}, status="diverged")
-    text, _ = report(compare(read_runs([root]), Wanted([], False, None, "siss", "t")), "t", "siss")
+    wanted = Wanted(metrics=[], short=False, sort=None, baseline="siss", test="t")
+    text, _ = report(compare(read_runs([root]), wanted), wanted)
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
@@ -229,7 +230,7 @@ def test_commands_provenance_tests_and_runs_apart_are_there(page):
     command = shown(page).locator(".commands code").first.inner_text()
     assert "--config-path" in command
     shown(page).locator(".copy").first.click()
-    assert shown(page).locator(".copy").first.inner_text() == "Copied"
+    page.wait_for_function("() => /^(Copied|Selected)$/.test(document.querySelector('.copy').textContent)")
     shown(page).locator("details").first.locator("summary").click()
     assert "ddim" in shown(page).locator("dl").inner_text()
     assert "Holm" in shown(page).locator("section[id$=tests]").inner_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from unlearn_runner.comparison.columns import HEADLINES, better
-from unlearn_runner.comparison.comparison import Comparison, Table
+from unlearn_runner.comparison.comparison import Comparison, Table, Wanted
 from unlearn_runner.comparison.curves import Curve, curves_by_label
 from unlearn_runner.comparison.pictures import as_data_uri
 from unlearn_runner.comparison.render import arrow, difference, p_value
@@ -39,7 +40,7 @@ NO_CURVE_OF = ("step", "seconds", "images", "version", "eval/deletion_steps", "e
 DETAILS = ("per_class/", "per_timestep/", "per_step/")
 
 
-def report(comparison: Comparison, test: str, baseline: str | None) -> tuple[str, list[str]]:
+def report(comparison: Comparison, wanted: Wanted) -> tuple[str, list[str]]:
     """The page, and a sentence for what had to be left out of it."""
     remarks: list[str] = []
     most_runs = max(len(table.runs) for table in comparison.tables)
@@ -54,8 +55,8 @@ def report(comparison: Comparison, test: str, baseline: str | None) -> tuple[str
                 "id": f"t{number}",
                 "title": table.title or title_of(table),
                 "alone": len(comparison.tables) == 1,
-                "cards": cards_of(table, test),
-                "columns": [column_of(column) for column in table.columns],
+                "cards": cards_of(table, wanted.test),
+                "columns": [column_of(column, bool(wanted.metrics)) for column in table.columns],
                 "rows": [row_of(table, place) for place in range(len(table.rows))],
                 "seeds": sorted({run.seed for run in table.runs}),
                 "num_runs": len(table.runs),
@@ -76,8 +77,8 @@ def report(comparison: Comparison, test: str, baseline: str | None) -> tuple[str
         remarks=[*comparison.remarks, *remarks],
         style=Markup(part("report.css")),
         script=Markup(part("report.js")),
-        test=TESTS[test],
-        baseline=baseline,
+        test=TESTS[wanted.test],
+        baseline=wanted.baseline,
         open_runs=most_runs <= 12,
         as_json=as_json,
         breakable=breakable,
@@ -96,8 +97,8 @@ def as_json(value: Any) -> Markup:
 
 
 def breakable(name: str) -> Markup:
-    """A long name may be broken after each "_"."""
-    return Markup("_<wbr>").join(name.split("_"))
+    """A long name may be broken after each "_" and "/"."""
+    return Markup("<wbr>").join(re.split(r"(?<=[_/])", name))
 
 
 def title_of(table: Table) -> str:
@@ -105,13 +106,14 @@ def title_of(table: Table) -> str:
     return str(table.runs[0].facts.get("dataset", "runs"))
 
 
-def column_of(column: str) -> dict[str, Any]:
+def column_of(column: str, chosen: bool) -> dict[str, Any]:
+    """`headline`: whether it is shown before a person asks for all; what was chosen by name always is."""
     direction = better(column)
     return {
         "name": column,
         "arrow": arrow(column),
         "better": "" if direction is None else str(direction),
-        "headline": column in HEADLINES,
+        "headline": chosen or column in HEADLINES,
     }
 
 

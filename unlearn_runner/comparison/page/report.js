@@ -28,7 +28,7 @@
     const size = Math.abs(value);
     if (size >= 1e6) return value.toExponential(2).replace("e+", "e");
     if (size >= 1e4) return Math.round(value).toLocaleString("en");
-    if (size !== 0 && size < 0.001) return value.toExponential(1);
+    if (size !== 0 && size < 1e-4) return value.toExponential(1);
     return String(Number(value.toPrecision(3)));
   }
   function interval([mean, half]) {
@@ -90,7 +90,7 @@
     }
     for (const value of ticks(...xs, (width - m.left) / 90)) {
       root.append(svg("line", { x1: x(value), x2: x(value), y1: m.top, y2: height - m.bottom, class: "gridline" }),
-        svg("text", { x: Math.min(x(value), width - 12), y: height - m.bottom + 17, "text-anchor": "middle", class: "tick" }, say(value)));
+        svg("text", { x: Math.min(x(value), width - 3.5 * say(value).length), y: height - m.bottom + 17, "text-anchor": "middle", class: "tick" }, say(value)));
     }
     root.append(
       svg("path", { d: `M${m.left},${m.top}V${height - m.bottom}H${width - m.right}`, fill: "none", class: "frame" }),
@@ -176,7 +176,7 @@
       let [low, high] = [Math.min(...ends), Math.max(...ends)];
       if (zoom.checked) { // room for those close by: as much again as the front itself takes
         const means = inView.map((each) => each.cells[key][0]);
-        const spread = Math.max(Math.max(...means) - Math.min(...means), 0.02 * Math.abs(means[0]), 1e-3);
+        const spread = Math.max(Math.max(...means) - Math.min(...means), SHARES.has(key) ? 0.02 : 0.1 * Math.abs(means[0]), 1e-6);
         const others = points.map((each) => each.cells[key][0]).filter((value) => value > Math.min(...means) - 4 * spread && value < Math.max(...means) + 4 * spread);
         [low, high] = [Math.min(...means, ...others) - spread * 0.6, Math.max(...means, ...others) + spread * 0.6];
       }
@@ -433,12 +433,14 @@
     }
     article.querySelectorAll(".copy").forEach((button) => button.addEventListener("click", async () => {
       const code = button.previousElementSibling;
+      let done = "Copied";
       try {
         await navigator.clipboard.writeText(code.textContent);
-      } catch { // a page from disk may not be trusted with the clipboard: select it instead
+      } catch { // a page from disk may not be trusted with the clipboard
         getSelection().selectAllChildren(code);
+        done = "Selected";
       }
-      button.textContent = "Copied";
+      button.textContent = done;
       setTimeout(() => { button.textContent = "Copy"; }, 1500);
     }));
 
