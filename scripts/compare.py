@@ -139,7 +139,7 @@ def show(comparison: Comparison, arguments: argparse.Namespace, console: Console
         if table.tests:
             what = f"{TESTS[arguments.test]}, p after Holm's correction over the methods of each metric"
             console.print(f"\nAgainst {arguments.baseline}, on the same seeds: difference, {what}.")
-            for drawn in terminal_tests(table.tests, table.tested, console.width):
+            for drawn in terminal_tests(table.tests, table.asked, console.width):
                 console.print(drawn)
         console.print()
 
@@ -164,7 +164,7 @@ def write(
     if arguments.html:
         from unlearn_runner.comparison.report import report
 
-        whole = compare(found, wanted._replace(short=False))
+        whole = compare(found, wanted._replace(whole=True))
         page, remarks = report(whole, wanted)
         for remark in remarks:
             console.print(remark, markup=False)

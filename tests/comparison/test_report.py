@@ -80,11 +80,12 @@ def test_every_table_and_every_run_apart_is_there(runs):
     assert "not measured alike" in page
 
 
-def test_metrics_that_were_named_are_shown_at_once(runs):
-    assert 'class="number detail"' in page_of(runs)
-    named = page_of(runs, metrics=["is_retain", "forget_rate"])
-    assert 'class="number detail"' not in named
-    assert named.count('<th scope="col"') == 4
+def test_metrics_that_were_named_are_shown_first_and_the_others_are_there(runs):
+    wanted = {"metrics": ["is_retain"], "whole": True}
+    assert compared(runs, **wanted).tables[0].columns[0] == "is_retain"
+    heads = re.findall(r'<th scope="col" aria-sort="none" data-better.*?class="(.*?)"', page_of(runs, **wanted))
+    assert heads == ["number", "number detail", "number detail", "number detail"]
+    assert json.loads(re.findall(r'class="data">(.*?)</script>', page_of(runs, **wanted))[0])["tradeoffs"]
 
 
 def test_the_samples_are_those_of_one_seed(runs):

@@ -53,7 +53,9 @@ def test_table_of_means_and_intervals(two_methods):
     assert list(table) == ["base", "oracle", "neg_grad", "siss"]
     assert "diverged (siss, seed 3)" in done.stdout
     assert "Not in a table, and in no average" in done.stdout
-    assert "forgets best: neg_grad (forget_rate); not told apart by these seeds: siss." in done.stdout
+    said = "forgets best: neg_grad (forget_rate); not told apart by these seeds: siss."
+    assert said in done.stdout
+    assert said in command(two_methods, "--metrics", "cost/seconds", "--sort", "label").stdout
     assert "★" not in command(two_methods, "--no-marks").stdout.split("mean ±")[0]
 
 

@@ -19,6 +19,7 @@ from unlearn_runner.comparison.tables import (
     told_apart,
     what_differs,
 )
+from unlearn_runner.comparison.verdicts import QUESTIONS
 
 
 class Wanted(NamedTuple):
@@ -30,6 +31,7 @@ class Wanted(NamedTuple):
     baseline: str | None
     test: str  # a key of statistics.TESTS
     marks: bool = True
+    whole: bool = False  # every other usual metric too, after these
 
 
 class Table(NamedTuple):
@@ -40,7 +42,7 @@ class Table(NamedTuple):
     rows: list[Row]
     columns: list[str]
     cells: list[dict[str, Cell]]  # of each row
-    tested: list[str]  # columns of the paired tests
+    asked: list[str]  # the columns that were chosen, else the headlines: those of the paired tests
     tests: dict[str, dict[str, Paired]]
     remarks: list[str]
 
@@ -53,27 +55,21 @@ class Comparison(NamedTuple):
 
 def compare(found: Found, wanted: Wanted) -> Comparison:
     """Raises ConfigurationError for a metric or a baseline that no run has."""
-    keys = {key for run in found.runs for key in run.metrics}
-    columns = choose(wanted.metrics, keys) or shown(keys, wanted.short)
-    (sort,) = ["label"] if wanted.sort == "label" else choose([wanted.sort], keys) if wanted.sort else [None]
+    keys = keys_of(found.runs)
+    chosen = choose(wanted.metrics, keys)
+    columns = chosen or shown(keys, wanted.short)
+    if wanted.whole:
+        columns = list(dict.fromkeys([*columns, *shown(keys, short=False)]))
+    by = wanted.sort
+    if by not in (None, "label"):
+        (by,) = choose([by], keys)
     groups = groups_of(found.runs)
     titles, more = what_differs(groups) if len(groups) > 1 else ([""] * len(groups), 0)
     tables, apart = [], list(found.apart)
     for group, title in zip(groups, titles, strict=True):
         runs, old = newest(told_apart(group.runs))
         apart += old
-        own_keys = {key for run in runs for key in run.metrics}
-        by = sort or ("forget_rate" if key_of("forget_rate") in own_keys else "label")
-        own = [column for column in columns if key_of(column) in own_keys]
-        rows = in_order(rows_of(runs, own if by in (*own, "label") else [*own, by]), by)
-        cells = cells_of(rows, own)
-        if not wanted.marks:
-            cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
-        tested = [column for column in own if wanted.metrics or column in HEADLINES]
-        has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
-        tests = tests_of(rows, tested, wanted.baseline, wanted.test) if has_baseline else {}
-        remarks = [*differing_environments(runs), *single_seeds(rows)]
-        tables.append(Table(title, runs, rows, own, cells, tested, tests, remarks))
+        tables.append(table_of(runs, title, columns, chosen or list(HEADLINES), by, wanted))
     if wanted.baseline is not None:
         require_baseline(wanted.baseline, {row.label for table in tables for row in table.rows if row.is_method})
     remarks = list(found.remarks)
@@ -81,6 +77,30 @@ def compare(found: Found, wanted: Wanted) -> Comparison:
         further = f" ({more} further settings differ with these)" if more else ""
         remarks.append(f"these runs were not measured alike, so they stand in {len(tables)} tables{further}.")
     return Comparison(tables, apart, remarks)
+
+
+def table_of(
+    runs: list[Run], title: str, columns: list[str], asked: list[str], by: str | None, wanted: Wanted
+) -> Table:
+    """The table of runs that were measured alike; `by` None sorts by forgetting, if that was measured."""
+    keys = keys_of(runs)
+    if by is None:
+        by = "forget_rate" if key_of("forget_rate") in keys else "label"
+    answers = [column for names in QUESTIONS.values() for column in names]
+    read = [column for column in dict.fromkeys([*columns, *answers, by]) if key_of(column) in keys]
+    columns = [column for column in columns if column in read]
+    asked = [column for column in columns if column in asked]
+    rows = in_order(rows_of(runs, read), by)
+    cells = cells_of(rows, columns)
+    if not wanted.marks:
+        cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
+    has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
+    tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
+    return Table(title, runs, rows, columns, cells, asked, tests, [*differing_environments(runs), *single_seeds(rows)])
+
+
+def keys_of(runs: list[Run]) -> set[str]:
+    return {key for run in runs for key in run.metrics}
 
 
 def differing_environments(runs: list[Run]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from unlearn_runner.comparison.columns import HEADLINES, better
+from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted
 from unlearn_runner.comparison.curves import Curve, curves_by_label
 from unlearn_runner.comparison.pictures import as_data_uri
@@ -54,9 +54,8 @@ def report(comparison: Comparison, wanted: Wanted) -> tuple[str, list[str]]:
             {
                 "id": f"t{number}",
                 "title": table.title or title_of(table),
-                "alone": len(comparison.tables) == 1,
                 "cards": cards_of(table, wanted.test),
-                "columns": [column_of(column, bool(wanted.metrics)) for column in table.columns],
+                "columns": [column_of(column, column in table.asked) for column in table.columns],
                 "rows": [row_of(table, place) for place in range(len(table.rows))],
                 "seeds": sorted({run.seed for run in table.runs}),
                 "num_runs": len(table.runs),
@@ -102,18 +101,18 @@ def breakable(name: str) -> Markup:
 
 
 def title_of(table: Table) -> str:
-    """The dataset and the experiment's name if the runs have only one of each."""
+    """The dataset, for a table that nothing else has to be told from."""
     return str(table.runs[0].facts.get("dataset", "runs"))
 
 
-def column_of(column: str, chosen: bool) -> dict[str, Any]:
-    """`headline`: whether it is shown before a person asks for all; what was chosen by name always is."""
+def column_of(column: str, headline: bool) -> dict[str, Any]:
+    """`headline`: whether it is shown before a person asks for all."""
     direction = better(column)
     return {
         "name": column,
         "arrow": arrow(column),
         "better": "" if direction is None else str(direction),
-        "headline": chosen or column in HEADLINES,
+        "headline": headline,
     }
 
 
@@ -153,7 +152,7 @@ def tests_of(table: Table) -> dict[str, Any] | None:
     """The paired tests as texts."""
     if not table.tests:
         return None
-    columns = [column for column in table.tested if any(column in found for found in table.tests.values())]
+    columns = [column for column in table.asked if any(column in found for found in table.tests.values())]
     rows = []
     for label, found in table.tests.items():
         cells = []
@@ -274,6 +273,7 @@ def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]
                 "worst": short(found.worst),
             }
             for found in tradeoffs_of(table.rows)
+            if {found.forgetting, found.retention} <= known
         ],
         "costs": costs,
         "keys": keys,
