@@ -11,7 +11,9 @@ from run_folders import changed, make_run, save_grid
 
 from unlearn_runner.comparison.comparison import Wanted, compare
 from unlearn_runner.comparison.curves import Curve, curves_by_label
-from unlearn_runner.comparison.report import command_of, curve_keys, plotted, report, samples_of, series_of, short
+from unlearn_runner.comparison.pictures import samples_of
+from unlearn_runner.comparison.plots import curve_keys, plotted, series_of, short
+from unlearn_runner.comparison.report import command_of, report
 from unlearn_runner.comparison.runs import read_runs
 
 USUAL = Wanted(metrics=[], short=False, sort=None, baseline=None, test="t")

@@ -1,14 +1,20 @@
-"""Sample grids side by side and curves, as PNG files."""
+"""Sample grids side by side, as a PNG or inside a page, and curves as a PNG."""
 
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from unlearn_runner.comparison.comparison import Table
 from unlearn_runner.comparison.curves import Curve
 from unlearn_runner.comparison.runs import Run
+
+PICTURES = 6_000_000  # bytes of all samples of a page
+COLUMNS = 8  # of a grid, on a page
+WIDEST = 480  # pixels of these columns
 
 
 def pictures_of(runs: list[Run], rows: list[str]) -> dict[str, Path]:
@@ -64,6 +70,42 @@ def as_data_uri(path: Path, columns: int, widest: int) -> str:
     out = io.BytesIO()
     picture.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Grids of base, oracle and methods of one seed where it has them; and the labels for which there was no room.
+
+    One seed, because the seeds may have bases of their own; the noise is that of evaluation.seed, the same for all.
+    """
+    with_samples: dict[int, list[Run]] = {}
+    for run in table.runs:
+        if (run.folder / "samples" / "after.png").is_file():
+            with_samples.setdefault(run.seed, []).append(run)
+    if not with_samples:
+        return [], []
+    seed = max(sorted(with_samples), key=lambda seed: len(with_samples[seed]))
+    at_seed = {run.label: run for run in with_samples[seed]}
+    others = {run.label: run for runs in with_samples.values() for run in runs}
+    wanted: list[tuple[str, int, Path]] = []
+    for title, name in (("before", "before"), ("oracle", "oracle")):
+        paths = [run.folder / "samples" / f"{name}.png" for run in at_seed.values()]
+        wanted += [(title, seed, path) for path in paths if path.is_file()][:1]
+    for row in table.rows:
+        if row.is_method and (run := at_seed.get(row.label) or others.get(row.label)):
+            wanted.append((row.label, run.seed, run.folder / "samples" / "after.png"))
+    samples, left_out, spent = [], [], 0
+    for title, at, path in wanted:
+        try:
+            uri = as_data_uri(path, COLUMNS, WIDEST) if spent < most_bytes else ""
+        except OSError:  # a picture cut off by a full disk; the others are still worth looking at
+            uri = ""
+        spent += len(uri)
+        if uri:
+            is_method = title not in ("before", "oracle") or "after" in path.name
+            samples.append({"title": title, "seed": at, "uri": uri, "is_method": is_method, "same_base": at == seed})
+        else:
+            left_out.append(title)
+    return samples, left_out
 
 
 def draw_curves(curves: dict[str, dict[str, Curve]], keys: list[str], path: Path) -> None:

@@ -8,36 +8,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted
-from unlearn_runner.comparison.curves import Curve, curves_by_label
-from unlearn_runner.comparison.pictures import as_data_uri
+from unlearn_runner.comparison.pictures import PICTURES, samples_of
+from unlearn_runner.comparison.plots import plotted, thinned_curves
 from unlearn_runner.comparison.render import arrow, difference, p_value
 from unlearn_runner.comparison.runs import Run
 from unlearn_runner.comparison.statistics import TESTS
 from unlearn_runner.comparison.tables import Cell, readable, text
-from unlearn_runner.comparison.tradeoff import FORGETTING, RETENTION, tradeoffs_of
 from unlearn_runner.comparison.verdicts import listed, sentence, verdicts_of
-
-NUMBERS = 1_000_000  # of all curves of a page, about 6 bytes each
-POINTS = (20, 120)  # of one curve, at least and at most
-KEYS = 24  # of curves, at most
-PICTURES = 6_000_000  # bytes of all samples of a page
-PICTURE_COLUMNS = 8
-WIDEST = 480  # pixels of a grid's first columns
-
-COSTS = (
-    "cost/seconds", "cost/network_evaluations", "cost/images", "cost/peak_memory_gb",
-    "cost/network_evaluations_per_sample", "cost/policy_network_evaluations",
-)  # fmt: skip
-CURVES = ("eval/", "loss/", "lambda/", "grad_norm/", "weights/", "")  # which come first
-NO_CURVES = ("base/", "oracle/", "oracle_gap/", "reached/", "lambda/at/")
-NO_CURVE_OF = ("step", "seconds", "images", "version", "eval/deletion_steps", "eval/lasting_deletion_steps")
-DETAILS = ("per_class/", "per_timestep/", "per_step/")
 
 
 def report(comparison: Comparison, wanted: Wanted) -> tuple[str, list[str]]:
@@ -195,131 +177,3 @@ def command_of(folder: Path) -> str:
     if (root / "train.py").is_file() and place.is_relative_to(root):
         place = place.relative_to(root)
     return f"python train.py --config-path {shlex.quote(str(place))} --config-name config"
-
-
-def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Grids of base, oracle and methods of one seed where it has them; and the labels for which there was no room.
-
-    One seed, because the seeds may have bases of their own; the noise is that of evaluation.seed, the same for all.
-    """
-    with_samples: dict[int, list[Run]] = {}
-    for run in table.runs:
-        if (run.folder / "samples" / "after.png").is_file():
-            with_samples.setdefault(run.seed, []).append(run)
-    if not with_samples:
-        return [], []
-    seed = max(sorted(with_samples), key=lambda seed: len(with_samples[seed]))
-    at_seed = {run.label: run for run in with_samples[seed]}
-    others = {run.label: run for runs in with_samples.values() for run in runs}
-    wanted: list[tuple[str, int, Path]] = []
-    for title, name in (("before", "before"), ("oracle", "oracle")):
-        paths = [run.folder / "samples" / f"{name}.png" for run in at_seed.values()]
-        wanted += [(title, seed, path) for path in paths if path.is_file()][:1]
-    for row in table.rows:
-        if row.is_method and (run := at_seed.get(row.label) or others.get(row.label)):
-            wanted.append((row.label, run.seed, run.folder / "samples" / "after.png"))
-    samples, left_out, spent = [], [], 0
-    for title, at, path in wanted:
-        try:
-            uri = as_data_uri(path, PICTURE_COLUMNS, WIDEST) if spent < most_bytes else ""
-        except OSError:  # a picture cut off by a full disk; the others are still worth looking at
-            uri = ""
-        spent += len(uri)
-        if uri:
-            is_method = title not in ("before", "oracle") or "after" in path.name
-            samples.append({"title": title, "seed": at, "uri": uri, "is_method": is_method, "same_base": at == seed})
-        else:
-            left_out.append(title)
-    return samples, left_out
-
-
-def thinned_curves(comparison: Comparison, table: Table) -> tuple[dict[str, dict[str, Curve]], list[str]]:
-    """All curves of a table, with as many points as keep the page small."""
-    labels = sum(row.is_method for each in comparison.tables for row in each.rows)
-    several = 3 if any(len(row.seeds) > 1 for row in table.rows if row.is_method) else 1  # a mean, or a band with it
-    least, most = POINTS
-    return curves_by_label(table.runs, min(most, max(least, NUMBERS // (labels * KEYS * several))))
-
-
-def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]:
-    """What the page's script draws."""
-    methods = [row.label for row in table.rows if row.is_method]
-    place = {label: number for number, label in enumerate(methods)}
-    cells = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if row.is_method}
-    references = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if not row.is_method}
-    known = {cell for row in table.cells for cell in row}
-    scatter = [column for column in (*FORGETTING, *RETENTION) if column in known]
-    costs = [column for column in COSTS if column in known]
-
-    def pairs(found: dict[str, Cell], columns: list[str]) -> dict[str, list[float | int | None]]:
-        return {
-            column: [short(found[column].mean), short(found[column].half_width)]
-            for column in columns
-            if column in found
-        }
-
-    keys = curve_keys(curves)
-    return {
-        "methods": [{"label": label, "cells": pairs(cells[label], [*scatter, *costs])} for label in methods],
-        "references": [{"label": label, "cells": pairs(found, scatter)} for label, found in references.items()],
-        "better": {column: str(better(column)) for column in [*scatter, *costs]},
-        "tradeoffs": [
-            {
-                "x": found.forgetting,
-                "y": found.retention,
-                "front": [place[label] for label in found.front],
-                "hypervolume": short(found.hypervolume),
-                "half": short(found.half_width),
-                "worst": short(found.worst),
-            }
-            for found in tradeoffs_of(table.rows)
-            if {found.forgetting, found.retention} <= known
-        ],
-        "costs": costs,
-        "keys": keys,
-        "curves": [series_of(curves.get(label, {}), keys) for label in methods],
-    }
-
-
-def curve_keys(curves: dict[str, dict[str, Curve]]) -> list[str]:
-    """The metrics to choose from: those of most labels where there are too many, forgetting first."""
-    counts: dict[str, int] = {}
-    for by_key in curves.values():
-        for key, curve in by_key.items():
-            usual = not key.startswith(NO_CURVES) and not any(detail in key for detail in DETAILS)
-            if usual and key not in NO_CURVE_OF and len(curve.steps) > 1:
-                counts[key] = counts.get(key, 0) + 1
-    kept = sorted(counts, key=lambda key: -counts[key])[:KEYS]
-    return sorted(kept, key=lambda key: next(n for n, prefix in enumerate(CURVES) if key.startswith(prefix)))
-
-
-def series_of(by_key: dict[str, Curve], keys: list[str]) -> dict[str, Any]:
-    """The curves of one label: x axes, and for each key its axis, mean, lowest and highest (where they differ)."""
-    axes: list[dict[str, list[Any]]] = []
-    places: dict[tuple[float, ...], int] = {}
-    series: dict[str, list[Any]] = {}
-    for key in keys:
-        if (curve := by_key.get(key)) is None:
-            continue
-        steps = tuple(curve.steps)
-        if steps not in places:
-            places[steps] = len(axes)
-            axis = {"steps": [short(step) for step in steps]}
-            for name in ("seconds", "images"):
-                if clock := by_key.get(name):
-                    axis[name] = [short(value) for value in np.interp(steps, clock.steps, clock.mean)]
-            axes.append(axis)
-        values = [[short(value) for value in side] for side in (curve.mean, curve.low, curve.high)]
-        series[key] = [places[steps], values[0], *(values[1:] if values[1] != values[2] else ())]
-    return {"axes": axes, "series": series}
-
-
-def short(value: Any) -> float | int | None:
-    """Four significant digits, without a point where there is none to see; whole numbers whole."""
-    if value is None:
-        return None
-    value = float(value)
-    if value.is_integer() and abs(value) < 1e9:
-        return int(value)
-    rounded = float(f"{value:.4g}")
-    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
