@@ -77,9 +77,9 @@ def as_json(value: Any) -> Markup:
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
 
 
-def breakable(name: str) -> Markup:
-    """A long name may be broken after each "_" and "/"."""
-    return Markup("<wbr>").join(re.split(r"(?<=[_/])", name))
+def breakable(name: str, after: str = "_/") -> Markup:
+    """A long name may be broken after each of these letters."""
+    return Markup("<wbr>").join(re.split(f"(?<=[{after}])", name))
 
 
 def title_of(table: Table) -> str:
