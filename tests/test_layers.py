@@ -1,10 +1,13 @@
 """Imports run one way: train.py -> drivers -> training -> methods, evaluation -> models, data -> the rest."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = {"drivers": 4, "training": 3, "methods": 2, "evaluation": 2, "models": 1, "data": 1}
+# comparison reads run folders and nothing else of the package but layer 0
+LAYERS = {"drivers": 4, "training": 3, "methods": 2, "evaluation": 2, "models": 1, "data": 1, "comparison": 1}
 
 
 def imported(path: Path) -> set[str]:
@@ -40,3 +43,11 @@ def test_methods_and_evaluation_know_nothing_of_configuration():
     for file in (ROOT / "unlearn_runner").rglob("*.py"):
         if file.name != "cli.py":
             assert "omegaconf" not in file.read_text(), f"{file}: cfg stays in train.py"
+
+
+def test_comparing_loads_no_torch():
+    """A table of hundreds of runs is there before torch would be."""
+    code = "import sys, compare, unlearn_runner.comparison.report; sys.exit('torch' in sys.modules)"
+    folders = {"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=folders, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

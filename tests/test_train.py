@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, assert_same_bits, weights_of
 
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.schema import METRICS_VERSION
 from unlearn_runner.training.run_folder import claim, config_hash
 
 
@@ -82,6 +83,8 @@ def test_leaves_the_run_folder_of_the_contract(whole):
         assert metrics[f"cost/{name}"] > 0
     assert content["provenance"]["evaluation"]["features"]["extractor"].startswith("classifiers/")
     assert content["provenance"]["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert content["provenance"]["evaluation"]["data"]["name"] == "digits_trousers"
+    assert lines(folder)[0] == {"step": 0, "version": METRICS_VERSION}
     steps = [line["step"] for line in lines(folder)]
     assert steps == sorted(steps)
     logged = [line for line in lines(folder) if "loss/forget" in line]

@@ -1,56 +1,148 @@
-"""The table of runs, from run folders made by hand."""
+"""The command, on run folders made by hand."""
 
-import json
+import csv
+import io
 import os
+import resource
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-import torch
-import yaml
 from conftest import ROOT
 
-from unlearn_runner.training.run_folder import RunFolder
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import compare
-
-PROVENANCE = {"evaluation": {"sampler": "ddim", "seconds": {"sampling": 1.0}}}
+sys.path.insert(0, str(ROOT / "tests" / "comparison"))
+from many_runs import make_runs
+from run_folders import changed, make_run, save_grid
 
 
-def make_run(root, method, seed, metrics, status="finished", provenance=PROVENANCE):
-    folder = root / f"{method}_{seed}_{status}"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"choices": {"method": method}, "seed": seed}))
-    content = {"status": status, "metrics": metrics, "provenance": provenance}
-    (folder / "summary.json").write_text(json.dumps(content))
-    return folder
-
-
-def command(*arguments):
+def command(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
     )
 
 
-def test_table_of_means_and_intervals(tmp_path):
+def table_of(done):
+    """The terminal's lines by their first cell, as lists of cells."""
+    assert done.returncode == 0, done.stderr
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if "│" in line]
+    return {line[0]: line[1:] for line in lines}
+
+
+@pytest.fixture
+def two_methods(tmp_path):
     for seed, rate in enumerate((0.1, 0.2, 0.3)):
         shared = {"base/forget_rate": 0.5, "oracle/forget_rate": 0.0, "cost/seconds": 120.0 + seed}
         once = {"eval/deletion_steps": 50.0} if seed == 2 else {}
         make_run(tmp_path, "siss", seed, shared | {"eval/forget_rate": rate} | once)
         make_run(tmp_path, "neg_grad", seed, shared | {"eval/forget_rate": 0.0, "eval/mia_auc": 0.25})
-    make_run(tmp_path, "siss", 3, {}, status="diverged")
-    done = command(tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("|")}
-    assert table[""] == "| | base | oracle | neg_grad | siss |"
+    return tmp_path
+
+
+def test_table_of_means_and_intervals(two_methods):
+    make_run(two_methods, "siss", 3, {"eval/forget_rate": 99.0}, status="diverged")
+    done = command(two_methods)
+    table = table_of(done)
     # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3)
-    assert table["forget_rate"] == "| forget_rate | 0.500 | 0.000 | 0.000 | 0.200 ± 0.248 |"
+    assert table["siss"][:2] == ["3", "0.200 ± 0.248"]
+    assert table["neg_grad"][:2] == ["3", "★ 0.000"]
+    assert list(table) == ["base", "oracle", "neg_grad", "siss"]
+    assert "diverged (siss, seed 3)" in done.stdout
+    assert "Not in a table, and in no average" in done.stdout
+    said = "forgets best: neg_grad (forget_rate); not told apart by these seeds: siss."
+    assert said in done.stdout
+    assert said in command(two_methods, "--metrics", "cost/seconds", "--sort", "label").stdout
+    assert "★" not in command(two_methods, "--no-marks").stdout.split("mean ±")[0]
+
+
+def test_a_narrow_terminal_gets_tables_below_each_other(two_methods):
+    wide, narrow = (command(two_methods, FORCE_COLOR="1", COLUMNS=width) for width in ("200", "60"))
+    assert wide.stdout.count("neg_grad ") < narrow.stdout.count("neg_grad ")
+
+
+def test_markdown(two_methods):
+    done = command(two_methods, "--markdown", "--sort", "label")
+    assert done.returncode == 0, done.stderr
+    table = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line}
+    assert table[""] == "| | base | oracle | neg_grad | siss |"
+    assert table["forget_rate"] == "| forget_rate | 0.500 | 0.000 | **0.000** | 0.200 ± 0.248 |"
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
     assert table["deletion_steps"] == "| deletion_steps |  |  |  | 50.0 (1 of 3) |"
     assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
-    assert "diverged (siss, seed 3)" in done.stdout
+
+
+def test_csv_goes_into_a_data_frame(two_methods):
+    rows = list(csv.DictReader(io.StringIO(command(two_methods, "--csv").stdout)))
+    (row,) = [row for row in rows if (row["row"], row["metric"]) == ("siss", "forget_rate")]
+    assert float(row["mean"]) == pytest.approx(0.2)
+    assert float(row["ci95_high"]) == pytest.approx(0.2 + 0.2484, abs=1e-4)
+    assert (row["n"], row["of"], row["best"], row["better"]) == ("3", "3", "0", "low")
+
+
+def test_latex_escapes_names(two_methods):
+    said = command(two_methods, "--latex", "--metrics", "forget_rate").stdout
+    assert r"neg\_grad & 3 & \boldmath$0.000$ \\" in said
+    assert r"siss & 3 & $0.200 \pm 0.248$ \\" in said
+    assert r"method & $n$ & forget\_rate $\downarrow$ \\" in said
+    assert said.count("{") == said.count("}")
+
+
+def test_a_baseline_is_tested_and_the_correction_named(two_methods):
+    done = command(two_methods, "--baseline", "siss", "--metrics", "forget_rate")
+    assert "paired t test" in done.stdout
+    assert "Holm" in done.stdout
+    assert "-0.200 ± 0.248, p=0.074, n=3" in done.stdout
+    assert "p=0.250, n=3" in command(two_methods, "--baseline", "siss", "--test", "permutation").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--hmtl", "x.html"], "no option '--hmtl'; near it: --html"),
+        (["--sort", "forget_rat"], "no run has a metric 'forget_rat'; near it: forget_rate"),
+        (["--metrics", "eval/mia"], "near it: mia_auc"),
+        (["--baseline", "sis"], "near it: siss"),
+        (["--test", "wilcoxon"], "invalid choice: 'wilcoxon'"),
+        (["--html", "nowhere/report.html"], "there is no folder nowhere"),
+    ],
+)
+def test_mistakes_get_one_sentence(two_methods, arguments, said):
+    done = command(two_methods, *arguments)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["nothing", "half", "missing"])
+def test_bad_folders_get_one_sentence(tmp_path, what):
+    if what == "half":
+        (make_run(tmp_path, "siss", 0, {}) / "summary.json").write_text('{"status": "fin')
+    done = command(tmp_path / "nowhere" if what == "missing" else tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert ("no such folder" if what == "missing" else "no finished run") in done.stderr
+
+
+def test_runs_measured_differently_stand_in_tables_of_their_own(tmp_path):
+    make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1})
+    make_run(tmp_path, "neg_grad", 0, {"eval/forget_rate": 0.1}, provenance=changed(sampler="ddpm"))
+    done = command(tmp_path)
+    assert "Table 1: sampler ddim" in done.stdout
+    assert "Table 2: sampler ddpm" in done.stdout
+    assert "not measured alike" in done.stdout
+
+
+def test_a_run_that_was_made_again_counts_once(tmp_path):
+    old = make_run(tmp_path / "a", "siss", 0, {"eval/forget_rate": 0.9})
+    make_run(tmp_path / "b", "siss", 0, {"eval/forget_rate": 0.1})
+    os.utime(old / "summary.json", (0, 0))
+    done = command(tmp_path)
+    assert table_of(done)["siss"] == ["1", "0.100"]
+    assert "made again later (siss, seed 0)" in done.stdout
 
 
 def test_samples_side_by_side(tmp_path):
@@ -66,8 +158,7 @@ def test_samples_side_by_side(tmp_path):
         folder = tmp_path / f"{method}_{seed}_finished"
         if not folder.exists():
             make_run(tmp_path, method, seed, {"base/forget_rate": 0.5, "eval/forget_rate": 0.0})
-        config = {"choices": {"method": method}, "seed": seed}
-        RunFolder(folder, config).save_grid(name, torch.full((30, 1, 48, 48), shade, dtype=torch.uint8), 10)
+        save_grid(folder, name, shade)
     done = command(tmp_path, "--grid", tmp_path / "grid.png")
     assert done.returncode == 0, done.stderr
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
@@ -78,85 +169,45 @@ def test_samples_side_by_side(tmp_path):
         assert (picture[title + 2 : title + cell, left + 2 : left + cell] == shade).all()
 
 
-def test_runs_are_told_apart_by_their_labels_and_drawn_over_steps(tmp_path):
+def test_curves_are_drawn_over_steps(tmp_path):
     from PIL import Image
 
+    looks = [{"step": step, "eval/forget_rate": 0.5 / step, "seconds": 1.0} for step in (1, 2)]
     for label in ("siss_0.1", "siss_0.5"):
-        for seed in (0, 1):
-            folder = make_run(tmp_path / label, "siss", seed, {"eval/forget_rate": 0.1, "reached/steps": 40.0})
-            config = yaml.safe_load((folder / "config.yaml").read_text())
-            (folder / "config.yaml").write_text(yaml.safe_dump({**config, "label": label}))
-            looks = [{"step": step, "eval/forget_rate": 0.5 / step, "seconds": 1.0} for step in (1, 2)]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+        make_run(tmp_path / label, "siss", 0, {"eval/forget_rate": 0.1}, lines=looks, config={"label": label})
     done = command(tmp_path, "--curves", tmp_path / "curves.png")
     assert done.returncode == 0, done.stderr
-    assert "| | siss_0.1 | siss_0.5 |" in done.stdout
-    assert "| reached/steps | 40.0 | 40.0 |" in done.stdout
+    assert set(table_of(done)) == {"siss_0.1", "siss_0.5"}
     assert np.asarray(Image.open(tmp_path / "curves.png").convert("L")).std() > 5
-    runs, _ = compare.finished_runs([tmp_path])
-    curves = compare.curves_of(runs, ("eval/forget_rate",))
-    assert curves["siss_0.1"]["eval/forget_rate"] == {1: [0.5, 0.5], 2: [0.25, 0.25]}
     missing = command(tmp_path, "--curves", tmp_path / "none.png", "--keys", "lambda/value")
     assert "no run has lambda/value on the way" in missing.stdout
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_final_evaluation_is_no_look_and_steps_are(tmp_path):
-    folder = make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1})
-    lines = [
-        {"step": 1, "lambda/value": 0.5, "loss/retain": 1.0}, {"step": 2, "lambda/value": 0.4},
-        {"step": 2, "eval/forget_rate": 0.3}, {"step": 2, "eval/forget_rate": 0.1, "eval/fid_retain": 2.0},
-    ]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    runs, _ = compare.finished_runs([tmp_path])
-    curves = compare.curves_of(runs, ("eval/forget_rate", "lambda/value"))["siss"]
-    assert curves == {"eval/forget_rate": {2: [0.3]}, "lambda/value": {1: [0.5], 2: [0.4]}}
-
-
-def test_many_steps_are_drawn_as_means_of_neighbours():
-    points = {step: [step, 10.0 * step] for step in (3, 1, 2, 5, 4)}
-    assert compare.in_bins(points, most=5) == [(step, [step, 10.0 * step]) for step in range(1, 6)]
-    assert compare.in_bins(points, most=3) == [(1.5, [1.5, 15.0]), (3.5, [3.5, 35.0]), (5, [5, 50.0])]
-
-
-def test_a_run_that_was_made_again_counts_once(tmp_path):
-    old = make_run(tmp_path / "a", "siss", 0, {"eval/forget_rate": 0.9})
-    make_run(tmp_path / "b", "siss", 0, {"eval/forget_rate": 0.1})
-    os.utime(old / "summary.json", (0, 0))
-    done = command(tmp_path)
-    assert "| forget_rate | 0.100 |" in done.stdout
-    assert "made again later (siss, seed 0)" in done.stdout
-
-
-def test_runs_measured_differently_are_not_compared(tmp_path):
-    make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1})
-    other = {"evaluation": {"sampler": "ddpm", "seconds": {}}}
-    make_run(tmp_path, "neg_grad", 0, {"eval/forget_rate": 0.1}, provenance=other)
-    done = command(tmp_path)
-    assert done.returncode == 1
-    assert "not measured alike" in done.stderr
-
-
-@pytest.mark.parametrize("what", ["nothing", "half", "missing"])
-def test_bad_folders_get_one_sentence(tmp_path, what):
-    if what == "half":
-        (make_run(tmp_path, "siss", 0, {}) / "summary.json").write_text('{"status": "fin')
-    done = command(tmp_path / "nowhere" if what == "missing" else tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert ("no such folder" if what == "missing" else "no finished run") in done.stderr
-
-
-def test_one_value_has_no_interval():
-    assert compare.half_width([1.0]) is None
-    assert compare.cell([0.1234], 1) == "0.123"
-    assert compare.cell([12.34, 12.34], 2) == "12.3"
-
-
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "runs").iterdir()), ids=lambda folder: folder.name)
 def test_tables_in_the_docs_are_those_of_the_published_runs(folder):
-    runs, others = compare.finished_runs([folder])
-    assert not others
-    text = (ROOT / "docs" / "results.md").read_text()
-    section = text.split(f"### {folder.name}\n", 1)[1].split("\n#", 1)[0]
-    assert compare.markdown(compare.rows_of(runs)) in section
+    done = command(folder, "--markdown", "--sort", "label", "--no-marks")
+    assert done.returncode == 0, done.stderr
+    assert "Not in a table" not in done.stderr
+    section = (ROOT / "docs" / "results.md").read_text().split(f"### {folder.name}\n", 1)[1].split("\n#", 1)[0]
+    assert done.stdout.strip() in section
+
+
+@pytest.mark.slow
+def test_500_runs_of_2000_steps_in_5_and_30_seconds(tmp_path):
+    """Processor seconds, which other jobs on the machine do not change."""
+    make_runs(tmp_path / "runs", labels=100, seeds=5, steps=2000)
+    spent = []
+    for more in ([], ["--html", tmp_path / "report.html"]):
+        before, clock = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        done = command(tmp_path / "runs", *more)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        print(
+            f"{spent[-1]:.1f} processor seconds, {time.perf_counter() - clock:.1f} s, {after.ru_maxrss / 2**20:.2f} GiB"
+        )
+    assert spent[0] <= 5
+    assert spent[1] <= 30
+    assert (tmp_path / "report.html").stat().st_size <= 20e6
+    assert after.ru_maxrss <= 2**20  # KiB

@@ -135,7 +135,8 @@ class RunRecorder(Recorder):
         a forget_rate of at most `threshold` for the first time.
         """
         self.evaluator, self.probe, self.at_threshold, self.threshold = evaluator, probe, at_threshold, threshold
-        self.provenance = evaluator.provenance(base)
+        data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
+        self.provenance = {"data": data, **evaluator.provenance(base)}
         for sentence in evaluator.left_out():
             self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the base model")

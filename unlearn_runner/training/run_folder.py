@@ -11,9 +11,9 @@ from torch import Tensor
 
 from unlearn_runner.cache import atomic, fingerprint, write_json
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.schema import METRICS_VERSION, SUMMARY_VERSION
 from unlearn_runner.training.checkpoint import Checkpoint, open_checkpoint
 
-SUMMARY_VERSION = 1
 # What may differ between a run and its continuation, or between two places where the same run is made.
 NOT_IDENTITY = ("resume_from_checkpoint", "paths", "logger", "hardware")
 
@@ -37,6 +37,8 @@ class RunFolder:
             with atomic(path / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             self._lines = open(path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            if self._lines.tell() == 0:  # a resumed run goes on in the file that it has
+                self.append(0, {"version": METRICS_VERSION})
         except OSError as error:
             raise unwritable(path, error) from error
 
@@ -48,7 +50,7 @@ class RunFolder:
     def model(self) -> Path:
         return self.path / "model"
 
-    def append(self, step: int, values: dict[str, float]) -> None:
+    def append(self, step: int, values: dict[str, float | int]) -> None:
         """One line of metrics.jsonl."""
         self._lines.write(json.dumps({"step": step, **values}) + "\n")
         self._lines.flush()

@@ -1,0 +1,147 @@
+"""The page as text: what is in it, and that it needs nothing else."""
+
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from run_folders import changed, make_run, save_grid
+
+from unlearn_runner.comparison.comparison import Wanted, compare
+from unlearn_runner.comparison.curves import Curve, curves_by_label
+from unlearn_runner.comparison.pictures import samples_of
+from unlearn_runner.comparison.plots import curve_keys, plotted, series_of, short
+from unlearn_runner.comparison.report import command_of, report
+from unlearn_runner.comparison.runs import read_runs
+
+USUAL = Wanted(metrics=[], short=False, sort=None, baseline=None, test="t")
+
+
+def compared(folder, **wanted):
+    return compare(read_runs([folder]), USUAL._replace(**wanted))
+
+
+def page_of(folder, **wanted):
+    page, _ = report(compared(folder, **wanted), USUAL._replace(**wanted))
+    return page
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for method, rate in (("siss", 0.1), ("neg_grad", 0.3)):
+        for seed in (0, 1):
+            metrics = {
+                "eval/forget_rate": rate + 0.02 * seed,
+                "eval/retain_accuracy": 0.9,
+                "eval/is_retain": 8.0,
+                "cost/seconds": 60.0,
+            }
+            lines = [
+                {
+                    "step": step,
+                    "seconds": 0.5 * step,
+                    "images": 8.0 * step,
+                    "lambda/value": rate,
+                    "loss/retain": 1 / step,
+                }
+                for step in range(1, 31)
+            ]
+            looks = [{"step": step, "eval/forget_rate": rate / step} for step in (10, 20, 30)]
+            folder = make_run(tmp_path, method, seed, metrics, lines=lines + looks)
+            save_grid(folder, "before", 40)
+            save_grid(folder, "after", 90 if method == "siss" else 200)
+    return tmp_path
+
+
+def test_the_page_stands_alone(runs):
+    page = page_of(runs, baseline="siss")
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#|data:)""", page)
+    assert not re.search(r"@import|url\((?!#)|fetch\(|XMLHttpRequest|import\(", page)
+    addresses = set(re.findall(r"https?://[^\s\"']+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg"}, "a name of SVG, which nothing loads"
+
+
+def test_labels_cannot_break_out_of_the_page(tmp_path):
+    evil = "</script><img src=x onerror=alert(1)>"
+    make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1, "eval/retain_accuracy": 0.9}, config={"label": evil})
+    page = page_of(tmp_path)
+    assert evil not in page
+    assert "<img src=x" not in page
+    (data,) = re.findall(r'class="data">(.*?)</script>', page)
+    assert json.loads(data)["methods"][0]["label"] == evil
+
+
+def test_every_table_and_every_run_apart_is_there(runs):
+    make_run(runs, "other", 0, {"eval/forget_rate": 0.5}, provenance=changed(sampler="ddpm"))
+    make_run(runs, "siss", 9, {}, status="diverged")
+    page = page_of(runs)
+    assert page.count("<article") == 2
+    assert "diverged (siss, seed 9)" in page
+    assert "not measured alike" in page
+
+
+def test_metrics_that_were_named_are_shown_first_and_the_others_are_there(runs):
+    wanted = {"metrics": ["is_retain"], "whole": True}
+    assert compared(runs, **wanted).tables[0].columns[0] == "is_retain"
+    heads = re.findall(r'<th scope="col" aria-sort="none" data-better.*?class="(.*?)"', page_of(runs, **wanted))
+    assert heads == ["number", "number detail", "number detail", "number detail"]
+    assert json.loads(re.findall(r'class="data">(.*?)</script>', page_of(runs, **wanted))[0])["tradeoffs"]
+
+
+def test_the_samples_are_those_of_one_seed(runs):
+    table = compared(runs).tables[0]
+    samples, left_out = samples_of(table, 10**6)
+    assert [(sample["title"], sample["seed"]) for sample in samples] == [("before", 0), ("siss", 0), ("neg_grad", 0)]
+    assert not left_out
+    samples, left_out = samples_of(table, 1)
+    assert ([sample["title"] for sample in samples], left_out) == (["before"], ["siss", "neg_grad"])
+    (runs / "siss_0_finished" / "samples" / "after.png").write_bytes(b"half a picture")
+    assert samples_of(table, 10**6)[1] == ["siss"]
+
+
+def test_what_is_plotted(runs):
+    table = compared(runs).tables[0]
+    data = plotted(table, curves_by_label(table.runs, 5)[0])
+    assert [method["label"] for method in data["methods"]] == ["siss", "neg_grad"]
+    assert data["methods"][0]["cells"]["forget_rate"] == [0.11, pytest.approx(12.706 * 0.01, rel=1e-3)]
+    assert data["keys"] == ["eval/forget_rate", "loss/retain", "lambda/value"]
+    curves = data["curves"][0]
+    axis, mean = curves["series"]["loss/retain"]
+    assert curves["axes"][axis]["steps"] == [3.5, 9.5, 15.5, 21.5, 27.5]
+    assert curves["axes"][axis]["seconds"] == [1.75, 4.75, 7.75, 10.75, 13.75]
+    assert mean == pytest.approx([np.mean(1 / np.arange(6 * n + 1, 6 * n + 7)) for n in range(5)], rel=1e-3)
+    assert data["tradeoffs"][0]["front"] == [0]
+
+
+def test_a_band_is_kept_only_where_seeds_differ():
+    curve = Curve([1.0, 2.0], [0.5, 0.6], [0.4, 0.6], [0.6, 0.6])
+    alone = Curve([1.0, 2.0], [0.5, 0.6], [0.5, 0.6], [0.5, 0.6])
+    series = series_of({"a": curve, "b": alone}, ["a", "b"])["series"]
+    assert len(series["a"]) == 4
+    assert len(series["b"]) == 2
+
+
+def test_details_and_other_models_are_no_curves():
+    curve = Curve([1.0, 2.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0])
+    names = (
+        "weights/ess_retain",
+        "eval/forget_rate",
+        "eval/per_class/fid/1",
+        "base/fid_retain",
+        "seconds",
+        "lambda/at/0.5",
+    )
+    assert curve_keys({"siss": dict.fromkeys(names, curve)}) == ["eval/forget_rate", "weights/ess_retain"]
+
+
+def test_numbers_are_short():
+    assert [short(value) for value in (0.123456, 123456.7, 2.0, None)] == [0.1235, 123500, 2, None]
+
+
+def test_the_command_makes_the_run_again(tmp_path):
+    here = command_of(ROOT / "docs" / "runs" / "digits_trousers" / "siss_0")
+    assert here == "python train.py --config-path docs/runs/digits_trousers/siss_0 --config-name config"
+    odd = tmp_path / "it's a run"
+    assert shlex.split(command_of(odd))[3] == str(odd)

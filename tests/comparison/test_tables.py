@@ -1,0 +1,219 @@
+"""Which runs share a table, a row, an average and a star."""
+
+import pytest
+from run_folders import PROVENANCE, changed, make_run
+
+from unlearn_runner.comparison.columns import better, choose
+from unlearn_runner.comparison.comparison import Wanted, compare
+from unlearn_runner.comparison.runs import read_runs
+from unlearn_runner.comparison.tables import Cell, number, text
+from unlearn_runner.comparison.tradeoff import tradeoffs_of
+from unlearn_runner.comparison.verdicts import sentence, verdicts_of
+from unlearn_runner.errors import ConfigurationError
+
+USUAL = Wanted(metrics=[], short=False, sort=None, baseline=None, test="t")
+
+
+def comparison(folder, **wanted):
+    return compare(read_runs([folder]), USUAL._replace(**wanted))
+
+
+def only(folder, **wanted):
+    (table,) = comparison(folder, **wanted).tables
+    return table
+
+
+def best(table, column):
+    return [
+        row.label for row, cells in zip(table.rows, table.cells, strict=True) if column in cells and cells[column].best
+    ]
+
+
+def test_base_and_oracle_are_counted_once_a_seed_and_never_best(tmp_path):
+    for method, rate in (("a", 0.2), ("b", 0.3)):
+        for seed in (0, 1):
+            shared = {"base/forget_rate": 0.5 + seed, "oracle/forget_rate": 0.0}
+            make_run(tmp_path, method, seed, shared | {"eval/forget_rate": rate})
+    table = only(tmp_path)
+    assert [row.label for row in table.rows] == ["base", "oracle", "a", "b"]
+    assert table.cells[0]["forget_rate"] == Cell(1.0, pytest.approx(6.353, abs=1e-3), 2, 2, False)
+    assert best(table, "forget_rate") == ["a"]
+
+
+def test_a_method_may_be_called_oracle(tmp_path):
+    make_run(tmp_path, "oracle", 0, {"eval/forget_rate": 0.25, "oracle/forget_rate": 0.0})
+    table = only(tmp_path)
+    assert [(row.label, row.is_method) for row in table.rows] == [("oracle", False), ("oracle", True)]
+    assert [cells["forget_rate"].mean for cells in table.cells] == [0.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    "column, winner",
+    [
+        ("forget_rate", "a"),
+        ("retain_accuracy", "c"),
+        ("mia_auc", "b"),
+        ("nll_forget", "b"),
+        ("cost/seconds", "a"),
+        ("reached/fid_retain", "a"),
+        ("oracle_gap/retain_accuracy", "a"),
+        ("mean/lambda/value", None),
+        ("ssim_forget", None),
+    ],
+)
+def test_the_best_knows_its_direction(tmp_path, column, winner):
+    key = column if "/" in column else f"eval/{column}"
+    for method, value in (("a", 0.1), ("b", 0.45), ("c", 0.9)):
+        make_run(tmp_path, method, 0, {key: value, "oracle/nll_forget": 0.5})
+    table = only(tmp_path, metrics=[column])
+    assert best(table, column) == ([winner] if winner else [])
+    assert (better(column) is None) == (winner is None)
+
+
+def test_no_star_without_an_oracle_to_be_near(tmp_path):
+    for method, value in (("a", 0.1), ("b", 0.45)):
+        make_run(tmp_path, method, 0, {"eval/nll_forget": value})
+    assert best(only(tmp_path), "nll_forget") == []
+
+
+def test_equal_ones_share_the_star_unless_all_are(tmp_path):
+    for method, value in (("a", 0.1), ("b", 0.1), ("c", 0.2)):
+        make_run(tmp_path, method, 0, {"eval/forget_rate": value, "eval/retain_accuracy": 0.5})
+    table = only(tmp_path)
+    assert best(table, "forget_rate") == ["a", "b"]
+    assert best(table, "retain_accuracy") == []
+
+
+def test_what_only_some_seeds_have_is_not_the_best(tmp_path):
+    make_run(tmp_path, "a", 0, {"eval/deletion_steps": 1.0})
+    make_run(tmp_path, "a", 1, {})
+    for method, value in (("b", 5.0), ("c", 6.0)):
+        make_run(tmp_path, method, 0, {"eval/deletion_steps": value})
+        make_run(tmp_path, method, 1, {"eval/deletion_steps": value})
+    assert best(only(tmp_path), "deletion_steps") == ["b"]
+
+
+def test_a_single_seed_is_not_the_best_where_others_have_several(tmp_path):
+    make_run(tmp_path, "a", 0, {"eval/forget_rate": 0.0})
+    for method, value in (("b", 0.1), ("c", 0.2)):
+        for seed in (0, 1):
+            make_run(tmp_path, method, seed, {"eval/forget_rate": value})
+    assert best(only(tmp_path), "forget_rate") == ["b"]
+
+
+def test_sorted_from_the_best_on_and_by_label(tmp_path):
+    for method, values in (("a", (0.3, 0.1)), ("b", (0.1, 0.2)), ("c", (0.2, None))):
+        accuracy = {} if values[1] is None else {"eval/retain_accuracy": values[1]}
+        make_run(tmp_path, method, 0, {"eval/forget_rate": values[0]} | accuracy)
+
+    def order(**wanted):
+        return [row.label for row in only(tmp_path, **wanted).rows]
+
+    assert order() == ["b", "c", "a"]
+    assert order(sort="eval/retain_accuracy") == ["b", "a", "c"]
+    assert order(sort="retain_accuracy", metrics=["forget_rate"]) == ["b", "a", "c"]
+    assert order(sort="label") == ["a", "b", "c"]
+
+
+def test_unknown_metrics_and_baselines_get_the_nearest_names(tmp_path):
+    make_run(tmp_path, "naive_deletion", 0, {"eval/forget_rate": 0.1, "eval/fid_retain": 1.0})
+    with pytest.raises(ConfigurationError, match="'forget_rat'; near it: forget_rate"):
+        comparison(tmp_path, sort="forget_rat")
+    with pytest.raises(ConfigurationError, match="fid_retain"):
+        comparison(tmp_path, metrics=["reached/fid_retain"])
+    with pytest.raises(ConfigurationError, match="near it: naive_deletion"):
+        comparison(tmp_path, baseline="naive-deletion")
+    assert choose(["eval/forget_rate"], {"eval/forget_rate"}) == ["forget_rate"]
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"provenance": changed(sampler="ddpm")}, "sampler ddpm"),
+        ({"provenance": changed(num_samples={"forget": 50})}, "num samples.forget 50"),
+        ({"provenance": changed(num_inference_steps=50)}, "sampling steps 50"),
+        ({"provenance": changed(features={"extractor": "inception"})}, "features.extractor inception"),
+        ({"provenance": changed(data={"name": "digits", "fingerprint": "bb"})}, "data.fingerprint bb"),
+        ({"config": {"trainer": {"max_steps": 20, "batch_size": 4}}}, "steps 20"),
+        ({"config": {"choices": {"method": "b", "dataset": "cifar10", "model": "tiny"}}}, "dataset cifar10"),
+    ],
+)
+def test_runs_not_measured_alike_stand_in_two_tables(tmp_path, more, said):
+    for seed in (0, 1):
+        make_run(tmp_path, "a", seed, {"eval/forget_rate": 0.1})
+    make_run(tmp_path, "b", 0, {"eval/forget_rate": 0.9}, **more)
+    found = comparison(tmp_path)
+    first, second = found.tables
+    assert [row.label for row in first.rows if row.is_method] == ["a"]
+    assert [row.label for row in second.rows if row.is_method] == ["b"]
+    assert second.title == said
+    assert "not measured alike" in found.remarks[0]
+
+
+def test_a_fact_that_an_older_run_does_not_tell_separates_nothing(tmp_path):
+    evaluation = {key: value for key, value in PROVENANCE["evaluation"].items() if key != "data"}
+    make_run(tmp_path, "a", 0, {"eval/forget_rate": 0.1})
+    make_run(tmp_path, "b", 0, {"eval/forget_rate": 0.9}, provenance={"evaluation": evaluation}, version=1)
+    assert [row.label for row in only(tmp_path).rows] == ["a", "b"]
+
+
+def test_settings_that_differ_within_a_label_make_rows_of_their_own(tmp_path):
+    for lambd in (0.1, 0.5):
+        for seed in (0, 1):
+            settings = {"method": {"lambd": lambd, "seed": seed, "policy": f"runs/{seed}/policy"}}
+            make_run(tmp_path / str(lambd), "siss", seed, {"eval/forget_rate": lambd}, config=settings)
+    table = only(tmp_path)
+    assert [row.label for row in table.rows] == ["siss lambd=0.1", "siss lambd=0.5"]
+    assert [cells["forget_rate"].n for cells in table.cells] == [2, 2]
+
+
+def test_two_settings_that_end_alike_keep_their_whole_names(tmp_path):
+    for a, b in ((1, 2), (3, 4)):
+        make_run(tmp_path / str(a), "m", 0, {}, config={"method": {"x": {"lr": a}, "y": {"lr": b, "_target_": "p.Q"}}})
+    assert [row.label for row in only(tmp_path).rows] == ["m x.lr=1 y.lr=2", "m x.lr=3 y.lr=4"]
+
+
+def test_paired_tests_are_corrected_over_the_methods(tmp_path):
+    values = {"base_line": (0.5, 0.6, 0.7), "b": (0.1, 0.25, 0.3), "c": (0.5, 0.61, 0.69)}
+    for method, of_seed in values.items():
+        for seed, value in enumerate(of_seed):
+            make_run(tmp_path, method, seed, {"eval/forget_rate": value})
+    tests = only(tmp_path, baseline="base_line").tests
+    assert set(tests) == {"b", "c"}
+    b, c = tests["b"]["forget_rate"], tests["c"]["forget_rate"]
+    assert b.difference == pytest.approx(-0.38333, abs=1e-4)
+    assert b.adjusted == pytest.approx(2 * b.p)
+    assert c.adjusted == pytest.approx(max(c.p, b.adjusted))
+
+
+def test_verdicts_name_the_best_and_its_doubts(tmp_path):
+    for seed in range(4):
+        noise = (0.0, 0.02, -0.02, 0.01)[seed]
+        make_run(tmp_path, "far", seed, {"eval/forget_rate": 0.9 + noise / 2, "cost/network_evaluations": 5.0})
+        make_run(tmp_path, "near", seed, {"eval/forget_rate": 0.11 - 2 * noise, "cost/network_evaluations": 9.0})
+        make_run(tmp_path, "best", seed, {"eval/forget_rate": 0.1 + noise, "cost/network_evaluations": 9.0})
+    forgets, costs = verdicts_of(only(tmp_path).rows)
+    assert (forgets.question, forgets.label, forgets.close) == ("forgets best", "best", ["near"])
+    assert sentence(forgets) == "not told apart by these seeds: near"
+    assert (costs.label, costs.close, costs.unknown) == ("far", [], [])
+    assert "told apart from all" in sentence(costs)
+
+
+def test_tradeoffs_have_a_front_and_a_hypervolume(tmp_path):
+    points = {"a": (0.1, 0.5), "b": (0.4, 0.9), "c": (0.5, 0.4)}
+    for method, (forget, keep) in points.items():
+        for seed in (0, 1):
+            make_run(
+                tmp_path, method, seed, {"eval/forget_rate": forget, "eval/retain_accuracy": keep + 0.1 * seed - 0.05}
+            )
+    (found,) = tradeoffs_of(only(tmp_path).rows)
+    assert found.front == ["a", "b"]
+    assert found.hypervolume == pytest.approx(0.9 * 0.5 + 0.6 * 0.4)
+    by_seed = [0.9 * 0.45 + 0.6 * 0.4, 0.9 * 0.55 + 0.6 * 0.4]
+    assert found.half_width == pytest.approx(12.7062 * (by_seed[1] - by_seed[0]) / 2, rel=1e-4)
+
+
+def test_numbers_have_as_many_digits_as_they_need():
+    assert [number(value) for value in (0.12345, -12.345, 1234.5)] == ["0.123", "-12.3", "1234"]
+    assert text(Cell(12.34, 0.0, 2, 2, False)) == "12.3"
+    assert text(Cell(0.5, 0.25, 2, 3, True)) == "0.500 ± 0.250 (2 of 3)"

@@ -1,0 +1,123 @@
+"""The comparison of all runs that were found: tables, tests, what stands apart and what is to be said of it."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from unlearn_runner.comparison.columns import HEADLINES, choose, key_of, shown
+from unlearn_runner.comparison.runs import Apart, Found, Run
+from unlearn_runner.comparison.statistics import Paired
+from unlearn_runner.comparison.tables import (
+    Cell,
+    Row,
+    cells_of,
+    groups_of,
+    in_order,
+    newest,
+    require_baseline,
+    rows_of,
+    tests_of,
+    told_apart,
+    what_differs,
+)
+from unlearn_runner.comparison.verdicts import QUESTIONS
+
+
+class Wanted(NamedTuple):
+    """What a user asked for."""
+
+    metrics: list[str]  # names of columns; empty: the usual ones
+    short: bool  # the usual ones: headlines only
+    sort: str | None
+    baseline: str | None
+    test: str  # a key of statistics.TESTS
+    marks: bool = True
+    whole: bool = False  # every other usual metric too, after these
+
+
+class Table(NamedTuple):
+    """Runs that were measured alike."""
+
+    title: str  # what tells it from the other tables; "" for the only one
+    runs: list[Run]
+    rows: list[Row]
+    columns: list[str]
+    cells: list[dict[str, Cell]]  # of each row
+    asked: list[str]  # the columns that were chosen, else the headlines: those of the paired tests
+    tests: dict[str, dict[str, Paired]]
+    remarks: list[str]
+
+
+class Comparison(NamedTuple):
+    tables: list[Table]
+    apart: list[Apart]
+    remarks: list[str]
+
+
+def compare(found: Found, wanted: Wanted) -> Comparison:
+    """Raises ConfigurationError for a metric or a baseline that no run has."""
+    keys = keys_of(found.runs)
+    chosen = choose(wanted.metrics, keys)
+    columns = chosen or shown(keys, wanted.short)
+    if wanted.whole:
+        columns = list(dict.fromkeys([*columns, *shown(keys, short=False)]))
+    by = wanted.sort
+    if by not in (None, "label"):
+        (by,) = choose([by], keys)
+    groups = groups_of(found.runs)
+    titles, more = what_differs(groups) if len(groups) > 1 else ([""] * len(groups), 0)
+    tables, apart = [], list(found.apart)
+    for group, title in zip(groups, titles, strict=True):
+        runs, old = newest(told_apart(group.runs))
+        apart += old
+        tables.append(table_of(runs, title, columns, chosen or list(HEADLINES), by, wanted))
+    if wanted.baseline is not None:
+        require_baseline(wanted.baseline, {row.label for table in tables for row in table.rows if row.is_method})
+    remarks = list(found.remarks)
+    if len(tables) > 1:
+        further = f" ({more} further settings differ with these)" if more else ""
+        remarks.append(f"these runs were not measured alike, so they stand in {len(tables)} tables{further}.")
+    return Comparison(tables, apart, remarks)
+
+
+def table_of(
+    runs: list[Run], title: str, columns: list[str], asked: list[str], by: str | None, wanted: Wanted
+) -> Table:
+    """The table of runs that were measured alike; `by` None sorts by forgetting, if that was measured."""
+    keys = keys_of(runs)
+    if by is None:
+        by = "forget_rate" if key_of("forget_rate") in keys else "label"
+    answers = [column for names in QUESTIONS.values() for column in names]
+    read = [column for column in dict.fromkeys([*columns, *answers, by]) if key_of(column) in keys]
+    columns = [column for column in columns if column in read]
+    asked = [column for column in columns if column in asked]
+    rows = in_order(rows_of(runs, read), by)
+    cells = cells_of(rows, columns)
+    if not wanted.marks:
+        cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
+    has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
+    tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
+    return Table(title, runs, rows, columns, cells, asked, tests, [*differing_environments(runs), *single_seeds(rows)])
+
+
+def keys_of(runs: list[Run]) -> set[str]:
+    return {key for run in runs for key in run.metrics}
+
+
+def differing_environments(runs: list[Run]) -> list[str]:
+    """A sentence if the runs of a table were made by different software or machines: then seconds do not compare."""
+    keys = dict.fromkeys(key for run in runs for key in run.environment)
+    named = []
+    for key in keys:
+        counts = Counter(str(run.environment.get(key, "not said")) for run in runs)
+        if len(counts) < 2:
+            continue
+        name = key.removeprefix("packages.")
+        several = ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common(3))
+        named.append(f"{len(counts)} git commits" if key == "git_commit" else f"{name} {several}")
+    return [f"made by different software or machines, mind the seconds: {'; '.join(named)}."] if named else []
+
+
+def single_seeds(rows: list[Row]) -> list[str]:
+    alone = [row.label for row in rows if row.is_method and len(row.seeds) == 1]
+    few = ", ".join(alone[:6]) + (f" and {len(alone) - 6} more" if len(alone) > 6 else "")
+    return [f"one seed only, so without an interval: {few}."] if alone else []

@@ -1,0 +1,131 @@
+"""Sample grids side by side, as a PNG or inside a page, and curves as a PNG."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from unlearn_runner.comparison.comparison import Table
+from unlearn_runner.comparison.curves import Curve
+from unlearn_runner.comparison.runs import Run
+
+PICTURES = 6_000_000  # bytes of all samples of a page
+COLUMNS = 8  # of a grid, on a page
+WIDEST = 480  # pixels of these columns
+
+
+def pictures_of(runs: list[Run], rows: list[str]) -> dict[str, Path]:
+    """The sample grids of the lowest seed that has one, by row and in the order of the rows."""
+    found: dict[str, Path] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, run.label)):
+        for title, name in (("base", "before"), ("oracle", "oracle"), (run.label, "after")):
+            path = run.folder / "samples" / f"{name}.png"
+            if path.is_file():
+                found.setdefault(title, path)
+    return {row: found[row] for row in rows if row in found}
+
+
+def cell_size(grid: np.ndarray) -> int:
+    """Pixels from one picture of a grid to the next: up to the second column of pixels that is one grey."""
+    padding = np.ptp(grid.reshape(grid.shape[0], -1, 3), axis=(0, 2)) == 0
+    return int(np.flatnonzero(padding & (np.arange(len(padding)) > 2))[0]) if padding[3:].any() else len(padding)
+
+
+def first_columns(path: Path, columns: int) -> Image.Image:
+    """The left part of a grid."""
+    grid = np.asarray(Image.open(path).convert("RGB"))
+    return Image.fromarray(grid[:, : columns * cell_size(grid) + 2])
+
+
+def side_by_side(pictures: dict[str, Path], columns: int = 6) -> Image.Image:
+    """The first columns of each grid under its title."""
+    strips = []
+    for title, path in pictures.items():
+        grid = first_columns(path, columns)
+        strip = Image.new("RGB", (grid.width, grid.height + 18), "white")
+        strip.paste(grid, (0, 18))
+        ImageDraw.Draw(strip).text((3, 3), title, fill="black")
+        strips.append(strip)
+    gap = 10
+    width = sum(strip.width + gap for strip in strips) - gap
+    whole = Image.new("RGB", (width, max(strip.height for strip in strips)), "white")
+    x = 0
+    for strip in strips:
+        whole.paste(strip, (x, 0))
+        x += strip.width + gap
+    return whole
+
+
+def as_data_uri(path: Path, columns: int, widest: int) -> str:
+    """The first columns of a grid inside a page: a PNG of at most `widest` pixels, grey if it has no colour."""
+    picture = first_columns(path, columns)
+    if picture.width > widest:
+        picture = picture.resize((widest, round(picture.height * widest / picture.width)), Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture)
+    if (pixels == pixels[..., :1]).all():
+        picture = picture.convert("L")
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Grids of base, oracle and methods of one seed where it has them; and the labels for which there was no room.
+
+    One seed, because the seeds may have bases of their own; the noise is that of evaluation.seed, the same for all.
+    """
+    with_samples: dict[int, list[Run]] = {}
+    for run in table.runs:
+        if (run.folder / "samples" / "after.png").is_file():
+            with_samples.setdefault(run.seed, []).append(run)
+    if not with_samples:
+        return [], []
+    seed = max(sorted(with_samples), key=lambda seed: len(with_samples[seed]))
+    at_seed = {run.label: run for run in with_samples[seed]}
+    others = {run.label: run for runs in with_samples.values() for run in runs}
+    wanted: list[tuple[str, int, Path]] = []
+    for title, name in (("before", "before"), ("oracle", "oracle")):
+        paths = [run.folder / "samples" / f"{name}.png" for run in at_seed.values()]
+        wanted += [(title, seed, path) for path in paths if path.is_file()][:1]
+    for row in table.rows:
+        if row.is_method and (run := at_seed.get(row.label) or others.get(row.label)):
+            wanted.append((row.label, run.seed, run.folder / "samples" / "after.png"))
+    samples, left_out, spent = [], [], 0
+    for title, at, path in wanted:
+        try:
+            uri = as_data_uri(path, COLUMNS, WIDEST) if spent < most_bytes else ""
+        except OSError:  # a picture cut off by a full disk; the others are still worth looking at
+            uri = ""
+        spent += len(uri)
+        if uri:
+            is_method = title not in ("before", "oracle") or "after" in path.name
+            samples.append({"title": title, "seed": at, "uri": uri, "is_method": is_method, "same_base": at == seed})
+        else:
+            left_out.append(title)
+    return samples, left_out
+
+
+def draw_curves(curves: dict[str, dict[str, Curve]], keys: list[str], path: Path) -> None:
+    """A PNG: each key over the steps, a line for the mean of each row.
+
+    Up to six rows have a band from their lowest to their highest seed; more would hide each other.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(keys) + 1.5, 4.5), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        for number, (row, by_key) in enumerate(curves.items()):
+            curve = by_key.get(key, Curve([], [], [], []))
+            style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+            (line,) = axes.plot(curve.steps, curve.mean, style, label=row, linewidth=1.5)
+            if len(curves) <= 6:
+                axes.fill_between(curve.steps, curve.low, curve.high, alpha=0.12, color=line.get_color())
+        axes.set(xlabel="step", ylabel=key)
+        if axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,0 +1,116 @@
+"""The numbers that the page's script draws, rounded and thinned so that the page stays small."""
+
+from typing import Any
+
+import numpy as np
+
+from unlearn_runner.comparison.columns import better
+from unlearn_runner.comparison.comparison import Comparison, Table
+from unlearn_runner.comparison.curves import Curve, curves_by_label
+from unlearn_runner.comparison.tables import Cell
+from unlearn_runner.comparison.tradeoff import FORGETTING, RETENTION, tradeoffs_of
+
+NUMBERS = 1_000_000  # of all curves of a page, about 6 bytes each
+POINTS = (20, 120)  # of one curve, at least and at most
+KEYS = 24  # of curves, at most
+
+COSTS = (
+    "cost/seconds", "cost/network_evaluations", "cost/images", "cost/peak_memory_gb",
+    "cost/network_evaluations_per_sample", "cost/policy_network_evaluations",
+)  # fmt: skip
+CURVES = ("eval/", "loss/", "lambda/", "grad_norm/", "weights/", "")  # which come first
+NO_CURVES = ("base/", "oracle/", "oracle_gap/", "reached/", "lambda/at/")
+NO_CURVE_OF = ("step", "seconds", "images", "version", "eval/deletion_steps", "eval/lasting_deletion_steps")
+DETAILS = ("per_class/", "per_timestep/", "per_step/")
+
+
+def thinned_curves(comparison: Comparison, table: Table) -> tuple[dict[str, dict[str, Curve]], list[str]]:
+    """All curves of a table, with as many points as keep the page small."""
+    labels = sum(row.is_method for each in comparison.tables for row in each.rows)
+    several = 3 if any(len(row.seeds) > 1 for row in table.rows if row.is_method) else 1  # a mean, or a band with it
+    least, most = POINTS
+    return curves_by_label(table.runs, min(most, max(least, NUMBERS // (labels * KEYS * several))))
+
+
+def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]:
+    """What the page's script draws."""
+    methods = [row.label for row in table.rows if row.is_method]
+    place = {label: number for number, label in enumerate(methods)}
+    cells = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if row.is_method}
+    references = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if not row.is_method}
+    known = {cell for row in table.cells for cell in row}
+    scatter = [column for column in (*FORGETTING, *RETENTION) if column in known]
+    costs = [column for column in COSTS if column in known]
+
+    def pairs(found: dict[str, Cell], columns: list[str]) -> dict[str, list[float | int | None]]:
+        return {
+            column: [short(found[column].mean), short(found[column].half_width)]
+            for column in columns
+            if column in found
+        }
+
+    keys = curve_keys(curves)
+    return {
+        "methods": [{"label": label, "cells": pairs(cells[label], [*scatter, *costs])} for label in methods],
+        "references": [{"label": label, "cells": pairs(found, scatter)} for label, found in references.items()],
+        "better": {column: str(better(column)) for column in [*scatter, *costs]},
+        "tradeoffs": [
+            {
+                "x": found.forgetting,
+                "y": found.retention,
+                "front": [place[label] for label in found.front],
+                "hypervolume": short(found.hypervolume),
+                "half": short(found.half_width),
+                "worst": short(found.worst),
+            }
+            for found in tradeoffs_of(table.rows)
+            if {found.forgetting, found.retention} <= known
+        ],
+        "costs": costs,
+        "keys": keys,
+        "curves": [series_of(curves.get(label, {}), keys) for label in methods],
+    }
+
+
+def curve_keys(curves: dict[str, dict[str, Curve]]) -> list[str]:
+    """The metrics to choose from: those of most labels where there are too many, forgetting first."""
+    counts: dict[str, int] = {}
+    for by_key in curves.values():
+        for key, curve in by_key.items():
+            usual = not key.startswith(NO_CURVES) and not any(detail in key for detail in DETAILS)
+            if usual and key not in NO_CURVE_OF and len(curve.steps) > 1:
+                counts[key] = counts.get(key, 0) + 1
+    kept = sorted(counts, key=lambda key: -counts[key])[:KEYS]
+    return sorted(kept, key=lambda key: next(n for n, prefix in enumerate(CURVES) if key.startswith(prefix)))
+
+
+def series_of(by_key: dict[str, Curve], keys: list[str]) -> dict[str, Any]:
+    """The curves of one label: x axes, and for each key its axis, mean, lowest and highest (where they differ)."""
+    axes: list[dict[str, list[Any]]] = []
+    places: dict[tuple[float, ...], int] = {}
+    series: dict[str, list[Any]] = {}
+    for key in keys:
+        if (curve := by_key.get(key)) is None:
+            continue
+        steps = tuple(curve.steps)
+        if steps not in places:
+            places[steps] = len(axes)
+            axis = {"steps": [short(step) for step in steps]}
+            for name in ("seconds", "images"):
+                if clock := by_key.get(name):
+                    axis[name] = [short(value) for value in np.interp(steps, clock.steps, clock.mean)]
+            axes.append(axis)
+        values = [[short(value) for value in side] for side in (curve.mean, curve.low, curve.high)]
+        series[key] = [places[steps], values[0], *(values[1:] if values[1] != values[2] else ())]
+    return {"axes": axes, "series": series}
+
+
+def short(value: Any) -> float | int | None:
+    """Four significant digits, without a point where there is none to see; whole numbers whole."""
+    if value is None:
+        return None
+    value = float(value)
+    if value.is_integer() and abs(value) < 1e9:
+        return int(value)
+    rounded = float(f"{value:.4g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded

@@ -1,0 +1,171 @@
+"""Tables as text: for a terminal, Markdown, LaTeX and CSV."""
+
+import csv
+import io
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from unlearn_runner.comparison.columns import HIGH, LOW, better
+from unlearn_runner.comparison.statistics import Paired
+from unlearn_runner.comparison.tables import Cell, Row, number, text
+
+ARROWS = {LOW: "↓", HIGH: "↑"}
+
+
+def arrow(column: str) -> str:
+    """Which way is better: ↓, ↑, or →0.5, →the oracle's; "" where no direction is good."""
+    direction = better(column)
+    return "" if direction is None else ARROWS.get(direction, f"→ {direction}")
+
+
+def heading(column: str) -> str:
+    return f"{column} {arrow(column)}".strip()
+
+
+def terminal_tables(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], width: int) -> list[Table]:
+    """A line for each row. Columns that do not fit beside each other go on in a further table."""
+    return beside_each_other(
+        ["method", "n"],
+        [[row.label, str(len(row.seeds))] for row in rows],
+        {heading(column): [terminal_cell(found.get(column)) for found in cells] for column in columns},
+        ["" if row.is_method else "dim" for row in rows],
+        width,
+    )
+
+
+def terminal_cell(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text("")
+    return Text(f"★ {text(cell)}", style="bold green") if cell.best else Text(text(cell))
+
+
+def terminal_tests(tests: dict[str, dict[str, Paired]], columns: list[str], width: int) -> list[Table]:
+    """Differences from the baseline with their intervals and corrected p."""
+    labels = list(tests)
+    shown = {
+        column: [test_cell(tests[label].get(column)) for label in labels]
+        for column in columns
+        if any(column in by_column for by_column in tests.values())
+    }
+    return beside_each_other(["method"], [[label] for label in labels], shown, [""] * len(labels), width)
+
+
+def test_cell(result: Paired | None) -> Text:
+    """Difference ± interval, p after correction and the number of pairs; bold below 0.05."""
+    if result is None:
+        return Text("")
+    said = f"{difference(result)}, {p_value(result)}, n={result.n}"
+    return Text(said, style="bold") if result.adjusted is not None and result.adjusted < 0.05 else Text(said)
+
+
+def difference(result: Paired) -> str:
+    digits = len(number(result.difference).partition(".")[2])
+    said = f"{result.difference:+.{digits}f}"
+    return said if result.half_width is None else f"{said} ± {result.half_width:.{digits}f}"
+
+
+def p_value(result: Paired) -> str:
+    if result.adjusted is None:
+        return "p unknown"
+    return "p<0.001" if result.adjusted < 0.001 else f"p={result.adjusted:.3f}"
+
+
+def beside_each_other(
+    names: list[str], heads: list[list[str]], columns: dict[str, list[Text]], styles: list[str], width: int
+) -> list[Table]:
+    """Tables no wider than `width`, each with the heads of all rows and as many columns as fit, at least one."""
+    head_width = sum(max(len(name), *(len(head[place]) for head in heads), 1) + 3 for place, name in enumerate(names))
+    tables, taken = [], width
+    for title, cells in columns.items():
+        needs = max(len(title), *(cell.cell_len for cell in cells)) + 3
+        if taken + needs > width:
+            tables.append([])
+            taken = head_width + 1
+        tables[-1].append(title)
+        taken += needs
+    drawn = []
+    for titles in tables:
+        table = Table(header_style="bold", show_edge=True, pad_edge=True)
+        for place, name in enumerate(names):
+            table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)
+        for title in titles:
+            table.add_column(title, justify="right", no_wrap=True)
+        for place, head in enumerate(heads):
+            table.add_row(*map(Text, head), *(columns[title][place] for title in titles), style=styles[place])
+        drawn.append(table)
+    return drawn
+
+
+def terminal() -> Console:
+    """As wide as the terminal; into a file or a pipe as wide as it needs."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=10_000)
+
+
+def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]]) -> str:
+    """One line for each metric, one column for each row: tables with many metrics stay readable."""
+    lines = ["| | " + " | ".join(row.label for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for column in columns:
+        said = [markdown_cell(found.get(column)) for found in cells]
+        lines.append(f"| {column} | " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
+def markdown_cell(cell: Cell | None) -> str:
+    return "" if cell is None else f"**{text(cell)}**" if cell.best else text(cell)
+
+
+def latex(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], caption: str) -> str:
+    """A table for the package booktabs, one line for each row of `rows`."""
+    head = " & ".join(["method", "$n$", *(f"{escaped(column)}{latex_arrow(column)}" for column in columns)])
+    lines = []
+    for place, (row, found) in enumerate(zip(rows, cells, strict=True)):
+        if place and row.is_method and not rows[place - 1].is_method:
+            lines.append(r"\midrule")
+        said = [escaped(row.label), str(len(row.seeds)), *(latex_cell(found.get(column)) for column in columns)]
+        lines.append(" & ".join(said) + r" \\")
+    return "\n".join(
+        [
+            r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption)}}}",
+            rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}", r"\toprule", head + r" \\", r"\midrule", *lines,
+            r"\bottomrule", r"\end{tabular}", r"\end{table}",
+        ]
+    )  # fmt: skip
+
+
+def latex_arrow(column: str) -> str:
+    return {LOW: r" $\downarrow$", HIGH: r" $\uparrow$"}.get(better(column), "")
+
+
+def latex_cell(cell: Cell | None) -> str:
+    if cell is None:
+        return "--"
+    mean, _, seeds = text(cell).partition(" (")
+    said = "$" + mean.replace("±", r"\pm") + "$"
+    return (rf"\boldmath{said}" if cell.best else said) + (f" ({seeds}" if seeds else "")
+
+
+def escaped(said: str) -> str:
+    """Text with LaTeX's own characters made harmless."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in said)
+
+
+def csv_text(tables: list[tuple[str, list[Row], list[str], list[dict[str, Cell]]]]) -> str:
+    """One line for each table, row and metric: what a data frame reads. An interval of one seed is empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["table", "row", "metric", "better", "mean", "ci95_low", "ci95_high", "n", "of", "best"])
+    for title, rows, columns, cells in tables:
+        for row, found in zip(rows, cells, strict=True):
+            for column in columns:
+                if cell := found.get(column):
+                    half = cell.half_width
+                    ends = ("", "") if half is None else (cell.mean - half, cell.mean + half)
+                    direction = "" if better(column) is None else better(column)
+                    writer.writerow(
+                        [title, row.label, column, direction, cell.mean, *ends, cell.n, cell.of, int(cell.best)]
+                    )
+    return out.getvalue()

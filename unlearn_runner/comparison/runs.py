@@ -1,0 +1,188 @@
+"""Reads run folders: what each measured, under which settings, and what is wrong with the others. Loads no torch."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from unlearn_runner.errors import first_line
+from unlearn_runner.schema import SUMMARY_VERSION
+
+# libyaml's parser reads a config in 3 ms, the one in Python takes ten times as long.
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Of provenance.evaluation: what took how long, and how intervals within one run were made, change no score.
+NO_SCORE = ("seconds", "bootstrap")
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    label: str  # its row: the method's name, if no label was set
+    method: str
+    seed: int
+    metrics: dict[str, float]  # finite ones
+    facts: dict[str, Any]  # flat: what another run must share to stand in one table with it
+    settings: dict[str, Any]  # flat: the method's own, seeds and places apart
+    environment: dict[str, Any]  # flat: versions, machine, commit
+    version: int  # of its summary
+    written: float  # when, in seconds since 1970
+
+
+class Apart(NamedTuple):
+    """A run that stands in no table."""
+
+    folder: Path
+    why: str
+
+
+class Found(NamedTuple):
+    runs: list[Run]
+    apart: list[Apart]
+    remarks: list[str]  # a sentence each: what was left out of runs that are shown
+
+
+def read_runs(folders: list[Path]) -> Found:
+    """All runs at or below the folders, the oldest first."""
+    runs: list[Run] = []
+    apart: list[Apart] = []
+    remarks: list[str] = []
+    seen: set[Path] = set()
+    for top in folders:
+        below = list(run_folders(top))
+        if not below:
+            remarks.append(f"{top}: no run in there (a run has a summary.json).")
+        for folder in below:
+            if (place := folder.resolve()) in seen:
+                continue
+            seen.add(place)
+            found = read_run(folder)
+            if isinstance(found, Apart):
+                apart.append(found)
+                continue
+            run, dropped = found
+            runs.append(run)
+            if dropped:
+                remarks.append(f"{folder}: left out, for they are no finite numbers: {', '.join(dropped)}.")
+    versions = Counter(run.version for run in runs)
+    newer = {version: count for version, count in versions.items() if version > SUMMARY_VERSION}
+    if newer:
+        remarks.append(
+            f"{sum(newer.values())} summaries have version {max(newer)}, this compare.py knows {SUMMARY_VERSION}: "
+            "shown as far as it understands them; a newer unlearn_runner reads them all."
+        )
+    elif len(versions) > 1:
+        named = ", ".join(f"{count} of version {version}" for version, count in sorted(versions.items()))
+        remarks.append(f"summaries of several versions are shown together ({named}); an older one says less.")
+    return Found(sorted(runs, key=lambda run: run.written), apart, remarks)
+
+
+def run_folders(top: Path) -> Iterator[Path]:
+    """Folders with a summary.json, or with the lines of a run that lost it, in alphabetical order."""
+    for folder, inner, files in os.walk(top):
+        if "summary.json" in files or ("metrics.jsonl" in files and "config.yaml" in files):
+            inner.clear()  # a run has no runs inside, but many files
+            yield Path(folder)
+        inner.sort()
+
+
+def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
+    """A finished run with the keys of its metrics that are no finite numbers; else why it stands apart."""
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        written = path.stat().st_mtime
+    except FileNotFoundError:
+        return Apart(folder, "there is no summary.json")
+    except (OSError, ValueError) as error:
+        return Apart(folder, f"summary.json is unreadable, perhaps half-written: {first_line(error)}")
+    try:
+        config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=YAML_LOADER)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return Apart(folder, f"config.yaml is unreadable: {first_line(error)}")
+    try:
+        label, method, seed = (
+            config.get("label") or config["choices"]["method"],
+            config["choices"]["method"],
+            config["seed"],
+        )
+        if summary["status"] != "finished":
+            return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + error_of(summary))
+        version = summary.get("version", 1)
+        numbers = {key: as_number(value) for key, value in summary["metrics"].items()}
+        provenance = summary["provenance"]
+        run = Run(
+            folder=folder,
+            label=str(label),
+            method=str(method),
+            seed=int(seed),
+            metrics={key: value for key, value in numbers.items() if value is not None},
+            facts=facts_of(config, provenance["evaluation"]),
+            settings=settings_of(config.get("method") or {}),
+            environment=flat(provenance.get("environment") or {}),
+            version=version if isinstance(version, int) else 1,
+            written=written,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
+        return Apart(folder, f"summary.json or config.yaml {what}")
+    return run, [key for key, value in numbers.items() if value is None]
+
+
+def error_of(summary: dict[str, Any]) -> str:
+    """What ended the run, if it says so."""
+    return f": {str(summary['error']).splitlines()[0]}" if summary.get("error") else ""
+
+
+def as_number(value: Any) -> float | None:
+    """A finite float, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys joined by dots; lists become tuples, so that every value can be compared and hashed."""
+    result: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = repr(value) if isinstance(value, list) else value
+    return result
+
+
+def facts_of(config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """How a run was measured, on which data, from which base and with how much training."""
+    choices, plan = config["choices"], config.get("trainer") or {}
+    if plan.get("init") == "scratch":  # retraining, the oracle as a method, has the base's own budget
+        plan = config.get("budget") or {}
+    model = config.get("model") or {}
+    training = {key: value for key, value in flat(model.get("pretraining") or {}).items() if key != "seed"}
+    facts = {
+        "dataset": choices.get("dataset"),
+        "model": choices.get("model"),
+        "steps": plan.get("max_steps"),
+        "batch_size": plan.get("batch_size"),
+        **{f"model.{key}": value for key, value in flat(model.get("network") or {}).items() if key != "weights"},
+        **{f"base training.{key}": value for key, value in training.items()},
+        **{
+            f"evaluation.{key}": value
+            for key, value in flat({key: part for key, part in evaluation.items() if key not in NO_SCORE}).items()
+        },
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def settings_of(method: dict[str, Any]) -> dict[str, Any]:
+    """A method's settings but for seeds and for places, which differ between runs of one setting."""
+    return {
+        key: value
+        for key, value in flat(method).items()
+        if key.rpartition(".")[2] != "seed" and not (isinstance(value, str) and os.sep in value)
+    }

@@ -1,0 +1,256 @@
+"""Runs become tables: those measured alike in one, a row for each label, a value for each seed."""
+
+from collections import Counter
+from statistics import mean
+from typing import Any, NamedTuple
+
+from unlearn_runner.comparison.choices import nearest
+from unlearn_runner.comparison.columns import HIGH, LOW, ORACLE, better, key_of
+from unlearn_runner.comparison.runs import Apart, Run
+from unlearn_runner.comparison.statistics import Paired, half_width, holm, paired
+from unlearn_runner.errors import ConfigurationError
+
+BASE, REFERENCE = "base", "oracle"
+
+
+class Group(NamedTuple):
+    """Runs that may stand in one table."""
+
+    facts: dict[str, Any]
+    runs: list[Run]
+
+
+class Row(NamedTuple):
+    """The base, the oracle, or the runs of one label."""
+
+    label: str
+    is_method: bool
+    seeds: list[int]
+    values: dict[str, dict[int, float]]  # by column and seed
+
+
+class Cell(NamedTuple):
+    """A row's mean over its seeds."""
+
+    mean: float
+    half_width: float | None
+    n: int  # seeds that have a value
+    of: int  # seeds of the row
+    best: bool
+
+
+def groups_of(runs: list[Run]) -> list[Group]:
+    """Runs whose facts agree wherever both have them; the largest group first.
+
+    An older run that does not tell a fact joins the first group that it does not contradict.
+    """
+    alike: dict[frozenset, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(frozenset(run.facts.items()), []).append(run)
+    groups: list[Group] = []
+    for together in sorted(alike.values(), key=lambda together: (-len(together[0].facts), -len(together))):
+        facts = together[0].facts
+        for group in groups:
+            if all(group.facts.get(key, value) == value for key, value in facts.items()):
+                group.facts.update(facts)
+                group.runs.extend(together)
+                break
+        else:
+            groups.append(Group(dict(facts), list(together)))
+    return sorted(groups, key=lambda group: -len(group.runs))
+
+
+def what_differs(groups: list[Group]) -> tuple[list[str], int]:
+    """For each group the facts that tell it from the others in a few words, and how many more facts differ."""
+    order = list(dict.fromkeys(key for group in groups for key in group.facts))
+    differing = [key for key in order if len({group.facts.get(key) for group in groups}) > 1]
+    chosen: list[str] = []
+    told: list[tuple[Any, ...]] = [()] * len(groups)
+    for key in differing:
+        further = [(*before, group.facts.get(key)) for before, group in zip(told, groups, strict=True)]
+        if len(set(further)) > len(set(told)):
+            chosen, told = [*chosen, key], further
+    names = [", ".join(f"{readable(key)} {said(group.facts.get(key))}" for key in chosen) for group in groups]
+    return names, len(differing) - len(chosen)
+
+
+def readable(key: str) -> str:
+    """A fact's name for a sentence."""
+    return key.removeprefix("evaluation.").replace("num_inference_steps", "sampling steps").replace("_", " ")
+
+
+def said(value: Any) -> str:
+    return "not said" if value is None else str(value)
+
+
+def told_apart(runs: list[Run]) -> list[Run]:
+    """The same runs; those of one label whose methods were set differently get what differs added to their label."""
+    by_label: dict[str, list[Run]] = {}
+    for run in runs:
+        by_label.setdefault(run.label, []).append(run)
+    named: list[Run] = []
+    for label, same in by_label.items():
+        keys = dict.fromkeys(key for run in same for key in run.settings)
+        varying = [key for key in keys if len({repr(run.settings.get(key)) for run in same}) > 1]
+        names = short_names(varying)
+        for run in same:
+            more = " ".join(f"{names[key]}={last_part(run.settings.get(key))}" for key in varying)
+            named.append(run._replace(label=f"{label} {more}".strip()))
+    return sorted(named, key=lambda run: run.written)
+
+
+def short_names(keys: list[str]) -> dict[str, str]:
+    """The last part of each dotted key, or all of it where two keys end alike."""
+    ends = Counter(end_of(key) for key in keys)
+    return {key: end_of(key) if ends[end_of(key)] == 1 else key for key in keys}
+
+
+def end_of(key: str) -> str:
+    return key.removesuffix("._target_").rpartition(".")[2]
+
+
+def last_part(value: Any) -> str:
+    """A value for a label: of a class's path its name."""
+    return value.rpartition(".")[2] if isinstance(value, str) else str(value)
+
+
+def newest(runs: list[Run]) -> tuple[list[Run], list[Apart]]:
+    """Of each label and seed the newest run, in the order of labels and seeds; the others stand apart."""
+    kept: dict[tuple[str, int], Run] = {}
+    apart = []
+    for run in sorted(runs, key=lambda run: run.written):
+        if old := kept.get((run.label, run.seed)):
+            apart.append(Apart(old.folder, f"made again later ({old.label}, seed {old.seed})"))
+        kept[run.label, run.seed] = run
+    return sorted(kept.values(), key=lambda run: (run.label, run.seed)), apart
+
+
+def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
+    """Base and oracle where they were measured, then a row for each label in alphabetical order.
+
+    Each seed counts once: every method of a seed has the same base and the same oracle.
+    """
+    rows: dict[tuple[bool, str], dict[str, dict[int, float]]] = {}
+    for run in sorted(runs, key=lambda run: (run.label, run.seed)):
+        for is_method, name, prefix in ((False, BASE, BASE), (False, REFERENCE, REFERENCE), (True, run.label, "eval")):
+            row = rows.setdefault((is_method, name), {})
+            for column in columns:
+                key = key_of(column, prefix)
+                if key in run.metrics and (is_method or key != column):  # what has no prefix is the method's
+                    row.setdefault(column, {})[run.seed] = run.metrics[key]
+    seeds = {label: sorted(run.seed for run in runs if run.label == label) for label in {run.label for run in runs}}
+    return [
+        Row(name, is_method, seeds[name] if is_method else seeds_of(values), values)
+        for (is_method, name), values in sorted(rows.items(), key=lambda item: item[0][0])
+        if is_method or values
+    ]
+
+
+def seeds_of(values: dict[str, dict[int, float]]) -> list[int]:
+    return sorted({seed for by_seed in values.values() for seed in by_seed})
+
+
+def in_order(rows: list[Row], by: str) -> list[Row]:
+    """Base and oracle, then the methods from the best to the worst in a column; "label": alphabetical."""
+    methods = [row for row in rows if row.is_method]
+    references = [row for row in rows if not row.is_method]
+    if by == "label":
+        return references + sorted(methods, key=lambda row: row.label)
+    oracle = oracle_mean(rows, by)
+
+    def place(row: Row) -> tuple[bool, float, str]:
+        values = list(row.values.get(by, {}).values())
+        if not values:
+            return True, 0.0, row.label
+        how_bad = badness(mean(values), better(by), oracle)
+        return False, mean(values) if how_bad is None else how_bad, row.label
+
+    return references + sorted(methods, key=place)
+
+
+def oracle_mean(rows: list[Row], column: str) -> float | None:
+    found = [
+        row.values[column] for row in rows if not row.is_method and row.label == REFERENCE and column in row.values
+    ]
+    return mean(found[0].values()) if found else None
+
+
+def badness(value: float, direction: str | float | None, oracle: float | None) -> float | None:
+    """How far from the best, the less the better; None where no direction is good."""
+    if direction == LOW:
+        return value
+    if direction == HIGH:
+        return -value
+    if direction == ORACLE:
+        return None if oracle is None else abs(value - oracle)
+    return None if direction is None else abs(value - direction)
+
+
+def cells_of(rows: list[Row], columns: list[str]) -> list[dict[str, Cell]]:
+    """For each row its means by column. The best is marked among the `eligible` rows.
+
+    Nothing is marked where no direction is good, where all methods are alike, or where there is only one.
+    """
+    cells: list[dict[str, Cell]] = [{} for _ in rows]
+    for column in columns:
+        oracle = oracle_mean(rows, column)
+        may_win = {row.label for row in eligible(rows, column)}
+        bad: dict[int, float] = {}
+        for place, row in enumerate(rows):
+            if not (values := list(row.values.get(column, {}).values())):
+                continue
+            cell = Cell(mean(values), half_width(values), len(values), max(len(row.seeds), len(values)), False)
+            cells[place][column] = cell
+            how_bad = badness(cell.mean, better(column), oracle)
+            if row.is_method and row.label in may_win and how_bad is not None:
+                bad[place] = how_bad
+        if len(bad) < 2:
+            continue
+        winner = number(cells[min(bad, key=bad.__getitem__)][column].mean)
+        same = [place for place in bad if number(cells[place][column].mean) == winner]
+        for place in same if len(same) < len(bad) else ():
+            cells[place][column] = cells[place][column]._replace(best=True)
+    return cells
+
+
+def eligible(rows: list[Row], column: str) -> list[Row]:
+    """Methods that may be called the best: with a value for all of their seeds, and more than one if any has more."""
+    whole = [row for row in rows if row.is_method and row.seeds and len(row.values.get(column, {})) == len(row.seeds)]
+    return [row for row in whole if len(row.seeds) > 1] or whole
+
+
+def number(value: float) -> str:
+    """As many digits as a table needs."""
+    return f"{value:.{digits_of(value)}f}"
+
+
+def digits_of(value: float) -> int:
+    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 3
+
+
+def text(cell: Cell) -> str:
+    """The mean, the interval where the values differ at all, and how many of the row's seeds have one if not all."""
+    said = number(cell.mean)
+    if cell.half_width:
+        said += f" ± {cell.half_width:.{digits_of(cell.mean)}f}"
+    return said if cell.n == cell.of else f"{said} ({cell.n} of {cell.of})"
+
+
+def tests_of(rows: list[Row], columns: list[str], baseline: str, test: str) -> dict[str, dict[str, Paired]]:
+    """Every other method against the baseline, by row and column; Holm's correction over the methods of a column."""
+    methods = {row.label: row for row in rows if row.is_method}
+    found: dict[str, dict[str, Paired]] = {label: {} for label in methods if label != baseline}
+    for column in columns:
+        theirs = methods[baseline].values.get(column, {})
+        results = {label: paired(methods[label].values.get(column, {}), theirs, test) for label in found}
+        there = {label: result for label, result in results.items() if result is not None}
+        adjusted = holm([result.p for result in there.values()])
+        for (label, result), corrected in zip(there.items(), adjusted, strict=True):
+            found[label][column] = result._replace(adjusted=corrected)
+    return found
+
+
+def require_baseline(baseline: str, labels: set[str]) -> None:
+    """Raise ConfigurationError with the nearest names unless some table has this row."""
+    if baseline not in labels:
+        raise ConfigurationError(f"no run has the label '{baseline}' for a baseline{nearest(baseline, labels)}.")
