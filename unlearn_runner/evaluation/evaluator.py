@@ -204,8 +204,9 @@ class Evaluator:
             "settings": self.provenance(model),
             "code": _code(),
             "device": str(self.judge.device.type),
+            "precision": str(model.passes.precision),
         }
-        folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial))
+        folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial), True)
         return open_evaluation(folder)
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
@@ -341,7 +342,7 @@ class Evaluator:
             tensors = replace(self.judge(pixels), images=pixels[:, :0]).tensors()
             save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
 
-        return Judged(**load_file(cached(self.cache_dir, "references", key, make) / "judged.safetensors"))
+        return Judged(**load_file(cached(self.cache_dir, "references", key, make, True) / "judged.safetensors"))
 
     def _grouped(self, judged: dict[str, Judged]) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -10,6 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from unlearn_runner.cache import atomic, fingerprint, write_json
+from unlearn_runner.distributed import from_first, is_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.training.checkpoint import Checkpoint, open_checkpoint
 
@@ -88,9 +90,50 @@ class RunFolder:
         }
         write_json(self.path / "summary.json", content)
 
+    def save_model(self, save: Callable[[Path], None]) -> None:
+        """model/, whole or not at all."""
+        with atomic(self.model) as temporary:
+            save(temporary)
+
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
+
+
+@final
+class NoFolder:
+    """The run folder in the eyes of a process that only helps: nothing is written, and nothing is there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def lines(self) -> list[dict[str, Any]]:
+        return []
+
+    def position(self) -> int:
+        return 0
+
+    def truncate(self, position: int) -> None:
+        pass
+
+    def save_grid(self, name: str, images: UInt8[Tensor, "n c h w"], columns: int) -> Path:
+        return self.path / "samples" / f"{name}.png"
+
+    def write_summary(self, status: str, metrics: dict[str, float], **more: Any) -> None:
+        pass
+
+    def save_model(self, save: Callable[[Path], None]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def claim(path: Path) -> Path:
@@ -108,6 +151,12 @@ def claim(path: Path) -> Path:
     raise ConfigurationError(f"{path}: ten thousand runs have this name already; set another hydra.run.dir.")
 
 
+def open_run_folder(fresh: Path, checkpoint: Checkpoint | None, config: dict[str, Any]) -> RunFolder | NoFolder:
+    """That of the run which is resumed, or a fresh one; the first process writes into it."""
+    path = from_first(lambda: claim(fresh)) if checkpoint is None else checkpoint.run_folder
+    return RunFolder(path, config) if is_first() else NoFolder(path)
+
+
 def checkpoint_to_resume(wanted: str | None, outputs: Path, config: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint that `resume_from_checkpoint` means.
 
@@ -115,7 +164,7 @@ def checkpoint_to_resume(wanted: str | None, outputs: Path, config: dict[str, An
     so that a preempted job is continued by the command that began it. Else a path.
     """
     if wanted == "latest":
-        wanted = unfinished(outputs, config)
+        wanted = from_first(lambda: unfinished(outputs, config))
     return None if wanted is None else open_checkpoint(wanted)
 
 
