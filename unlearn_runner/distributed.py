@@ -10,13 +10,15 @@ The first process alone writes. What only it can know, it tells the others (`fro
 """
 
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +37,8 @@ INTERRUPTED = 130  # exit code
 SECONDS_TO_SAVE = 120  # between a signal and the end of a process that has not ended by itself
 
 
-_alone = False
+_alone = False  # for as long as the first process does something while the others wait
+_agreement: Any = None  # the group of those that wait for each other, perhaps for long
 
 
 def rank() -> int:
@@ -150,7 +153,7 @@ def from_first(make: Callable[[], T]) -> T:
             found[1] = error
         finally:
             _alone = False
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(found, src=0, group=_agreement, device=torch.device("cpu"))
     if found[1] is not None:
         raise found[1]
     return found[0]
@@ -161,7 +164,7 @@ def any_of(value: int | None) -> int | None:
     if world_size() == 1:
         return value
     found = torch.tensor(-1 if value is None else value)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=_agreement)
     return None if found < 0 else int(found)
 
 
@@ -196,12 +199,11 @@ def joined() -> Iterator[None]:
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        with suppress(RuntimeError):  # after a failure the others may be gone
-            dist.destroy_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    global _agreement
+    _agreement = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield
+    dist.destroy_process_group()  # not after a failure: the others would be the first to fail, for want of this one
 
 
 def launch(script: str, function: str, arguments: tuple[Any, ...], processes: int) -> None:
@@ -215,6 +217,9 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what they report is raised below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -251,6 +256,15 @@ def work(script: str, function: str, arguments: tuple[Any, ...]) -> None:
             getattr(module, function)(*arguments)
         except Interrupted:
             raise SystemExit(INTERRUPTED) from None
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None:  # Hydra wraps what a constructor raises
+                if isinstance(cause, tuple(KNOWN.values())):
+                    raise cause from None
+                cause = cause.__cause__
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                time.sleep(3)  # another one was lost: the launcher shall find that one first
+            raise
 
 
 def _cause(error: Any) -> Exception | KeyboardInterrupt:

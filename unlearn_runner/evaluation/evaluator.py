@@ -17,6 +17,7 @@ from torch import Tensor
 from unlearn_runner.cache import cached, digest, fingerprint, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_uint8
+from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, PromptMetric, Samples
@@ -189,9 +190,10 @@ class Evaluator:
         for name, metric in self.on_prompts.items() if model.prompts is not None else ():
             with clock(name):
                 rows[name] = metric.measure(model, self.data, self.judge, self.clip)
-        scores = self._score(judged, rows, clock)
+        scores = from_first(lambda: self._score(judged, rows, clock))
         with clock("bootstrap"):
-            intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows)
+            redrawn = self.sampling.bootstrap is not None
+            intervals = from_first(lambda: self._intervals(scores, judged, rows)) if redrawn else {}
         evaluations /= self.sampling.num_samples * len(self.conditions)
         return Evaluation(scores, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
 
