@@ -9,33 +9,44 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn_runner.cli import one_sentence
+from unlearn_runner.cli import failure_on_record, one_sentence
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    """Returns the scores that `objective` names, for a sweeper that looks for the best."""
     fresh_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        run(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), fresh_folder)
+        with failure_on_record():
+            return run(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), fresh_folder)
     finally:
         with suppress(OSError):  # Hydra made it; a mistake or a resumed run leaves it empty
             fresh_folder.rmdir()
 
 
-def run(cfg: dict, fresh_folder: Path) -> None:
-    """`unlearn` in this process, in those that torchrun has started together, or in as many new ones as asked for."""
+def run(cfg: dict, fresh_folder: Path) -> float | tuple[float, ...] | None:
+    """`unlearn`, unless that is to be skipped, in this process, in those that torchrun has started together, or in as
+    many new ones as asked for.
+    """
     from unlearn_runner.distributed import joined, launch, started_outside
+    from unlearn_runner.training.run_folder import finished, objectives
 
-    processes = instantiate(cfg["hardware"]).processes
-    if processes > 1 and started_outside() is None:
-        launch(__file__, "unlearn", (cfg, fresh_folder), processes)
+    places = (Path(cfg["paths"]["outputs"]), fresh_folder.parent)
+    folder = finished(places, cfg) if cfg.get("skip_finished") else None
+    if folder is not None:
+        print(f"skipped, for it is finished: {folder}")
     else:
-        with joined():
-            unlearn(cfg, fresh_folder)
+        processes = instantiate(cfg["hardware"]).processes
+        if processes > 1 and started_outside() is None:
+            folder = launch(__file__, "unlearn", (cfg, fresh_folder), processes)
+        else:
+            with joined():
+                folder = unlearn(cfg, fresh_folder)
+    return objectives(folder, cfg.get("objective"))
 
 
-def unlearn(cfg: dict, fresh_folder: Path) -> None:
-    """One run, in a folder of its own or in that of the run which it resumes."""
+def unlearn(cfg: dict, fresh_folder: Path) -> Path:
+    """One run, in a folder of its own or in that of the run which it resumes; returns it."""
     # Heavy libraries only now: what is wrong on the command line was said before.
     from rich.console import Console
 
@@ -148,6 +159,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             if relearning:
                 recorder.relearn("oracle", oracle, relearning)
         recorder.report()
+    return folder.path
 
 
 def build_model(node, spec, seed):

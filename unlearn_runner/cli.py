@@ -1,13 +1,19 @@
 """The command line: what a configuration may ask for, and what a person sees when a command cannot go on."""
 
 import errno
+import json
 import os
+import secrets
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -23,6 +29,35 @@ def choice(group: str, *, _root_: DictConfig) -> str | None:
 
 
 OmegaConf.register_new_resolver("choice", choice, replace=True)
+
+
+def sweep(otherwise: str, *, _root_: DictConfig) -> str:
+    """`${sweep:${name}}`: what all jobs of a sweep have in common; for a run on its own, `otherwise`."""
+    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    return os.environ[SWEEP] if hydra.mode == RunMode.MULTIRUN else otherwise
+
+
+SWEEP = "UNLEARN_RUNNER_SWEEP"  # jobs inherit it from the command that launches them
+os.environ.setdefault(SWEEP, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}")
+OmegaConf.register_new_resolver("sweep", sweep, replace=True)
+
+
+@contextmanager
+def failure_on_record() -> Iterator[None]:
+    """A job of a sweep that fails leaves a line in the sweep's failures.jsonl, also if it never had a folder."""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        hydra = HydraConfig.get()
+        if hydra.mode == RunMode.MULTIRUN:
+            why = _mistake(error) or "".join(traceback.format_exception(error))
+            line = {"sweep": os.environ[SWEEP], "job": str(hydra.job.num), "overrides": list(hydra.overrides.task)}
+            folder = Path(hydra.sweep.dir)
+            with suppress(OSError):  # the job's own failure is what counts
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / "failures.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({**line, "error": why}) + "\n")
+        raise
 
 
 @contextmanager

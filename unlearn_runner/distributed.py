@@ -206,8 +206,8 @@ def joined() -> Iterator[None]:
     dist.destroy_process_group()  # not after a failure: the others would be the first to fail, for want of this one
 
 
-def launch(script: str, function: str, arguments: tuple[Any, ...], processes: int) -> None:
-    """Call a function of a script in so many new processes of this machine, and wait for them.
+def launch(script: str, function: str, arguments: tuple[Any, ...], processes: int) -> Any:
+    """Call a function of a script in so many new processes of this machine; returns what it returns in the first.
 
     Raises what the first one to fail has raised, if it is one of the runner's own errors; else RuntimeError with its
     traceback. All others are ended then. A signal is passed on, once.
@@ -235,7 +235,7 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")] if main else []
     handlers = {number: signal.getsignal(number) for number in numbers}  # elastic_launch leaves its own
     try:
-        elastic_launch(config, work)(script, function, arguments)
+        return elastic_launch(config, work)(script, function, arguments)[0]
     except ChildFailedError as error:
         raise _cause(error) from None
     except SignalException as error:
@@ -245,7 +245,7 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
             signal.signal(number, handler)
 
 
-def work(script: str, function: str, arguments: tuple[Any, ...]) -> None:
+def work(script: str, function: str, arguments: tuple[Any, ...]) -> Any:
     """What each of the new processes does."""
     os.setpgrp()  # Ctrl-C reaches the launcher alone, which passes it on
     spec = importlib.util.spec_from_file_location("launched", script)
@@ -253,7 +253,7 @@ def work(script: str, function: str, arguments: tuple[Any, ...]) -> None:
     spec.loader.exec_module(module)
     with joined():
         try:
-            getattr(module, function)(*arguments)
+            return getattr(module, function)(*arguments)
         except Interrupted:
             raise SystemExit(INTERRUPTED) from None
         except Exception as error:

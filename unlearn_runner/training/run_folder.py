@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +17,7 @@ from unlearn_runner.training.checkpoint import Checkpoint, open_checkpoint
 
 SUMMARY_VERSION = 1
 # What may differ between a run and its continuation, or between two places where the same run is made.
-NOT_IDENTITY = ("resume_from_checkpoint", "paths", "logger", "hardware")
+NOT_IDENTITY = ("resume_from_checkpoint", "skip_finished", "objective", "paths", "logger", "hardware")
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -170,18 +170,42 @@ def checkpoint_to_resume(wanted: str | None, outputs: Path, config: dict[str, An
 
 def unfinished(outputs: Path, config: dict[str, Any]) -> Path | None:
     """The newest run below `outputs` of this very configuration that has a checkpoint but did not finish."""
+    found = [
+        folder
+        for folder, status in _runs_of(outputs, config)
+        if status != "finished" and any((folder / "checkpoints").glob("step_*"))
+    ]
+    return max(found, key=lambda folder: (folder / "summary.json").stat().st_mtime) if found else None
+
+
+def finished(places: Iterable[Path], config: dict[str, Any]) -> Path | None:
+    """A run below one of these folders of this very configuration that has finished."""
+    runs = (run for place in places for run in _runs_of(place, config))
+    return next((folder for folder, status in runs if status == "finished"), None)
+
+
+def _runs_of(outputs: Path, config: dict[str, Any]) -> Iterator[tuple[Path, str | None]]:
+    """Folders of this configuration, with their status."""
     wanted = config_hash(config)
-    found = []
     for summary in outputs.glob("**/summary.json"):
         try:
             content = json.loads(summary.read_text())
         except (OSError, ValueError):
             continue
-        if content.get("config_hash") != wanted or content.get("status") == "finished":
-            continue
-        if any((summary.parent / "checkpoints").glob("step_*")):
-            found.append(summary)
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+        if content.get("config_hash") == wanted:
+            yield summary.parent, content.get("status")
+
+
+def objectives(folder: Path, names: str | Sequence[str] | None) -> float | tuple[float, ...] | None:
+    """The scores of a finished run by these names: one, several or none."""
+    if names is None:
+        return None
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    for name in [names] if isinstance(names, str) else names:
+        if name not in metrics:
+            known = ", ".join(sorted(key for key in metrics if key.startswith("eval/") and key.count("/") == 1))
+            raise ConfigurationError(f"objective: there is no score '{name}' in {folder}; there are {known}.")
+    return metrics[names] if isinstance(names, str) else tuple(metrics[name] for name in names)
 
 
 def unwritable(path: Path, error: OSError) -> ConfigurationError:
