@@ -27,10 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+from unlearn_runner.errors import KNOWN, Interrupted, known_cause
 
 T = TypeVar("T")
-KNOWN = {kind.__name__: kind for kind in (ConfigurationError, NonFiniteError, Interrupted)}
 # A process may wait for another job that makes a base. One that dies ends all by its launcher, not by this.
 PATIENCE = timedelta(days=7)
 INTERRUPTED = 130  # exit code
@@ -257,11 +256,8 @@ def work(script: str, function: str, arguments: tuple[Any, ...]) -> Any:
         except Interrupted:
             raise SystemExit(INTERRUPTED) from None
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None:  # Hydra wraps what a constructor raises
-                if isinstance(cause, tuple(KNOWN.values())):
-                    raise cause from None
-                cause = cause.__cause__
+            if (known := known_cause(error)) is not None:
+                raise known from None
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 time.sleep(3)  # another one was lost: the launcher shall find that one first
             raise
@@ -276,6 +272,7 @@ def _cause(error: Any) -> Exception | KeyboardInterrupt:
     if not isinstance(told, dict):
         return RuntimeError(f"process {number} ended with {failure.message}")
     kind, _, sentence = told.get("message", "").partition(": ")
-    if kind in KNOWN:
-        return KNOWN[kind](sentence)
+    known = next((error for error in KNOWN if error.__name__ == kind), None)
+    if known is not None:
+        return known(sentence)
     return RuntimeError(f"process {number} failed:\n{told.get('extraInfo', {}).get('py_callstack', failure.message)}")
