@@ -59,6 +59,73 @@ def test_a_sweep_goes_on_where_it_broke(tmp_path, shared_cache):
 
 
 @pytest.mark.slow
+def test_an_agent_of_a_wandb_sweep_can_call_the_command(tmp_path, shared_cache):
+    """The command line as W&B's own code makes it of the sweep's file; the run is the one that the agent has named."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
+    chosen = {"method": "siss", "method.rho": 0.03, "seed": 2}
+    assert chosen.keys() == sweep["parameters"].keys()
+    args = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in chosen.items()}})
+    places = {
+        "${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": [str(ROOT / sweep["program"])],
+        "${args_no_hyphens}": args["args_no_hyphens"],
+    }  # fmt: skip
+    command = [word for part in utils.create_sweep_command(sweep["command"]) for word in places.get(part, [part])]
+    agent = {"WANDB_SWEEP_ID": "abcd1234", "WANDB_RUN_ID": "agentsrun"}
+    done = subprocess.run(
+        [*command, *(setting for setting in JOB if not setting.startswith("method="))],
+        capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path, shared_cache) | agent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = runs_below(tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["method"]["rho"], config["seed"], config["logger"]["group"]) == (0.03, 2, "abcd1234")
+    assert list(folder.glob("wandb/offline-run-*/run-agentsrun.wandb"))
+
+
+@pytest.mark.slow
+def test_a_study_of_optuna_is_continued(tmp_path, shared_cache):
+    """Two objectives, kept in SQLite; the first command is killed, the second goes on with the same study."""
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    search = (
+        "hydra/sweeper=optuna", "hydra/sweeper/sampler=nsgaii", "hydra.sweeper.n_jobs=1", "hydra.sweeper.study_name=s",
+        f"hydra.sweeper.storage={storage}", "hydra.sweeper.direction=[minimize,maximize]", "logger=jsonl",
+        "objective=[eval/forget_rate,eval/ssim_retain]", "method.lambd=interval(0.05,0.95)",
+        "method.rho=tag(log,interval(0.01,0.2))",
+    )  # fmt: skip
+
+    def complete() -> list:
+        if not (tmp_path / "study.db").exists():
+            return []
+        try:
+            study = optuna.load_study(study_name="s", storage=storage)
+        except Exception:  # not begun yet
+            return []
+        return [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+
+    first = start(*search, "hydra.sweeper.n_trials=20", outputs=tmp_path / "o", cache=shared_cache)
+    deadline = time.monotonic() + 200
+    while len(complete()) < 2 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert first.poll() is None, first.communicate()[0]
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = len(complete())
+    code, said = sweep(*search, "hydra.sweeper.n_trials=2", outputs=tmp_path / "o", cache=shared_cache)
+    assert code == 0, said
+    assert len(complete()) == before + 2
+    for trial in complete()[-2:]:
+        found = [
+            summary(folder)["metrics"]
+            for folder in runs_below(tmp_path / "o")
+            if yaml.safe_load((folder / "config.yaml").read_text())["method"]["lambd"] == trial.params["method.lambd"]
+        ]
+        assert trial.values == [found[0]["eval/forget_rate"], found[0]["eval/ssim_retain"]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
 def test_launchers(tmp_path, shared_cache, launcher):
     """Two jobs that finish, and one that fails, each in processes of its own; then one job in two processes."""

@@ -35,7 +35,8 @@ OmegaConf.register_new_resolver("choice", choice, replace=True)
 def sweep(otherwise: str, *, _root_: DictConfig) -> str:
     """`${sweep:${name}}`: what all jobs of a sweep have in common; for a run on its own, `otherwise`."""
     hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
-    return os.environ[SWEEP] if hydra.mode == RunMode.MULTIRUN else otherwise
+    in_sweep = hydra.mode == RunMode.MULTIRUN
+    return os.environ.get("WANDB_SWEEP_ID") or (os.environ[SWEEP] if in_sweep else otherwise)
 
 
 # conf/hydra/launcher has options by the names that the plugins themselves give them

@@ -11,6 +11,7 @@ The first process alone writes. What only it can know, it tells the others (`fro
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -233,6 +234,8 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")] if main else []
     handlers = {number: signal.getsignal(number) for number in numbers}  # elastic_launch leaves its own
+    method = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)  # children are told it, and know nothing of joblib's "loky"
     try:
         return elastic_launch(config, work)(script, function, arguments)[0]
     except ChildFailedError as error:
@@ -240,6 +243,7 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
     except SignalException as error:
         raise Interrupted(f"{error.sigval.name} received") from None
     finally:
+        multiprocessing.set_start_method(method, force=True)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
