@@ -3,6 +3,8 @@
 import copy
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 def train(jobs: dict[str, dict], folder: Path) -> None:
     """Train each configuration to its end with its driver, and leave the weights that each process has.
 
-    In double precision, for Adam makes steps of full length out of the rounding errors of gradients that are zero;
-    but Stable-Baselines3 knows single precision only.
+    Steps are in double precision, for Adam makes steps of full length out of the rounding errors of gradients that are
+    zero; Stable-Baselines3 around them knows single precision only.
     """
-    from trainers import build_driven, make
+    from trainers import build_trainer, make
 
     from unlearn_runner.distributed import rank
     from unlearn_runner.types import Batch
@@ -28,24 +30,34 @@ def train(jobs: dict[str, dict], folder: Path) -> None:
         dataset = str(cfg["dataset"])
         if dataset not in loaded:
             loaded[dataset] = make(cfg["dataset"]).load()
-        dtype = torch.float32 if "sb3" in cfg["driver"]["_target_"] else torch.float64
-        torch.set_default_dtype(dtype)
-        trainer, driver = build_driven(cfg, loaded[dataset], folder / name)
-        draw = trainer.stream.next
-        trainer.stream.next = lambda draw=draw, dtype=dtype: Batch(*(of_type(dtype, part) for part in draw()))
-        start = copy.deepcopy(dict(trainer.method.model.named_parameters()))
+        with in_double():
+            trainer, driver = build_trainer(cfg, loaded[dataset], folder / name), make(cfg["driver"])
+            start = copy.deepcopy(dict(trainer.method.model.named_parameters()))
+        draw, step = trainer.stream.next, trainer.method.step
+        trainer.stream.next = lambda draw=draw: Batch(*map(doubled, draw()))
+        trainer.method.step = in_double()(step)
+        driver.total_steps(trainer.method, trainer.plan)
+        driver.prepare(trainer)
         driver.run(trainer)
-        torch.set_default_dtype(torch.float32)
         torch.save((start, dict(trainer.method.model.named_parameters())), folder / f"{name}.{rank()}.pt")
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def doubled(part: Any) -> Any:
+    return part.double() if isinstance(part, torch.Tensor) and part.is_floating_point() else part
 
 
 def train_and_resume(jobs: dict[str, dict], resumed: dict[str, dict], folder: Path) -> None:
     train(jobs, folder)
     resume(resumed, folder)
-
-
-def of_type(dtype: torch.dtype, part: Any) -> Any:
-    return part.to(dtype) if isinstance(part, torch.Tensor) and part.is_floating_point() else part
 
 
 def resume(jobs: dict[str, dict], folder: Path) -> None:

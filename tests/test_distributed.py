@@ -84,15 +84,14 @@ def test_two_processes_train_as_one_and_resume_to_the_bit(composed, tmp_path):
     jobs = jobs_of(composed, LOSS_BASED | DISTILLING, "trainer.max_steps=4", "trainer.batch_size=7")
     methods = {"siss": ("adaptive_siss", "model.network.dropout=0.3"), "sfd": ("sfd",)}
     found = distances(jobs, jobs_of(composed, methods, "trainer.max_steps=4"), tmp_path)
-    assert found.pop("rl_lambda") < 1e-3, "in single precision"
-    assert all(value < 1e-9 for value in found.values()), found
+    assert not {name: value for name, value in found.items() if not value < 1e-7}
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_on_stable_diffusion(composed, tmp_path):
     jobs = jobs_of(composed, ON_STABLE_DIFFUSION, "trainer.max_steps=2", "trainer.batch_size=7")
     found = distances(jobs, jobs_of(composed, {"critic": ON_STABLE_DIFFUSION["critic_guided"]}), tmp_path)
-    assert all(value < 1e-9 for value in found.values()), found
+    assert not {name: value for name, value in found.items() if not value < 1e-7}
 
 
 def test_shares_dropout_and_caches(tmp_path):
@@ -129,7 +128,9 @@ TWO = ("debug=default", "logger=jsonl", "hardware=cpu", "hardware.num_processes=
 @pytest.mark.slow
 def test_the_command_leaves_one_folder_with_the_scores_of_one_process(tmp_path, shared_cache):
     """With an empty cache: the base is trained by both."""
-    one = command(*TWO, "hardware.num_processes=1", "evaluation.oracle=true", outputs=tmp_path / "1", cache=shared_cache)
+    one = command(
+        *TWO, "hardware.num_processes=1", "evaluation.oracle=true", outputs=tmp_path / "1", cache=shared_cache
+    )
     assert one.returncode == 0, one.stderr
     launcher = [[sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]]
     for number, start in enumerate(launcher):

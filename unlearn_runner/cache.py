@@ -29,9 +29,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached(
-    root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None], together: bool = False
-) -> Path:
+def cached(root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None], together: bool = False) -> Path:
     """The folder `<root>/<kind>/<hash of key>`, filled by `make(<folder>.partial)` if it is not there yet.
 
     A lock lets one of several parallel jobs make it while the others wait. The folder appears by a rename
