@@ -9,39 +9,64 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from unlearn_runner.cli import one_sentence
+from unlearn_runner.cli import failure_on_record, one_sentence
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
+    """Returns the scores that `objective` names, for a sweeper that looks for the best."""
     fresh_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        unlearn(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), fresh_folder)
+        with failure_on_record():
+            return run(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), fresh_folder)
     finally:
         with suppress(OSError):  # Hydra made it; a mistake or a resumed run leaves it empty
             fresh_folder.rmdir()
 
 
-def unlearn(cfg: dict, fresh_folder: Path) -> None:
-    """One run, in a folder of its own or in that of the run which it resumes."""
+def run(cfg: dict, fresh_folder: Path) -> float | tuple[float, ...] | None:
+    """`unlearn`, unless that is to be skipped, in this process, in those that torchrun has started together, or in as
+    many new ones as asked for.
+    """
+    from unlearn_runner.distributed import joined, launch, started_outside
+    from unlearn_runner.training.run_folder import finished, objectives
+
+    places = (Path(cfg["paths"]["outputs"]), fresh_folder.parent)
+    folder = finished(places, cfg) if cfg.get("skip_finished") else None
+    if folder is not None:
+        print(f"skipped, for it is finished: {folder}")
+    else:
+        processes = instantiate(cfg["hardware"]).processes
+        if processes > 1 and started_outside() is None:
+            folder = launch(__file__, "unlearn", (cfg, fresh_folder), processes)
+        else:
+            with joined():
+                folder = unlearn(cfg, fresh_folder)
+    return objectives(folder, cfg.get("objective"))
+
+
+def unlearn(cfg: dict, fresh_folder: Path) -> Path:
+    """One run, in a folder of its own or in that of the run which it resumes; returns it."""
     # Heavy libraries only now: what is wrong on the command line was said before.
     from rich.console import Console
 
     from unlearn_runner.data.streams import BatchStream
+    from unlearn_runner.distributed import is_first
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
+    from unlearn_runner.training.loggers import NoLogger
     from unlearn_runner.training.pretraining import pretrained, require_teachable
     from unlearn_runner.training.progress import ProgressBar
     from unlearn_runner.training.recorder import RunRecorder
-    from unlearn_runner.training.run_folder import RunFolder, checkpoint_to_resume, claim
+    from unlearn_runner.training.run_folder import checkpoint_to_resume, open_run_folder
     from unlearn_runner.training.signals import Interrupts
     from unlearn_runner.training.trainer import Trainer, identity_of
     from unlearn_runner.types import make_generator
 
     make = partial(instantiate, _convert_="all")
-    console, seed = Console(), cfg["seed"]
+    console, seed = Console(quiet=not is_first()), cfg["seed"]
     cache_dir = Path(cfg["paths"]["cache"]).expanduser()
 
     # 1. Build every part. The constructors check what the user gave; no image and no weight is read yet.
@@ -50,7 +75,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     dataset = make(cfg["dataset"])
 
     def build_network(seed: int, spec=dataset.spec):
-        return hardware.place(build_model(cfg["model"]["network"], spec, seed))
+        return hardware.prepare(build_model(cfg["model"]["network"], spec, seed))
 
     network = build_network(seed)
     pretraining = make(cfg["model"]["pretraining"])
@@ -69,12 +94,12 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
     require_teachable(pretraining, cfg["model"]["weights"], dataset.from_base, evaluation["oracle"])
     require_clip(evaluation["metrics"], clip)
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
-    logger = make(cfg["logger"])
+    logger = make(cfg["logger"]) if is_first() else NoLogger()
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
     identity = identity_of(method, dataset.spec)
     if checkpoint is not None:
         checkpoint.require(identity)
-    folder = RunFolder(claim(fresh_folder) if checkpoint is None else checkpoint.run_folder, cfg)
+    folder = open_run_folder(fresh_folder, checkpoint, cfg)
 
     with RunRecorder(folder, logger, cfg, total_steps, console) as recorder, Interrupts() as interrupts:
         # 2. Load the data; get the judge and the base weights, or make them once.
@@ -134,6 +159,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> None:
             if relearning:
                 recorder.relearn("oracle", oracle, relearning)
         recorder.report()
+    return folder.path
 
 
 def build_model(node, spec, seed):

@@ -116,7 +116,7 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path) -> Subj
     hardware = make(cfg["hardware"])
     hardware.apply()
     data = make(cfg["dataset"]).load()
-    network = hardware.place(build_model(cfg["model"]["network"], data.spec, 0))
+    network = hardware.prepare(build_model(cfg["model"]["network"], data.spec, 0))
     if name in REFERENCES:
         from scripts.reference_loop import ReferenceLoop
 
@@ -267,7 +267,7 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     hardware, evaluation = make(cfg["hardware"]), make(cfg["evaluation"])
     hardware.apply()
     data = make(cfg["dataset"]).load()
-    network = hardware.place(build_model(cfg["model"]["network"], data.spec, 0))
+    network = hardware.prepare(build_model(cfg["model"]["network"], data.spec, 0))
     with tempfile.TemporaryDirectory() as cache:
         judge = trained_judge(data, evaluation["classifier"], Path(cache), hardware.device, None, lambda *_: None)
         evaluator = Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], Path(cache))

@@ -162,7 +162,7 @@ def test_evaluation_options_build(composed, evaluation):
     assert {"nll", "mia"} <= set(built["metrics"]) or evaluation in ("quick", "prompts")
 
 
-@pytest.mark.parametrize("hardware", [name for name in options("hardware") if name != "single_gpu"])
+@pytest.mark.parametrize("hardware", [name for name in options("hardware") if not name.endswith("_gpu")])
 def test_hardware_options_build(composed, hardware):
     built = make(composed(f"hardware={hardware}")["hardware"])
     if not torch.cuda.is_available():

@@ -12,6 +12,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from unlearn_runner.distributed import first_only, from_first, own_copy
+
 
 def fingerprint(key: Any) -> str:
     """Sixteen hex digits of the SHA-256 of a JSON-able value, the same whatever the order of its keys."""
@@ -27,24 +29,40 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached(root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
+def cached(root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None], together: bool = False) -> Path:
     """The folder `<root>/<kind>/<hash of key>`, filled by `make(<folder>.partial)` if it is not there yet.
 
     A lock lets one of several parallel jobs make it while the others wait. The folder appears by a rename
     when `make` has returned, so what is found there is whole. What an interrupted `make` left in
     `<folder>.partial` is handed to the next one, which may continue from it.
+
+    Of several processes of one job the first makes it and the others wait, or, `together`, all take part and what the
+    first has written counts.
     """
     folder = Path(root) / kind / fingerprint(key)
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                partial = folder.with_suffix(".partial")
-                partial.mkdir(exist_ok=True)
-                make(partial)
-                write_json(partial / "key.json", key)
-                os.replace(partial, folder)
+    if together:
+        _fill(folder, key, make)
+    else:
+        from_first(lambda: _fill(folder, key, make))
     return folder
+
+
+def _fill(folder: Path, key: dict[str, Any], make: Callable[[Path], None]) -> None:
+    if from_first(folder.exists):
+        return
+    partial = folder.with_suffix(".partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with first_only(FileLock(f"{folder}.lock")):
+        if not from_first(folder.exists):
+            from_first(lambda: partial.mkdir(exist_ok=True))
+            with own_copy(partial) as place:
+                make(place)
+            from_first(lambda: _appear(partial, folder, key))
+
+
+def _appear(partial: Path, folder: Path, key: dict[str, Any]) -> None:
+    write_json(partial / "key.json", key)
+    os.replace(partial, folder)
 
 
 def write_json(path: Path, value: Any) -> None:

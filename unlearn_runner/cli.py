@@ -1,17 +1,24 @@
 """The command line: what a configuration may ask for, and what a person sees when a command cannot go on."""
 
 import errno
+import json
 import os
+import secrets
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+from unlearn_runner.errors import known_cause
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
 
@@ -23,6 +30,42 @@ def choice(group: str, *, _root_: DictConfig) -> str | None:
 
 
 OmegaConf.register_new_resolver("choice", choice, replace=True)
+
+
+def sweep(otherwise: str, *, _root_: DictConfig) -> str:
+    """`${sweep:${name}}`: what all jobs of a sweep have in common; for a run on its own, `otherwise`."""
+    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    in_sweep = hydra.mode == RunMode.MULTIRUN
+    return os.environ.get("WANDB_SWEEP_ID") or (os.environ[SWEEP] if in_sweep else otherwise)
+
+
+# conf/hydra/launcher has options by the names that the plugins themselves give them
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/.*' is validated against ConfigStore schema")
+
+SWEEP = "UNLEARN_RUNNER_SWEEP"  # jobs inherit it from the command that launches them
+os.environ.setdefault(SWEEP, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}")
+OmegaConf.register_new_resolver("sweep", sweep, replace=True)
+
+
+@contextmanager
+def failure_on_record() -> Iterator[None]:
+    """A job of a sweep that fails leaves a line in the sweep's failures.jsonl, also if it never had a folder."""
+    try:
+        yield
+    except (KeyboardInterrupt, Exception) as error:
+        hydra = HydraConfig.get()
+        if hydra.mode == RunMode.MULTIRUN:
+            why = _mistake(error) or "".join(traceback.format_exception(error))
+            line = {"sweep": os.environ[SWEEP], "job": str(hydra.job.num), "overrides": list(hydra.overrides.task)}
+            folder = Path(hydra.sweep.dir)
+            with suppress(OSError):  # the job's own failure is what counts
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / "failures.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({**line, "error": why}) + "\n")
+        known = known_cause(error)
+        if known is not None and known is not error:  # a job's exception loses its cause on the way to the launcher
+            raise known from error
+        raise
 
 
 @contextmanager
@@ -45,11 +88,8 @@ def one_sentence() -> Iterator[None]:
 
 def _mistake(error: BaseException) -> str | None:
     """The sentence for the user; None for what only a traceback can explain."""
-    cause: BaseException | None = error
-    while cause is not None:  # Hydra wraps what a constructor raises
-        if isinstance(cause, (ConfigurationError, NonFiniteError, Interrupted)):
-            return str(cause)
-        cause = cause.__cause__
+    if (known := known_cause(error)) is not None:
+        return str(known)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: give it, {error.full_key}=..."
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
@@ -57,7 +97,7 @@ def _mistake(error: BaseException) -> str | None:
         return str(error) + (f"\n{below}" if isinstance(below, OmegaConfBaseException) else "")
     if isinstance(error, ValueError) and "Config group override must be" in str(error):  # Hydra: group=null
         return "a group needs one of its options, got null; leave it out, or take it away with ~<group>."
-    cause = error
+    cause: BaseException | None = error
     while cause is not None:
         if (isinstance(cause, OSError) and cause.errno in UNWRITABLE) or "No space left" in str(cause):
             where = getattr(cause, "filename", None) or "the run folder or the cache"

@@ -16,3 +16,13 @@ def first_line(error: Exception) -> str:
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived; raised where the state of the run is whole. Passes `except Exception`."""
+
+
+KNOWN = (ConfigurationError, NonFiniteError, Interrupted)  # what a sentence explains
+
+
+def known_cause(error: BaseException | None) -> BaseException | None:
+    """The one of these that an error is or was raised from; Hydra wraps what a constructor raises."""
+    while error is not None and not isinstance(error, KNOWN):
+        error = error.__cause__
+    return error

@@ -1,13 +1,18 @@
 """The machine a run computes on."""
 
 import ctypes
+import os
 import platform
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from unlearn_runner.distributed import started_outside
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.types import Passes
+
+PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -16,43 +21,116 @@ class Hardware:
 
     Args:
         accelerator: "auto" (a GPU if there is one), "cpu" or "cuda".
-        threads: CPU threads of torch; None: one for each core that this process may use.
-        channels_last: memory format of the network's weights; faster where convolutions dominate.
+        num_processes: on this machine, each with a GPU of its own or a share of the CPU; None: one for each GPU. They
+            share the work of `trainer.batch_size` images a step and come to the weights that one process comes to, up
+            to rounding.
+        threads: CPU threads of torch in each process; None: one for each core that it may use.
+        mixed_precision: "no", or "bf16" for networks' matrix products and convolutions (autocast; weights, losses and
+            gradients' arithmetic stay float32); None: bf16 on a GPU that has it.
+        gradient_accumulation_steps: parts in which a batch passes through the network. A part's activations are
+            computed again on the way back, so that memory is that of one; the result is the whole batch's.
+        compile: the UNet by torch.compile.
+        channels_last: memory format of the network's weights; faster where convolutions dominate. None: on a GPU.
         deterministic: same configuration, seed and machine give the same weights to the bit. On a GPU this asks
             torch for deterministic kernels; on the CPU they are so anyway.
     """
 
     accelerator: str = "auto"
     threads: int | None = None
-    channels_last: bool = False
+    channels_last: bool | None = False
     deterministic: bool = True
+    num_processes: int | None = 1
+    mixed_precision: str | None = "no"
+    gradient_accumulation_steps: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        gpus = torch.cuda.device_count()
         if self.accelerator not in ("auto", "cpu", "cuda"):
             raise ConfigurationError(f"hardware.accelerator must be auto, cpu or cuda, got '{self.accelerator}'.")
         if self.accelerator == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("hardware: a GPU was asked for, torch finds none here; take hardware=cpu or auto.")
-        if self.threads is not None and not self.threads > 0:
-            raise ConfigurationError(f"hardware.threads must be positive or null, got {self.threads}.")
+        for name in ("threads", "num_processes"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigurationError(f"hardware.{name} must be positive or null, got {getattr(self, name)}.")
+        if not self.gradient_accumulation_steps > 0:
+            raise ConfigurationError(
+                f"hardware.gradient_accumulation_steps must be positive, got {self.gradient_accumulation_steps}."
+            )
+        if self.device.type == "cuda" and self.processes > gpus:
+            raise ConfigurationError(
+                f"hardware.num_processes={self.processes} needs as many GPUs, torch finds {gpus} here; ask for "
+                f"{gpus}, or take hardware=cpu."
+            )
+        if started_outside() not in (None, self.processes):
+            raise ConfigurationError(
+                f"hardware.num_processes is {self.processes}, but {started_outside()} were started (WORLD_SIZE); give "
+                f"hardware.num_processes={started_outside()}."
+            )
+        if self.mixed_precision == "fp16":
+            raise ConfigurationError(
+                "hardware.mixed_precision must be no or bf16, got fp16: its gradients would have to be scaled, and "
+                "methods fix their norms."
+            )
+        if self.mixed_precision not in (None, *PRECISIONS):
+            raise ConfigurationError(f"hardware.mixed_precision must be no or bf16, got '{self.mixed_precision}'.")
+        if self.mixed_precision == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ConfigurationError(
+                f"hardware.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; take no."
+            )
 
     @property
     def device(self) -> torch.device:
         use_cuda = self.accelerator == "cuda" or (self.accelerator == "auto" and torch.cuda.is_available())
         return torch.device("cuda" if use_cuda else "cpu")
 
+    @property
+    def processes(self) -> int:
+        return self.num_processes or max(1, torch.cuda.device_count())
+
+    @property
+    def passes(self) -> Passes:
+        """How networks compute."""
+        precision = PRECISIONS.get(self.mixed_precision)
+        if self.mixed_precision is None and self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            precision = torch.bfloat16
+        return Passes(precision, self.gradient_accumulation_steps)
+
     def apply(self) -> None:
         """Set what is global to the process."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        if self.threads is not None or self.processes > 1:
+            torch.set_num_threads(self.threads or max(1, _cores() // self.processes))
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not self.deterministic
         if self.device.type == "cpu":
             _keep_freed_memory()
+        else:
+            if self.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+            torch.set_float32_matmul_precision("high")  # TF32
 
-    def place(self, network: nn.Module) -> nn.Module:
-        """The network on the device, in the memory format asked for."""
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        return network.to(device=self.device, memory_format=memory_format)
+    def place(self, module: nn.Module) -> nn.Module:
+        """On the device, in the memory format asked for."""
+        channels_last = self.device.type == "cuda" if self.channels_last is None else self.channels_last
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return module.to(device=self.device, memory_format=memory_format)
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """A generative model, placed, that computes as asked for.
+
+        Raises ConfigurationError if it is to be compiled and has no UNet.
+        """
+        network.passes = self.passes
+        if self.compile:
+            if not hasattr(network, "unet"):
+                raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
+            network.unet.compile()
+        return self.place(network)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -29,6 +29,13 @@ class Streams(NamedTuple):
     forget: bool
 
 
+class Passes(NamedTuple):
+    """How a network's passes are computed; the default changes no bit."""
+
+    precision: torch.dtype | None = None  # of matrix products and convolutions (autocast); None: that of the weights
+    parts: int = 1  # of a batch: the activations of one at a time are kept, and computed again on the way back
+
+
 class Labels(NamedTuple):
     """The labels of a dataset, classes or prompts, for methods that draw labels instead of images."""
 

@@ -194,7 +194,7 @@ class SDConcepts(Dataset):
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
-        folder = cached(self.cache_dir, "drawn", key, make)
+        folder = cached(self.cache_dir, "drawn", key, make, together=True)
         pixels = load_file(folder / "images.safetensors")["pixels"]
         images = LabelledImages(pixels, labels, self.spec.contents_of(labels))
         return split_content(self.spec, images, self.test_fraction, self.seed)

@@ -22,6 +22,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from unlearn_runner.cache import atomic, write_json
+from unlearn_runner.distributed import is_first
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.drivers.lambda_env import LambdaEnv
 from unlearn_runner.errors import ConfigurationError
@@ -173,6 +174,8 @@ class Agent:
         """The policy, its features' statistics and what it was made for: policy.safetensors and policy.json."""
         from safetensors.torch import save_file
 
+        if not is_first():
+            return
         with atomic(folder) as temporary:
             temporary.mkdir()
             save_file(self.model.policy.state_dict(), str(temporary / "policy.safetensors"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_range
+from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.features import FeatureExtractor
 from unlearn_runner.types import make_generator
@@ -117,7 +118,7 @@ class Judge:
 
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
-        parts = [self._judge(part.to(self.device)) for part in images.split(batch_size)]
+        parts = [in_shares(self._judge, part.to(self.device)) for part in images.split(batch_size)]
         return Judged(images.cpu(), *(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
 
     def _judge(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:

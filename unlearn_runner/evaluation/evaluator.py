@@ -17,6 +17,7 @@ from torch import Tensor
 from unlearn_runner.cache import cached, digest, fingerprint, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_uint8
+from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, PromptMetric, Samples
@@ -189,9 +190,10 @@ class Evaluator:
         for name, metric in self.on_prompts.items() if model.prompts is not None else ():
             with clock(name):
                 rows[name] = metric.measure(model, self.data, self.judge, self.clip)
-        scores = self._score(judged, rows, clock, before)
+        scores = from_first(lambda: self._score(judged, rows, clock, before))
         with clock("bootstrap"):
-            intervals = {} if self.sampling.bootstrap is None else self._intervals(scores, judged, rows, before)
+            redrawn = self.sampling.bootstrap is not None
+            intervals = from_first(lambda: self._intervals(scores, judged, rows, before)) if redrawn else {}
         evaluations /= self.sampling.num_samples * len(self.conditions)
         return Evaluation(scores, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
 
@@ -204,8 +206,9 @@ class Evaluator:
             "settings": self.provenance(model),
             "code": _code(),
             "device": str(self.judge.device.type),
+            "precision": str(model.passes.precision),
         }
-        folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial))
+        folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial), True)
         return open_evaluation(folder)
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
@@ -349,7 +352,7 @@ class Evaluator:
             tensors = replace(self.judge(pixels), images=pixels[:, :0]).tensors()
             save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
 
-        return Judged(**load_file(cached(self.cache_dir, "references", key, make) / "judged.safetensors"))
+        return Judged(**load_file(cached(self.cache_dir, "references", key, make, True) / "judged.safetensors"))
 
     def _grouped(self, judged: dict[str, Judged], before: dict[str, Judged] | None) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
+from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.method import Counter, Method, Update
 from unlearn_runner.models.clip import Clip
@@ -381,7 +382,8 @@ class CriticGuided(Method):
                 x = torch.cat([part.action for part in moves])
                 states.append(x)
                 log_probs.append(torch.cat([part.log_prob for part in moves]))
-            rewards = torch.cat([self.reward(model.picture(x[rows]), labels[rows]) for rows in self._microbatches(b)])
+            parts = [(model.picture(x[rows]), labels[rows]) for rows in self._microbatches(b)]
+            rewards = torch.cat([in_shares(self.reward, *part) for part in parts])
         return Rollouts(labels, torch.stack(states, dim=1), torch.stack(log_probs, dim=1), rewards)
 
     def score(
@@ -407,7 +409,8 @@ class CriticGuided(Method):
         states = rollouts.states[:, :k].flatten(0, 1)
         levels = self._levels(torch.arange(k, device=states.device)).repeat(len(rollouts.labels))
         texts = self.reward.texts[rollouts.labels].repeat_interleave(k, dim=0)
-        found = [self.critic(states[rows], levels[rows], texts[rows]) for rows in self._microbatches(len(states))]
+        told = [[part[rows] for part in (states, levels, texts)] for rows in self._microbatches(len(states))]
+        found = [in_shares(self.critic, *part) for part in told]
         return torch.cat(found).view(-1, k)
 
     def advantages(self, rollouts: Rollouts) -> Float[Tensor, "b k"]:
@@ -481,9 +484,8 @@ class CriticGuided(Method):
             steps = torch.randint(k + 1, (self.critic_batch,), generator=self.generator, device=device)
             if self.critic_sees == "clean":
                 steps = torch.full_like(steps, k)
-            found = self.critic(
-                rollouts.states[rows, steps], self._levels(steps), self.reward.texts[rollouts.labels[rows]]
-            )
+            texts = self.reward.texts[rollouts.labels[rows]]
+            found = in_shares(self.critic, rollouts.states[rows, steps], self._levels(steps), texts)
             loss = (found - rollouts.rewards[rows]).square().mean()
             self.critic_update.apply(self.critic_update.gradient(loss))
             losses.append(loss.detach())

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unlearn_runner.distributed import averaged
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
@@ -94,21 +95,20 @@ class Update:
 
     def gradient(self, loss: Float[Tensor, ""]) -> Float[Tensor, "p"]:
         """The gradient of a loss over all trainable weights, as one vector."""
-        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, self.weights)])
+        return as_vector(torch.autograd.grad(loss, self.weights))
 
     def gradient_through(
         self, answer: Float[Tensor, "b c h w"], loss: Float[Tensor, ""], retain_graph: bool = False
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "p"]]:
         """The gradients of a loss over the network's answer, and over all trainable weights as one vector."""
         over_answer, *parts = torch.autograd.grad(loss, [answer, *self.weights], retain_graph=retain_graph)
-        return over_answer, torch.cat([part.reshape(-1) for part in parts])
+        return over_answer, as_vector(parts)
 
     def gradient_from(
         self, answer: Float[Tensor, "b c h w"], slopes: Float[Tensor, "b c h w"], retain_graph: bool = False
     ) -> Float[Tensor, "p"]:
         """The gradient over all trainable weights of a loss whose gradient over the network's answer is known."""
-        parts = torch.autograd.grad(answer, self.weights, slopes, retain_graph=retain_graph)
-        return torch.cat([part.reshape(-1) for part in parts])
+        return as_vector(torch.autograd.grad(answer, self.weights, slopes, retain_graph=retain_graph))
 
     def zero_gradient(self) -> Float[Tensor, "p"]:
         """The gradient of a loss over no samples."""
@@ -137,6 +137,11 @@ class Update:
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
+
+
+def as_vector(gradients: Sequence[Tensor]) -> Float[Tensor, "p"]:
+    """The gradients over each weight as one, of all processes together."""
+    return averaged(torch.cat([part.reshape(-1) for part in gradients]))
 
 
 @final

@@ -18,6 +18,7 @@ from unlearn_runner.models.model import (
     first_noises,
     in_words,
     noise_in,
+    passed,
     require_prediction_type,
     squared_error,
     wanted_answer,
@@ -89,6 +90,9 @@ class DDPM(DiffusionModel):
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
         self.network_evaluations += m.shape[0]
+        return passed(self, self._answer, m, timesteps, cond)
+
+    def _answer(self, m: Tensor, timesteps: Tensor, cond: Tensor | None) -> Tensor:
         return self.unet(m, timesteps, class_labels=cond, return_dict=False)[0]
 
     def loss(

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.types import Passes
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -47,6 +50,7 @@ class GenerativeModel(nn.Module, ABC):
     guidance_scale: float = 1.0  # of sampling; 1: none
     has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
     network_evaluations: int  # samples passed forward through the trained network so far
+    passes: Passes = Passes()
 
     @property
     def num_entries(self) -> int:
@@ -270,6 +274,40 @@ def first_noises(
         count = min(batch_size, n - start)
         noise = torch.randn((count, *model.sample_shape), generator=generator, device=generator.device)
         yield noise, None if cond is None else cond[start : start + count]
+
+
+def passed(model: GenerativeModel, network: Callable[..., Any], *rows: Tensor | None) -> Any:
+    """`network(*rows)` for a part of the model whose answer to a row depends on that row alone.
+
+    In shares, if there are several processes, and as the model's `passes` say.
+    """
+    precision, parts = model.passes
+
+    def compute(*rows: Tensor | None) -> Any:
+        if precision is None:
+            return network(*rows)
+        with torch.autocast(next(part for part in rows if part is not None).device.type, precision):
+            found = network(*rows)
+        return tuple(part.float() for part in found) if isinstance(found, tuple) else found.float()
+
+    def in_parts(*rows: Tensor | None) -> Any:
+        if parts == 1 or not torch.is_grad_enabled():
+            return compute(*rows)
+        total = next(len(part) for part in rows if part is not None)
+        size = -(-total // parts)
+        found = [
+            checkpoint(
+                compute,
+                *(None if part is None else part[start : start + size] for part in rows),
+                use_reentrant=False,
+            )
+            for start in range(0, total, size)
+        ]
+        if isinstance(found[0], tuple):
+            return tuple(torch.cat(part) for part in zip(*found, strict=True))
+        return torch.cat(found)
+
+    return in_shares(in_parts, *rows)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.model import (
     DiffusionModel,
@@ -19,6 +20,7 @@ from unlearn_runner.models.model import (
     evaluating,
     first_noises,
     noise_in,
+    passed,
     require_prediction_type,
     squared_error,
     wanted_answer,
@@ -147,11 +149,13 @@ class StableDiffusion(DiffusionModel):
         if tuple(x0.shape[1:]) == self.sample_shape:
             return x0
         with torch.no_grad():
-            return self.vae.encode(x0).latent_dist.mean * self.vae.config.scaling_factor
+            means = in_shares(lambda part: self.vae.encode(part).latent_dist.mean, x0)
+            return means * self.vae.config.scaling_factor
 
     def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
         with torch.no_grad():
-            return self.vae.decode(x0 / self.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+            latents = x0 / self.vae.config.scaling_factor
+            return in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents).clamp(-1, 1)
 
     def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
         return amplitudes(self.alphas_cumprod, timesteps)
@@ -178,7 +182,10 @@ class StableDiffusion(DiffusionModel):
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
         self.network_evaluations += m.shape[0]
-        return self.unet(m, timesteps, encoder_hidden_states=self.embeddings(cond), return_dict=False)[0]
+        return passed(self, self._answer, m, timesteps, self.embeddings(cond))
+
+    def _answer(self, m: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
+        return self.unet(m, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
 
     def guided(
         self,
@@ -367,8 +374,11 @@ class Autoencoder(GenerativeModel):
         timesteps: Int64[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Noising:
-        posterior = self.vae.encode(x0).latent_dist
-        return Noising(1.0, posterior.mean, posterior.std)
+        def encode(part: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = self.vae.encode(part).latent_dist
+            return posterior.mean, posterior.std
+
+        return Noising(1.0, *passed(self, encode, x0))
 
     def predict(
         self,
@@ -377,7 +387,7 @@ class Autoencoder(GenerativeModel):
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
         self.network_evaluations += len(m)
-        return self.vae.decode(m, return_dict=False)[0]
+        return passed(self, lambda part: self.vae.decode(part, return_dict=False)[0], m)
 
     def loss(
         self,

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, in_words
+from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, in_words, passed
 
 SUBFOLDER = "vae"
 
@@ -130,7 +130,7 @@ class VAE(GenerativeModel):
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Noising:
         """q(z|x0, c)."""
-        return Noising(1.0, *self.vae.encode(x0, cond))
+        return Noising(1.0, *passed(self, self.vae.encode, x0, cond))
 
     def predict(
         self,
@@ -140,7 +140,7 @@ class VAE(GenerativeModel):
     ) -> Float[Tensor, "b c h w"]:
         """The mean image of z."""
         self.network_evaluations += m.shape[0]
-        return self.vae.decode(m, cond)
+        return passed(self, self.vae.decode, m, cond)
 
     def loss(
         self,

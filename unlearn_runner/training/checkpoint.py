@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, final
 import torch
 
 from unlearn_runner.cache import atomic, write_json
+from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError
 
 STATE, MANIFEST = "state.pt", "manifest.json"
@@ -50,8 +51,10 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any], identity: dict[str, str]) -> Path:
         """Write `step_<n>/` under a temporary name and rename it; then remove what is over the limit."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:06d}"
+        if not is_first():
+            return path
+        self.folder.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             temporary.mkdir()
             try:

@@ -1,5 +1,6 @@
 """Where a run shows itself besides its folder: Weights & Biases, TensorBoard, or nowhere."""
 
+import os
 import secrets
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -51,7 +52,8 @@ class NoLogger(Logger):
 class WandbLogger(Logger):
     """Weights & Biases; `mode` online, offline or disabled. Offline runs are uploaded later by `wandb sync`.
 
-    A run folder has one W&B run: its id is kept in the folder, so a resumed run goes on in the same one.
+    A run folder has one W&B run: its id is kept in the folder, so a resumed run goes on in the same one. An agent of a
+    W&B sweep gives its own.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class WandbLogger(Logger):
         id_file = folder / "wandb" / "run_id"
         id_file.parent.mkdir(exist_ok=True)
         resumed = id_file.is_file()
-        run_id = id_file.read_text() if resumed else secrets.token_hex(4)
+        of_agent = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+        run_id = id_file.read_text() if resumed else of_agent or secrets.token_hex(4)
         id_file.write_text(run_id)
         try:
             self.run = wandb.init(

@@ -98,10 +98,8 @@ def pretrained(
         learn(network, recipe, population, folder, TITLES[population], lambda model: model.save(folder / "model"))
 
     kind = {"all": "bases", "retain": "oracles"}[population]
-    return (
-        cached(cache_dir, kind, {**key, "version": VERSION, "data": data.fingerprint, "population": population}, make)
-        / "model"
-    )
+    key = {**key, "version": VERSION, "data": data.fingerprint, "population": population}
+    return cached(cache_dir, kind, key, make, together=True) / "model"
 
 
 def _pretrained_autoencoder(
@@ -121,7 +119,8 @@ def _pretrained_autoencoder(
 
         learn(autoencoder, recipe, "all", folder, "training the autoencoder", keep)
 
-    folder = cached(cache_dir, "autoencoders", {**key, "version": VERSION, "data": learn.data.fingerprint}, make)
+    key = {**key, "version": VERSION, "data": learn.data.fingerprint}
+    folder = cached(cache_dir, "autoencoders", key, make, together=True)
     return network.vae.from_pretrained(folder / "model", subfolder="vae")
 
 
@@ -170,4 +169,4 @@ class _Learning:
             trainer.save()
             raise
         keep(method.model)
-        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # there are some in the first process only

@@ -7,7 +7,6 @@ from typing import Any, final
 
 from rich.console import Console
 
-from unlearn_runner.cache import atomic
 from unlearn_runner.errors import Interrupted, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
@@ -16,7 +15,7 @@ from unlearn_runner.training.pictures import draw_lambda
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
 from unlearn_runner.training.relearning import Relearning
-from unlearn_runner.training.run_folder import RunFolder
+from unlearn_runner.training.run_folder import NoFolder, RunFolder
 from unlearn_runner.training.trainer import COSTS, Recorder, Trainer
 
 HEADLINES = (
@@ -75,7 +74,9 @@ class RunRecorder(Recorder):
     its status: finished, diverged (a non-finite loss), interrupted (a signal) or failed (anything else).
     """
 
-    def __init__(self, folder: RunFolder, logger: Logger, config: dict[str, Any], max_steps: int, console: Console):
+    def __init__(
+        self, folder: RunFolder | NoFolder, logger: Logger, config: dict[str, Any], max_steps: int, console: Console
+    ):
         self.folder = folder
         self.logger = logger
         self.config = config
@@ -196,8 +197,7 @@ class RunRecorder(Recorder):
 
     def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
-        with atomic(self.folder.model) as temporary:  # before it is scored: a failing metric loses nothing
-            model.save(temporary)
+        self.folder.save_model(model.save)  # before it is scored: a failing metric loses nothing
         if self.evaluator.on_images and not model.has_likelihood:
             self.console.print(f"{', '.join(self.evaluator.on_images)} left out: this model has no likelihood.")
         self.console.print("measuring the unlearned model")

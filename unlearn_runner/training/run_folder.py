@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -10,12 +11,13 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from unlearn_runner.cache import atomic, fingerprint, write_json
+from unlearn_runner.distributed import from_first, is_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.schema import METRICS_VERSION, SUMMARY_VERSION
 from unlearn_runner.training.checkpoint import Checkpoint, open_checkpoint
 
 # What may differ between a run and its continuation, or between two places where the same run is made.
-NOT_IDENTITY = ("resume_from_checkpoint", "paths", "logger", "hardware")
+NOT_IDENTITY = ("resume_from_checkpoint", "skip_finished", "objective", "paths", "logger", "hardware")
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -90,9 +92,50 @@ class RunFolder:
         }
         write_json(self.path / "summary.json", content)
 
+    def save_model(self, save: Callable[[Path], None]) -> None:
+        """model/, whole or not at all."""
+        with atomic(self.model) as temporary:
+            save(temporary)
+
     def close(self) -> None:
         if self._lines is not None:
             self._lines.close()
+
+
+@final
+class NoFolder:
+    """The run folder in the eyes of a process that only helps: nothing is written, and nothing is there."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def append(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def lines(self) -> list[dict[str, Any]]:
+        return []
+
+    def position(self) -> int:
+        return 0
+
+    def truncate(self, position: int) -> None:
+        pass
+
+    def save_grid(self, name: str, images: UInt8[Tensor, "n c h w"], columns: int) -> Path:
+        return self.path / "samples" / f"{name}.png"
+
+    def write_summary(self, status: str, metrics: dict[str, float], **more: Any) -> None:
+        pass
+
+    def save_model(self, save: Callable[[Path], None]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def claim(path: Path) -> Path:
@@ -110,6 +153,12 @@ def claim(path: Path) -> Path:
     raise ConfigurationError(f"{path}: ten thousand runs have this name already; set another hydra.run.dir.")
 
 
+def open_run_folder(fresh: Path, checkpoint: Checkpoint | None, config: dict[str, Any]) -> RunFolder | NoFolder:
+    """That of the run which is resumed, or a fresh one; the first process writes into it."""
+    path = from_first(lambda: claim(fresh)) if checkpoint is None else checkpoint.run_folder
+    return RunFolder(path, config) if is_first() else NoFolder(path)
+
+
 def checkpoint_to_resume(wanted: str | None, outputs: Path, config: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint that `resume_from_checkpoint` means.
 
@@ -117,24 +166,48 @@ def checkpoint_to_resume(wanted: str | None, outputs: Path, config: dict[str, An
     so that a preempted job is continued by the command that began it. Else a path.
     """
     if wanted == "latest":
-        wanted = unfinished(outputs, config)
+        wanted = from_first(lambda: unfinished(outputs, config))
     return None if wanted is None else open_checkpoint(wanted)
 
 
 def unfinished(outputs: Path, config: dict[str, Any]) -> Path | None:
     """The newest run below `outputs` of this very configuration that has a checkpoint but did not finish."""
+    found = [
+        folder
+        for folder, status in _runs_of(outputs, config)
+        if status != "finished" and any((folder / "checkpoints").glob("step_*"))
+    ]
+    return max(found, key=lambda folder: (folder / "summary.json").stat().st_mtime) if found else None
+
+
+def finished(places: Iterable[Path], config: dict[str, Any]) -> Path | None:
+    """A run below one of these folders of this very configuration that has finished."""
+    runs = (run for place in places for run in _runs_of(place, config))
+    return next((folder for folder, status in runs if status == "finished"), None)
+
+
+def _runs_of(outputs: Path, config: dict[str, Any]) -> Iterator[tuple[Path, str | None]]:
+    """Folders of this configuration, with their status."""
     wanted = config_hash(config)
-    found = []
     for summary in outputs.glob("**/summary.json"):
         try:
             content = json.loads(summary.read_text())
         except (OSError, ValueError):
             continue
-        if content.get("config_hash") != wanted or content.get("status") == "finished":
-            continue
-        if any((summary.parent / "checkpoints").glob("step_*")):
-            found.append(summary)
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+        if content.get("config_hash") == wanted:
+            yield summary.parent, content.get("status")
+
+
+def objectives(folder: Path, names: str | Sequence[str] | None) -> float | tuple[float, ...] | None:
+    """The scores of a finished run by these names: one, several or none."""
+    if names is None:
+        return None
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    for name in [names] if isinstance(names, str) else names:
+        if name not in metrics:
+            known = ", ".join(sorted(key for key in metrics if key.startswith("eval/") and key.count("/") == 1))
+            raise ConfigurationError(f"objective: there is no score '{name}' in {folder}; there are {known}.")
+    return metrics[names] if isinstance(names, str) else tuple(metrics[name] for name in names)
 
 
 def unwritable(path: Path, error: OSError) -> ConfigurationError:

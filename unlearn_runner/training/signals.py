@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, final
 
+from unlearn_runner.distributed import any_of, world_size
 from unlearn_runner.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -17,6 +18,7 @@ class Interrupts:
     """Within `with interrupts:` the two signals raise Interrupted; within `shield()` they wait for its end.
 
     So Interrupted finds the run's state whole. A second signal during a shield raises a plain KeyboardInterrupt.
+    Several processes, which may be a step apart when a signal comes, take it at the end of the same shield.
     """
 
     def __init__(self) -> None:
@@ -42,26 +44,28 @@ class Interrupts:
             yield
         finally:
             self._shields -= 1
-        if self.received is not None and self._shields == 0:
-            self._raise()
+        if self._shields == 0:
+            self._heed()
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
         """Within a shield, a part that may be interrupted; what was waiting takes effect at its beginning."""
         shields, self._shields = self._shields, 0
         try:
-            if self.received is not None:
-                self._raise()
+            self._heed()
             yield
         finally:
             self._shields = shields
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._shields and self.received is not None:
+        waits = self._shields > 0 or world_size() > 1
+        if waits and self.received is not None:
             raise KeyboardInterrupt(signal.Signals(number).name)
         self.received = number
-        if not self._shields:
-            self._raise()
+        if not waits:
+            self._heed()
 
-    def _raise(self) -> None:
-        raise Interrupted(f"{signal.Signals(self.received).name} received")
+    def _heed(self) -> None:
+        self.received = any_of(self.received)
+        if self.received is not None:
+            raise Interrupted(f"{signal.Signals(self.received).name} received")
