@@ -18,6 +18,8 @@ from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 
+ALONE = {"sync_on_compute": False}  # torchmetrics would add up what several processes have, and here all have all
+
 
 class Group(NamedTuple):
     """Samples that belong together, with the real images they are compared with."""
@@ -190,7 +192,8 @@ class FID(Metric):
 
         if id(group.reference) not in self._by_reference:
             d = group.reference.features.shape[1]
-            metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False).set_dtype(torch.float64)
+            metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False, **ALONE)
+            metric.set_dtype(torch.float64)
             metric.update(group.reference.features.double(), real=True)
             self._by_reference[id(group.reference)] = (group.reference, metric)  # kept, so that no other has its id
         metric = self._by_reference[id(group.reference)][1]
@@ -245,7 +248,7 @@ class KID(Metric):
                 warnings.simplefilter("ignore")  # of its memory
                 torch.manual_seed(self.seed)  # torchmetrics draws its subsets from the global generator
                 metric = KernelInceptionDistance(
-                    feature=_Features(d), subsets=self.subsets, subset_size=self.subset_size
+                    feature=_Features(d), subsets=self.subsets, subset_size=self.subset_size, **ALONE
                 )
                 metric.update(group.reference.features, real=True)
                 metric.update(group.samples.features, real=False)
@@ -335,7 +338,7 @@ class IS(Metric):
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its memory, and of the deviation over a single split
                 torch.manual_seed(self.seed)  # torchmetrics shuffles with the global generator
-                metric = InceptionScore(feature=_Features(group.samples.is_logits.shape[1]), splits=self.splits)
+                metric = InceptionScore(_Features(group.samples.is_logits.shape[1]), splits=self.splits, **ALONE)
                 metric.update(group.samples.is_logits)
                 return float(metric.compute()[0])
 
