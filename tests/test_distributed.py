@@ -49,8 +49,8 @@ DISTILLING = {
 
 def jobs_of(composed, methods: dict[str, tuple[str, ...]], *overrides: str) -> dict[str, dict]:
     def small(method: str, *more: str) -> dict:
-        pixels = [] if any("model=" in part for part in more) else ["model.network.block_out_channels=[8,8]",
-                                                                     "model.network.attention=[false,false]"]  # fmt: skip
+        pixels = ["model.network.block_out_channels=[8,8]", "model.network.attention=[false,false]"]
+        pixels = [] if any("model=" in part for part in more) else pixels
         return composed(f"method={method}", *pixels, *overrides, *more)
 
     return {name: small(*method) for name, method in methods.items()}
