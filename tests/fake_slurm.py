@@ -55,11 +55,11 @@ def sacct(states: Path) -> None:
 
 if __name__ == "__main__":
     name, arguments, states = Path(sys.argv[0]).name, sys.argv[1:], Path(os.environ["SLURM_FAKE"])
-    if name == "sbatch":
+    if arguments[:1] == ["task"]:
+        task(*arguments[1:])
+    elif name == "sbatch":
         sbatch(Path(arguments[-1]), states)
     elif name == "srun":
         sys.exit(srun(arguments))
     elif name == "sacct":
         sacct(states)
-    elif name != "scancel":
-        task(*arguments[1:])
