@@ -18,6 +18,8 @@ from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 
+ALONE = {"sync_on_compute": False}  # torchmetrics would add up what several processes have, and here all have all
+
 
 class Group(NamedTuple):
     """Samples that belong together, with what they are compared with."""
@@ -207,7 +209,8 @@ class FID(Metric):
         if id(reference) in self._by_reference:
             return self._by_reference[id(reference)][1]
         d = reference.features.shape[1]
-        metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False).set_dtype(torch.float64)
+        metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False, **ALONE)
+        metric.set_dtype(torch.float64)
         metric.update(reference.features.double(), real=True)
         if self.needs_references:
             self._by_reference[id(reference)] = (reference, metric)  # kept, so that no other has its id
@@ -259,7 +262,7 @@ class KID(Metric):
                 warnings.simplefilter("ignore")  # of its memory
                 torch.manual_seed(self.seed)  # torchmetrics draws its subsets from the global generator
                 metric = KernelInceptionDistance(
-                    feature=_Features(d), subsets=self.subsets, subset_size=self.subset_size
+                    feature=_Features(d), subsets=self.subsets, subset_size=self.subset_size, **ALONE
                 )
                 metric.update(group.reference.features, real=True)
                 metric.update(group.samples.features, real=False)
@@ -349,7 +352,7 @@ class IS(Metric):
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its memory, and of the deviation over a single split
                 torch.manual_seed(self.seed)  # torchmetrics shuffles with the global generator
-                metric = InceptionScore(feature=_Features(group.samples.is_logits.shape[1]), splits=self.splits)
+                metric = InceptionScore(_Features(group.samples.is_logits.shape[1]), splits=self.splits, **ALONE)
                 metric.update(group.samples.is_logits)
                 return float(metric.compute()[0])
 
