@@ -149,7 +149,7 @@ class StableDiffusion(DiffusionModel):
         if tuple(x0.shape[1:]) == self.sample_shape:
             return x0
         with torch.no_grad():
-            means = in_shares(lambda part: self.vae.encode(part).latent_dist.mean, x0)
+            means = in_shares(lambda part: self.vae.encode(part).latent_dist.mean, x0.to(self.vae.dtype))
             return means * self.vae.config.scaling_factor
 
     def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
