@@ -1,0 +1,110 @@
+"""The benchmark: what it compares exists, its plain loop is the published algorithm, its table says what was found."""
+
+import copy
+import math
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra.utils import instantiate
+
+from scripts import bench
+from scripts.reference_loop import ReferenceLoop
+from unlearn_runner.methods.siss import mix, siss_loss
+from unlearn_runner.models.model import squared_error
+from unlearn_runner.types import Batch
+
+
+@pytest.mark.parametrize("network", bench.NETWORKS)
+def test_what_is_compared_exists(network):
+    assert set(bench.COMPARED) | set(bench.COMPARED.values()) <= set(bench.SUBJECTS) | set(bench.REFERENCES)
+    for overrides in bench.SUBJECTS.values():
+        assert bench.composed([*bench.NETWORKS[network], *overrides])["method"]
+    cfg = bench.composed(bench.NETWORKS[network])
+    model = instantiate(cfg["model"]["network"], image_shape=(1, 28, 28), num_labels=10, seed=0)
+    weights = sum(weight.numel() for weight in model.parameters()) / 1e6
+    assert weights == pytest.approx({"paper": 14.7, "small": 1.1}[network], abs=0.05)
+
+
+@pytest.mark.parametrize("importance_sampling", [True, False])
+def test_plain_loop_is_the_published_algorithm(tiny_network, importance_sampling):
+    model, lambd, tau = tiny_network(), 0.3, 5.0
+    b, generator = 16, torch.Generator().manual_seed(0)
+    x, a = (torch.rand(b, 1, 8, 8, generator=generator) * 2 - 1 for _ in range(2))
+    labels_x, labels_a = torch.arange(b) % 10, torch.ones(b, dtype=torch.int64)
+    labels_x = torch.where(torch.arange(b) < 8, labels_a, labels_x)  # one-hot weights only where labels differ
+    a[:8] = x[:8] + 0.05 * a[:8]
+    weights = list(model.parameters())
+
+    torch.manual_seed(0)
+    t, eps = torch.randint(1000, (b,)), torch.randn_like(x)
+    if importance_sampling:
+        same = labels_x == labels_a  # the plain loop does not know that a label tells where m comes from
+        batch = Batch(x, a, None, None, 0.0)
+        from_a = torch.rand(b) < lambd
+        mixture = mix(batch, t, model.noising(x, t, None), model.noising(a, t, None), eps, from_a, lambd)
+        answer = model.predict(mixture.m, t, torch.where(from_a, labels_a, labels_x))
+        errors = [squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget)]
+        losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
+        assert same.any()
+    else:
+        gamma, sigma = model.gamma_sigma(t)
+        answers = (model.predict(gamma * x0 + sigma * eps, t, cond) for x0, cond in ((x, labels_x), (a, labels_a)))
+        losses = [squared_error(answer, eps).mean() for answer in answers]
+    g_x, g_a = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
+    norm_a = math.sqrt(sum(part.square().sum().item() for part in g_a))
+    wanted = copy.deepcopy(model.unet)
+    optimizer = torch.optim.AdamW(wanted.parameters(), 1e-3, betas=(0.95, 0.999), weight_decay=1e-6)
+    for weight, part_x, part_a in zip(wanted.parameters(), g_x, g_a, strict=True):
+        weight.grad = part_x - tau / norm_a * part_a
+    torch.nn.utils.clip_grad_norm_(wanted.parameters(), 1.0)
+    gradients = [weight.grad.clone() for weight in wanted.parameters()]
+    optimizer.step()
+
+    torch.manual_seed(0)
+    loop = ReferenceLoop(model.unet, model.alphas_cumprod, importance_sampling, lambd, tau, 1e-3)
+    loop.step(x, a, labels_x, labels_a)
+    assert loop.log[0]["norm_a"] == pytest.approx(norm_a, rel=1e-4)
+    for found, expected in zip(model.unet.parameters(), gradients, strict=True):
+        torch.testing.assert_close(found.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_table_says_what_was_found():
+    row = {"milliseconds": 100.0, "quartiles": (90.0, 110.0), "images_per_second": 640.0, "evaluations": 1.0,
+           "outside": 0.021, "peak": 300.0}  # fmt: skip
+    found = {
+        "network": "small", "parameters": 1.1e6, "batch_size": 64, "conditional": True, "threads": 2, "rounds": 3,
+        "steps": 4, "subjects": {"reference": row, "siss": row},
+        "ratios": {"siss": {"of": "reference", "median": 1.5, "low": 1.4, "high": 1.6}},
+    }  # fmt: skip
+    lines = bench.markdown(found).splitlines()
+    assert lines[0].startswith("small network (1.1M weights), 28x28, batch 64, conditional, 2 threads, 3 rounds of 4")
+    assert lines[-1] == "| siss | 100 (90 to 110) | 640 | 1.00 | 2.1 % | 300 | 1.50 (1.40 to 1.60) reference |"
+
+
+def test_mistakes_get_one_sentence():
+    for arguments, said in (
+        (["--rounds", "0"], "--rounds must be positive, got 0."),
+        (["--json", "nowhere/a.json"], "nowhere/a.json cannot be written: there is no folder nowhere."),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "bench.py"), *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert done.stderr.strip() == said
+
+
+@pytest.mark.slow
+def test_every_subject_runs(tmp_path):
+    arguments = Namespace(
+        network="small", conditional=True, batch_size=4, hardware="cpu", rounds=1, steps=1, warm_up=1
+    )  # fmt: skip
+    subjects = {name: bench.make_subject(name, arguments, tmp_path) for name in [*bench.REFERENCES, *bench.SUBJECTS]}
+    seconds = bench.in_turns(subjects, arguments, torch.device("cpu"))
+    for name, subject in subjects.items():
+        timing = bench.timing_of(subject, seconds[name], arguments, torch.device("cpu"))
+        assert timing.milliseconds > 0, name
+        assert 0 < timing.outside < 1, name
