@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, assert_same_bits
 from pipelines import foreign
 from rich.console import Console
@@ -246,7 +247,8 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
     """Or compare.py would refuse to put a user's method beside them."""
     for path in (ROOT / "docs" / "runs" / experiment).glob("siss*_0/summary.json"):
         published = json.loads(path.read_text())["provenance"]["evaluation"]
-        cfg = composed(f"experiment={experiment}", debug=False)
+        chosen = yaml.safe_load((path.parent / "config.yaml").read_text())["choices"]["experiment"]
+        cfg = composed(f"experiment={chosen}", debug=False)
         shape = (3, 32, 32) if "cifar10" in experiment else (1, 28, 28)
         network = make(cfg["model"]["network"], image_shape=shape, num_labels=10, seed=0)
         sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"])["metrics"]
