@@ -23,10 +23,14 @@ from unlearn_runner.errors import known_cause
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
 
 
+def _hydra(root: DictConfig) -> DictConfig:
+    """Hydra's own configuration, also where it is not composed into the rest yet."""
+    return root.hydra if "hydra" in root else HydraConfig.get()
+
+
 def choice(group: str, *, _root_: DictConfig) -> str | None:
     """`${choice:method}`: which option of a group was chosen. Unlike `${hydra:...}` it works in hydra.sweep.dir."""
-    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
-    return hydra.runtime.choices[group]
+    return _hydra(_root_).runtime.choices[group]
 
 
 OmegaConf.register_new_resolver("choice", choice, replace=True)
@@ -34,8 +38,7 @@ OmegaConf.register_new_resolver("choice", choice, replace=True)
 
 def sweep(otherwise: str, *, _root_: DictConfig) -> str:
     """`${sweep:${name}}`: what all jobs of a sweep have in common; for a run on its own, `otherwise`."""
-    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
-    in_sweep = hydra.mode == RunMode.MULTIRUN
+    in_sweep = _hydra(_root_).mode == RunMode.MULTIRUN
     return os.environ.get("WANDB_SWEEP_ID") or (os.environ[SWEEP] if in_sweep else otherwise)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.methods.method import Counter, Method, Update
+from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
@@ -81,8 +81,8 @@ def move(
 ) -> Move:
     """DDIM's step from t to t_next (`ddim_step`), taken with `noise` or scored for a known `action`.
 
-    Where t_next is -1 the picture is done: the action is the mean, x0_pred, whatever the
-    noise, and has no density; its log_prob is 0.
+    Where t_next is -1 the picture is done: the action is the mean, x0_pred, whatever the noise, and has no density; its
+    log_prob is 0.
     """
     mean, std = ddim_step(model, x_t, t, t_next, cond, eta)
     last = (t_next < 0)[:, None, None, None]
@@ -326,16 +326,17 @@ class CriticGuided(Method):
                 self.critic = Critic(clip, model.sample_shape[0]).to(model.gamma_sigma(self.times[:1])[0].device)
             self.critic_update = critic_update(self.critic)
         self.networks = (model,) if self.base is None else (model, self.base)
+        pairs = [] if self.critic is None else [(self.critic.tower, clip.visual)]
+        self.begin = FirstWeights(*pairs, *([] if self.base is None else [(self.base, model)]))
         self.generator = generator
         self.rounds = Counter()
-        self.begun = False
 
     @property
     def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
-        self._begin()
+        self.begin()
 
         # 1. roll out under forget and retain prompts, and let CLIP judge the pictures
         rollouts = self.roll_out(self._draw_labels())
@@ -438,7 +439,7 @@ class CriticGuided(Method):
                 start[rows[part], steps[part]] = self.score(self.trained, joined, rows[part], steps[part]).log_prob
         weights = (start - joined.log_probs).exp().clamp(max=self.max_weight)
 
-        entries = math.prod(self.trained.sample_shape)
+        entries = self.trained.num_entries
         sums = {name: start.new_zeros(()) for name in ("loss/policy", "policy/clipped", "loss/kl")}
         mean, squares = 0.0, 0.0
         for chunk in torch.arange(len(rows), device=rows.device).tensor_split(self.minibatches):
@@ -491,16 +492,6 @@ class CriticGuided(Method):
             losses.append(loss.detach())
         return {"loss/critic": torch.stack(losses).mean()}
 
-    def _begin(self) -> None:
-        """Give critic and base the weights of CLIP and of the model, which are not there yet when a method is built."""
-        if self.begun:
-            return
-        if self.critic is not None:
-            self.critic.tower.load_state_dict(self.clip.visual.state_dict())
-        if self.base is not None:
-            self.base.load_state_dict(self.trained.state_dict())
-        self.begun = True
-
     def _draw_labels(self) -> Int64[Tensor, "b"]:
         """Each prompt of a kind as often as the others up to one; which are more often is drawn."""
         device = self.generator.device
@@ -540,7 +531,7 @@ class CriticGuided(Method):
         return t.to(self.generator.device).expand(b)
 
     def stateful(self) -> dict[str, Stateful]:
-        self._begin()
+        self.begin()
         parts = {
             **self.update.stateful(),
             "noise": GeneratorState(self.generator),

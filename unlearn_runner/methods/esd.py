@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import FirstWeights, Method, Update
 from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, squared_error
 from unlearn_runner.models.sampling import ddim_step, ladder
@@ -76,16 +76,16 @@ class ESD(Method):
         self.times = ladder(model.num_train_timesteps, num_inference_steps)
         self.update = update(model)
         self.base = copy.deepcopy(model).requires_grad_(False)
+        self.begin = FirstWeights((self.base, model))
         self.networks = (model, self.base)
         self.generator = generator
-        self.begun = False
 
     @property
     def model(self) -> GenerativeModel:
         return self.update.model
 
     def step(self, batch: Batch) -> Metrics:
-        self._begin()
+        self.begin()
         model, g = self.trained, self.generator
 
         # 1. x_t as it is drawn under the prompt, stopped at a random timestep
@@ -99,7 +99,7 @@ class ESD(Method):
 
         # 3. the network's own answer under the prompt, and the update
         losses = esd_loss(model.predict(x_t, t, labels), concept, empty, self.eta)
-        loss = losses.mean() / x_t[0].numel()
+        loss = losses.mean() / model.num_entries
         gradient = self.update.gradient(loss)
         self.update.apply(gradient)
         return {"loss/forget": loss.detach(), "grad_norm/forget": gradient.norm()}
@@ -117,12 +117,6 @@ class ESD(Method):
                 x, _ = ddim_step(model, x, t, t_next, labels, eta=0.0)
         return x, times[stop]
 
-    def _begin(self) -> None:
-        """Give the base its weights, which are not there yet when a method is built."""
-        if not self.begun:
-            self.base.load_state_dict(self.trained.state_dict())
-            self.begun = True
-
     def stateful(self) -> dict[str, Stateful]:
-        self._begin()
+        self.begin()
         return {**self.update.stateful(), "noise": GeneratorState(self.generator)}

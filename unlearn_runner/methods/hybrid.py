@@ -24,7 +24,7 @@ from torch import Tensor
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import draw_noise
 from unlearn_runner.methods.lambdas import Constant, Inferred, LambdaController, Seen
-from unlearn_runner.methods.method import Counter, Method, Update
+from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, class_costs, drawn_labels
 from unlearn_runner.methods.sfd import (
     LabelSampler,
@@ -162,7 +162,7 @@ class MultiClass(Method):
         self.update.apply(gradient)
         return {
             **told,
-            **split_losses("loss/", losses, drawn.kept, noised.x0[0].numel()),
+            **split_losses("loss/", losses, drawn.kept, trio.teacher.num_entries),
             "grad_norm/generator": gradient.norm(),
         }
 
@@ -284,7 +284,7 @@ class MixedLabels(Method):
         self.update.apply(grad_retain + self.forget_weight * grad_forget)
 
         # 4. lambda's controller learns from what was seen
-        pixels = slopes[0].numel()
+        pixels = trio.teacher.num_entries
         norms = grad_retain.norm(), grad_forget.norm()
         weighted = [(w * losses).detach() / pixels for w in (w_retain, w_forget)]
         seen = seen_of(
@@ -342,6 +342,7 @@ class Student(Method):
         if not eta > 0:
             raise ConfigurationError(f"method.eta must be positive, got {eta}.")
         self.student = copy.deepcopy(self.trio.fake)
+        self.begin_student = FirstWeights((self.student, self.trio.teacher))
         self.reads = Streams(retain=None, forget=False)
         self.networks = (self.student, *self.trio.networks)
         self.labels = labels
@@ -361,8 +362,7 @@ class Student(Method):
         return self.update.model
 
     def _begin(self) -> None:
-        if not self.trio.begun:
-            self.student.load_state_dict(self.trio.teacher.state_dict())
+        self.begin_student()
         self.trio.begin()
 
     def step(self, batch: Batch) -> Metrics:
@@ -387,7 +387,7 @@ class Student(Method):
         noised = trio.draw(labels, trio.draw_timesteps(b, g), g)
         losses = trio.generator_losses(noised, labels, labels, self.alpha)
         self.generator_update.apply(self.generator_update.gradient(losses.mean()))
-        pixels = noised.x0[0].numel()
+        pixels = trio.teacher.num_entries
         return {
             "loss/distil_fake": fake_losses.detach().mean() / pixels,
             "loss/distil": losses.detach().mean() / pixels,
@@ -431,7 +431,7 @@ class Student(Method):
         self.update.apply(grad_retain + grad_forget)
 
         # 4. lambda's controller learns from what was seen
-        pixels = answer[0].numel()
+        pixels = student.num_entries
         norms = grad_retain.norm(), grad_forget.norm()
         pairs = ((w_retain, losses_retain), (w_forget, losses_forget))
         weighted = [(w * losses).detach() / pixels for w, losses in pairs]

@@ -166,6 +166,23 @@ class TrainedWeights:
 
 
 @final
+class FirstWeights:
+    """Called, it gives networks the weights of others, once: when a method is built, those are not there yet.
+
+    Args:
+        pairs: each a network and the one whose weights it gets.
+    """
+
+    def __init__(self, *pairs: tuple[nn.Module, nn.Module]):
+        self.pairs = pairs
+
+    def __call__(self) -> None:
+        for network, source in self.pairs:
+            network.load_state_dict(source.state_dict())
+        self.pairs = ()
+
+
+@final
 class Counter:
     """Steps taken."""
 

@@ -7,7 +7,6 @@
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.method import Counter, Method, Update
+from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
 from unlearn_runner.models.model import (
     DiffusionModel,
@@ -146,14 +145,7 @@ class Trio:
         self.generator = OneStep(copy.deepcopy(model), start)
         self.teacher = model.requires_grad_(False)
         self.networks = (self.generator, self.fake, self.teacher)
-        self.begun = False
-
-    def begin(self) -> None:
-        """Give fake score and generator the teacher's weights, which are not there yet when a method is built."""
-        if not self.begun:
-            for network in (self.fake, self.generator.network):
-                network.load_state_dict(self.teacher.state_dict())
-            self.begun = True
+        self.begin = FirstWeights(*((network, model) for network in (self.fake, self.generator.network)))
 
     @property
     def device(self) -> torch.device:
@@ -184,7 +176,7 @@ class Trio:
         losses = self.fake_losses(drawn.labels, self.draw_timesteps(len(drawn.labels), generator), generator)
         gradient = update.gradient((drawn.weights * losses).sum())
         update.apply(gradient)
-        pixels = math.prod(self.teacher.sample_shape)
+        pixels = self.teacher.num_entries
         return {**split_losses("loss/fake_", losses, drawn.kept, pixels), "grad_norm/fake": gradient.norm()}
 
     def generator_losses(
@@ -287,7 +279,7 @@ class SFD(Method):
         self.steps.value += 1
         return {
             **told,
-            **split_losses("loss/", losses, drawn.kept, noised.x0[0].numel()),
+            **split_losses("loss/", losses, drawn.kept, self.trio.teacher.num_entries),
             "grad_norm/generator": gradient.norm(),
         }
 

@@ -148,7 +148,8 @@ def shared_passes(
         [(in_retain, (0,)), (in_forget, (1,))],
         [(in_retain & ~both, (0,)), (in_forget & ~both, (1,)), (both, (0, 1))],
     ]
-    counts = [[int(rows.sum()) for rows, _ in way] for way in ways]
+    sums = iter(torch.stack([rows.sum() for way in ways for rows, _ in way]).tolist())  # from the device at once
+    counts = [[next(sums) for _ in way] for way in ways]
 
     def cost(way: int) -> float:
         passes = ((count, len(terms)) for count, (_, terms) in zip(counts[way], ways[way], strict=True) if count)

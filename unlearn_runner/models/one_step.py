@@ -20,7 +20,7 @@ from unlearn_runner.models.model import (
     predict_x0,
     squared_error,
 )
-from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion
+from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion, pixels_a_side
 
 
 @final
@@ -59,7 +59,7 @@ class OneStepPipeline(DiffusionPipeline):
             network, cond = DDPM(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
         else:
             parts = Parts(self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler)
-            side = self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+            side = self.unet.config.sample_size * pixels_a_side(self.vae)
             network = StableDiffusion(parts, (self.vae.config.in_channels, side, side), tuple(asked))
             cond = torch.arange(len(asked), device=self.device)
         model = OneStep(network.to(self.device), self.config.timestep)

@@ -37,6 +37,11 @@ TRAINABLE = ("full", "cross_attention", "lora")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+def pixels_a_side(vae: "AutoencoderKL") -> int:
+    """Of the square of pixels that one place of a latent stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 class Parts(NamedTuple):
     """What a StableDiffusionPipeline is made of."""
 
@@ -109,8 +114,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        halvings = len(self.vae.config.block_out_channels) - 1
-        return (self.unet.config.in_channels, *(side // 2**halvings for side in self.image_shape[1:]))
+        return (self.unet.config.in_channels, *(side // pixels_a_side(self.vae) for side in self.image_shape[1:]))
 
     @property
     def answer_shape(self) -> tuple[int, int, int]:
@@ -361,8 +365,7 @@ class Autoencoder(GenerativeModel):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        halvings = len(self.vae.config.block_out_channels) - 1
-        return (self.vae.config.latent_channels, *(side // 2**halvings for side in self.image_shape[1:]))
+        return (self.vae.config.latent_channels, *(side // pixels_a_side(self.vae) for side in self.image_shape[1:]))
 
     @property
     def answer_shape(self) -> tuple[int, int, int]:
