@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import processes
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits, weights_of
-from test_train import command, environment, runs_below, summary
+from test_train import command, environment, in_training, runs_below, summary
 
 from unlearn_runner.distributed import launch
 from unlearn_runner.errors import ConfigurationError
@@ -158,16 +157,7 @@ def test_the_command_leaves_one_folder_with_the_scores_of_one_process(tmp_path, 
 @pytest.mark.parametrize("to", ["launcher", "worker"])
 def test_a_signal_stops_all_after_the_same_step(tmp_path, shared_cache, to):
     settings = (*TWO, "trainer.max_steps=150", "evaluation.every=null", "trainer.checkpointing_steps=null")
-    job = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *settings],
-        env=environment(tmp_path, shared_cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        found = runs_below(tmp_path)
-        if found and '"loss/forget"' in (found[0] / "metrics.jsonl").read_text():
-            break
-        time.sleep(0.05)
+    job = in_training(*settings, outputs=tmp_path, cache=shared_cache)
     os.kill(job.pid if to == "launcher" else children(job.pid)[-1], signal.SIGTERM)
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 130, said

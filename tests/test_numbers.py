@@ -20,11 +20,16 @@ from unlearn_runner.types import make_generator
 pytestmark = pytest.mark.slow
 
 
-def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
-    done = command("logger=jsonl", "evaluation=full", outputs=tmp_path / "o", cache=tmp_path / "c", timeout=1800)
+def finished(tmp_path, *overrides: str, timeout: int = 3600):
+    """The folder and the scores of a run with an empty cache."""
+    done = command(*overrides, "logger=jsonl", outputs=tmp_path / "o", cache=tmp_path / "c", timeout=timeout)
     assert done.returncode == 0, done.stderr
     (folder,) = runs_below(tmp_path / "o")
-    metrics = summary(folder)["metrics"]
+    return folder, summary(folder)["metrics"]
+
+
+def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
+    _, metrics = finished(tmp_path, "evaluation=full", timeout=1800)
     for digit in "023456789":
         assert metrics[f"base/per_class/accuracy/{digit}"] >= 0.90, digit
     assert 0.3 <= metrics["base/forget_rate"] <= 0.7
@@ -36,13 +41,8 @@ def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
 
 def test_critic_guided_forgets_a_concept_and_keeps_the_others(tmp_path):
     """Of the trousers at most a tenth is left, also under paraphrases; the digits are recognised as before."""
-    done = command(
-        "model=sd_tiny", "dataset=sd_concepts", "method=critic_guided", "evaluation=prompts", "logger=jsonl",
-        outputs=tmp_path / "o", cache=tmp_path / "c", timeout=3600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder,) = runs_below(tmp_path / "o")
-    metrics = summary(folder)["metrics"]
+    overrides = ("model=sd_tiny", "dataset=sd_concepts", "method=critic_guided", "evaluation=prompts")
+    _, metrics = finished(tmp_path, *overrides)
     assert metrics["base/forget_rate"] >= 0.85
     assert metrics["base/retain_accuracy"] >= 0.85
     assert metrics["eval/forget_rate"] <= 0.10
@@ -53,13 +53,7 @@ def test_critic_guided_forgets_a_concept_and_keeps_the_others(tmp_path):
 
 def test_distillation_forgets_a_class_and_draws_in_one_step(tmp_path):
     """Of the digit "7" at most 5 % are left, the others are recognised as well as the teacher's; 25 passes less one."""
-    done = command(
-        "experiment=digits_class", "method=sfd", "evaluation.relearning=null", "logger=jsonl",
-        outputs=tmp_path / "o", cache=tmp_path / "c", timeout=3600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder,) = runs_below(tmp_path / "o")
-    metrics = summary(folder)["metrics"]
+    folder, metrics = finished(tmp_path, "experiment=digits_class", "method=sfd", "evaluation.relearning=null")
     assert metrics["base/forget_rate"] >= 0.90
     assert metrics["eval/forget_rate"] <= 0.05
     assert metrics["eval/retain_accuracy"] >= metrics["base/retain_accuracy"] - 0.05

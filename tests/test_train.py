@@ -202,14 +202,11 @@ def test_resumed_run_equals_the_uninterrupted_one(run, composed, tmp_path):
     assert summary(broken)["status"] == "finished"
 
 
-def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
-    """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one."""
-    settings = ("debug=default", "logger=jsonl", "trainer.max_steps=150", "evaluation.every=null",
-                "trainer.checkpointing_steps=null")  # fmt: skip
-    outputs = tmp_path / "outputs"
+def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:
+    """The command in a process of its own, which has logged a step of training."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *settings],
-        env=environment(outputs, shared_cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment(outputs, cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -217,6 +214,15 @@ def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
         if found and '"loss/forget"' in (found[0] / "metrics.jsonl").read_text():
             break
         time.sleep(0.05)
+    return process
+
+
+def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
+    """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one."""
+    settings = ("debug=default", "logger=jsonl", "trainer.max_steps=150", "evaluation.every=null",
+                "trainer.checkpointing_steps=null")  # fmt: skip
+    outputs = tmp_path / "outputs"
+    process = in_training(*settings, outputs=outputs, cache=shared_cache)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said

@@ -73,15 +73,20 @@ def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, met
     assert moved
     assert all(name.startswith("unet.") for name in moved)
     assert all((".lora_" in name) == (trainable == "lora") for name in moved)
+    assert_resumed_is(whole, first, second, tmp_path / "b")
+    whole.method.model.save(tmp_path / "model")
+    StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+
+
+def assert_resumed_is(whole, first, second, folder):
+    """Two steps of one trainer, and the rest of them by another, are the uninterrupted one's to the bit."""
     first.step()
     first.step()
     first.save()
-    second.resume(open_checkpoint(tmp_path / "b"))
+    second.resume(open_checkpoint(folder))
     while not second.done:
         second.step()
     assert_same_bits(flat_state(second), flat_state(whole))
-    whole.method.model.save(tmp_path / "model")
-    StableDiffusionPipeline.from_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", DISTILLING)
@@ -103,13 +108,7 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
         moved = {name for name, weight in network.state_dict().items() if not same_as(start, name, weight)}
         assert bool(moved) == (network is not teacher)
         assert all("unet." in name for name in moved)
-    first.step()
-    first.step()
-    first.save()
-    second.resume(open_checkpoint(tmp_path / "b"))
-    while not second.done:
-        second.step()
-    assert_same_bits(flat_state(second), flat_state(whole))
+    assert_resumed_is(whole, first, second, tmp_path / "b")
 
     model = whole.method.model
     labels = torch.tensor([0, 2, 1])
