@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from unlearn_runner.data.cifar10 import Cifar10, class_index
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.data.digits_trousers import DigitsTrousers, draw_trousers
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.hub import decode_rows
+from unlearn_runner.data.hub_classes import HubClasses, class_index
 from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.errors import ConfigurationError
@@ -136,12 +136,41 @@ def test_one_garment_many_times(tmp_path):
 
 @needs_shared
 def test_cifar10():
-    data = Cifar10(str(SHARED / "cifar10"), forget_class="cat").load()
+    settings = {"name": "cifar10", "source": str(SHARED / "cifar10"), "image_size": 32}
+    data = HubClasses(**settings, forget_class="cat").load()
     assert (len(data.retain), len(data.forget), len(data.forget_test)) == (45_000, 5_000, 1_000)
     assert data.forget_labels == [3]
     assert data.spec.restored_content is None
     with pytest.raises(ConfigurationError, match="no such class"):
-        Cifar10(str(SHARED / "cifar10"), forget_class="unicorn")
+        HubClasses(**settings, forget_class="unicorn")
+
+
+def test_one_class_of_a_labelled_dataset(tmp_path):
+    settings = {"name": "drawn", "source": str(hub_folder(tmp_path / "a")), "image_size": 8}
+    grey = HubClasses(**settings, forget_class="7", channels=1).load()
+    assert grey.spec.image_shape == (1, 8, 8)
+    assert (len(grey.forget), len(grey.retain), len(grey.forget_test), len(grey.retain_test)) == (2, 18, 2, 18)
+    assert grey.forget_labels == [7]
+    colour = HubClasses(**settings, forget_class=3, conditional=False).load()
+    assert colour.spec.image_shape == (3, 8, 8)
+    assert (colour.forget.contents == 3).all()
+    assert (colour.forget.labels == 0).all()
+    with pytest.raises(ConfigurationError, match=r"dataset.channels must be 1 \(grey\) or 3 \(colour\), got 4"):
+        HubClasses(**settings, forget_class="7", channels=4)
+
+
+def test_labels_without_names_are_refused(tmp_path):
+    import datasets
+
+    images = [Image.new("L", (8, 8))] * 3
+    table = datasets.Dataset.from_dict(
+        {"image": images, "label": [0, 1, 2]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+    )
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ConfigurationError, match="expected a column 'label' with named classes"):
+        HubClasses("drawn", str(tmp_path), "7", 8)
 
 
 def test_class_by_name_or_index():
@@ -182,10 +211,10 @@ def test_hub_layout_is_decoded_exactly(tmp_path):
 
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"dataset.source=/nowhere: there is no such folder"):
-        Cifar10("/nowhere")
+        HubClasses("any", "/nowhere", "7", 8)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match=r"dataset.source=.*could not load"):
-        Cifar10(str(tmp_path / "empty"))
+        HubClasses("any", str(tmp_path / "empty"), "7", 8)
 
 
 def test_unreachable_hub_names_the_local_way(monkeypatch):
@@ -196,7 +225,7 @@ def test_unreachable_hub_names_the_local_way(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ConfigurationError, match=r"give the folder: dataset.source=<folder>"):
-        Cifar10()
+        HubClasses("cifar10", "uoft-cs/cifar10", "airplane", 32)
 
 
 def folder_of(path: Path, n: int, mode: str = "RGB", size=(40, 30), seed=0) -> Path:

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unlearn_runner.data.cifar10 import class_index
 from unlearn_runner.data.forget_retain import (
     Dataset,
     DataSpec,
@@ -15,6 +14,7 @@ from unlearn_runner.data.forget_retain import (
     require_fraction,
     split_content,
 )
+from unlearn_runner.data.hub_classes import class_index
 from unlearn_runner.errors import ConfigurationError
 
 DIGITS = tuple("0123456789")

@@ -57,9 +57,14 @@ def image_column(table: "HubDataset", option: str) -> str:
     return names[0]
 
 
-def class_names(table: "HubDataset") -> tuple[str, ...]:
-    """The names of the label column's classes."""
-    return tuple(table.features["label"].names)
+def class_names(table: "HubDataset", option: str) -> tuple[str, ...]:
+    """The names of the classes of the column "label"."""
+    from datasets import ClassLabel
+
+    label = table.features.get("label")
+    if not isinstance(label, ClassLabel):
+        raise ConfigurationError(f"{option}: expected a column 'label' with named classes among {table.column_names}.")
+    return tuple(label.names)
 
 
 def decode_rows(

@@ -1,32 +1,40 @@
-"""CIFAR-10, one class of which is to be forgotten."""
+"""A labelled image dataset of the hub (CIFAR-10, MNIST, ...), one class of which is to be forgotten."""
 
 from typing import final
 
 import torch
 
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain, LabelledImages
-from unlearn_runner.data.hub import class_names, decode_rows, open_split
+from unlearn_runner.data.hub import PIL_MODES, class_names, decode_rows, open_split
 from unlearn_runner.errors import ConfigurationError
 
 
 @final
-class Cifar10(Dataset):
-    """CIFAR-10 with one whole class as the forget set, held-out images from its test split."""
+class HubClasses(Dataset):
+    """One whole class as the forget set, held-out images from the dataset's test split.
+
+    The dataset has splits "train" and "test", one column of images and a column "label" that knows the names of its
+    classes. `name` is what runs and samples are called by; `channels` is 1 (grey) or 3 (colour).
+    """
 
     def __init__(
         self,
-        source: str = "uoft-cs/cifar10",
-        forget_class: str | int = "airplane",
-        image_size: int = 32,
+        name: str,
+        source: str,
+        forget_class: str | int,
+        image_size: int,
+        channels: int = 3,
         conditional: bool = True,
         horizontal_flip: bool = False,
     ):
+        if channels not in PIL_MODES:
+            raise ConfigurationError(f"dataset.channels must be 1 (grey) or 3 (colour), got {channels}.")
         self.tables = {part: open_split(source, part, "dataset.source") for part in ("train", "test")}
-        names = class_names(self.tables["train"])
+        names = class_names(self.tables["train"], "dataset.source")
         self.forget_class = class_index(forget_class, names)
         self.spec = DataSpec(
-            name="cifar10",
-            image_shape=(3, image_size, image_size),
+            name=name,
+            image_shape=(channels, image_size, image_size),
             label_names=names if conditional else None,
             content_names=names,
             forget_content=self.forget_class,
