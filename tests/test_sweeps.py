@@ -126,11 +126,10 @@ def test_a_study_of_optuna_is_continued(tmp_path, shared_cache):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm", "ray"])
 def test_launchers(tmp_path, shared_cache, launcher):
     """Two jobs that finish, and one that fails, each in processes of its own; then one job in two processes."""
-    if launcher != "joblib":
-        pytest.importorskip("submitit")
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     more = {}
     if launcher == "submitit_slurm":
         (tmp_path / "bin").mkdir()
