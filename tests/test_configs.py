@@ -39,9 +39,8 @@ DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
 ASKING_A_DIFFUSION_MODEL = ("erase_diff", *DISTILLING, *ROLLING_OUT)
 ASKING_PROMPTS = ("esd",)  # built and stepped in tests/methods/test_on_latents.py
-VAES = [
-    (method, "model=vae") for method in options("method") if method not in ASKING_A_DIFFUSION_MODEL + ASKING_PROMPTS
-]
+ALL = [method for method in options("method") if method != "given"]  # it wants a folder: tests/methods/test_given.py
+VAES = [(method, "model=vae") for method in ALL if method not in ASKING_A_DIFFUSION_MODEL + ASKING_PROMPTS]
 CRITICS = [  # untrained weights draw 1e5-fold on a cosine schedule, where a divergence overflows
     ("critic_guided", "method.critic_sees=clean", "method.kl_weight=0.1", "model.network.beta_schedule=linear"),
     ("critic_guided", "method.reuse=2", "method.critic_warmup=1", "method.timestep_share=0.5", "method.trace=0.0"),
@@ -57,7 +56,7 @@ OVERRIDES = [
     for name in options("method/override")
 ]
 VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS
-METHODS = [(method,) for method in options("method") if method not in ASKING_PROMPTS] + VARIANTS
+METHODS = [(method,) for method in ALL if method not in ASKING_PROMPTS] + VARIANTS
 
 
 def ema(method: str, decay: str) -> str:
@@ -189,7 +188,7 @@ def test_dataset_options_compose(composed, dataset):
 
 @pytest.mark.parametrize("experiment", [name for name in options("experiment") if not name.startswith("sd_")])
 def test_experiments_compose_with_every_method(composed, experiment):
-    for method in options("method"):
+    for method in ALL:
         cfg = composed(f"experiment={experiment}", f"method={method}", "evaluation.features=classifier", debug=False)
         assert cfg["name"] == experiment
         plan, recipe = make(cfg["trainer"]), make(cfg["model"]["pretraining"])
@@ -261,9 +260,7 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
 
 def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_method(composed):
     for folder, group in (("tuned", "experiment"), ("tuned/model", "model")):
-        assert set(options(folder)) <= {
-            f"{option}_{method}" for option in options(group) for method in options("method")
-        }
+        assert set(options(folder)) <= {f"{option}_{method}" for option in options(group) for method in ALL}
         for leader, followers in (("siss", ("adaptive_siss", "rl_lambda")), ("sfd", ("sfd_two_stage", "hybrid"))):
             for option in options(group):
                 if f"{option}_{leader}" in options(folder):

@@ -411,6 +411,8 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["dataset.contamination=1"], r"dataset\.contamination must lie strictly between 0 and 1"),
         (["resume_from_checkpoint=/nowhere"], r"found no checkpoint there"),
         (["model.weights=./nowhere"], r"model\.weights=\./nowhere: there is no such folder"),
+        (["method=given"], r"method\.weights is missing: give it, method\.weights=\.\.\."),
+        (["method=given", "method.weights=./nowhere"], r"method\.weights=\./nowhere: there is no such folder"),
         (["hardware=single_gpu"], r"torch finds none here"),
         (["logger.mode=sometimes"], r"must be online, offline or disabled"),
         (["evaluation.num_samples=-1"], r"evaluation\.num_samples must be positive"),

@@ -45,8 +45,8 @@ def dataset_of(cfg) -> SDConcepts:
 
 def test_every_method_is_looked_at():
     options = {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")}
-    assert options == {*METHODS, *(name for name in DISTILLING if " " not in name), "retrain"}, (
-        "retrain has the base's recipe, which sd15 has not"
+    assert options == {*METHODS, *(name for name in DISTILLING if " " not in name), "retrain", "given"}, (
+        "retrain has the base's recipe, which sd15 has not; given: test_given.py"
     )
 
 

@@ -1,6 +1,5 @@
 """A pixel DDPM: diffusers' UNet2DModel and schedulers behind the face that methods and evaluation use."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -19,6 +18,7 @@ from unlearn_runner.models.model import (
     in_words,
     noise_in,
     passed,
+    pipeline_name,
     require_prediction_type,
     squared_error,
     wanted_answer,
@@ -238,8 +238,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
     """
     if weights.startswith((".", "/", "~")) and not Path(weights).expanduser().is_dir():
         raise ConfigurationError(f"model.weights={weights}: there is no such folder.")
-    index = Path(weights).expanduser() / "model_index.json"
-    if index.is_file() and json.loads(index.read_text()).get("_class_name") == "OneStepPipeline":
+    if pipeline_name(weights) == "OneStepPipeline":
         raise ConfigurationError(
             f"model.weights={weights}: expected a diffusion model of many steps, got a one-step generator; give the "
             "model that it was distilled from."

@@ -1,5 +1,6 @@
 """The face that a generative model shows to methods and evaluation, whatever it is made of."""
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -255,6 +256,12 @@ def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
             f"{ratios[0]:.3g} to {ratios[-1]:.3g}; got {ratio}."
         )
     return int((ratios.log() - math.log(ratio)).abs().argmin())
+
+
+def pipeline_name(source: str | Path) -> str | None:
+    """The pipeline that a folder in diffusers' layout says it is; None where it says nothing, or is no folder."""
+    index = Path(source).expanduser() / "model_index.json"
+    return json.loads(index.read_text()).get("_class_name") if index.is_file() else None
 
 
 def in_words(num_labels: int | None) -> str:

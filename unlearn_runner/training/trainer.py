@@ -175,7 +175,7 @@ class Trainer:
         steps = [step for step, metrics in self._unlogged for _ in metrics]
         keys = [key for _, metrics in self._unlogged for key in metrics]
         tensors = [value.detach().double() for _, metrics in self._unlogged for value in metrics.values()]
-        values = torch.stack(tensors).tolist()
+        values = torch.stack(tensors).tolist() if tensors else []
         if started is not None:
             self.seconds += time.perf_counter() - started
         newest = self._unlogged[-1][0]
