@@ -15,6 +15,7 @@ from trainers import CPU, build_trainer, flat_state, make
 
 from train import build_method, build_model
 from unlearn_runner.cache import digest
+from unlearn_runner.data.digits import Digits
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.evaluation.metrics import Metric
@@ -218,14 +219,18 @@ def test_experiments_compose_with_every_method(composed, experiment):
     assert "CPU" in header or "GPU" in header, "the header says how long it takes"
 
 
-def test_published_models_spare_an_experiment_its_training(composed, digits, tmp_path):
+@pytest.mark.parametrize(
+    ("experiment", "populations"), [("mnist_trousers_small", ("all", "retain")), ("mnist_class_small", ("all",))]
+)
+def test_published_models_spare_an_experiment_its_training(composed, digits, tmp_path, experiment, populations):
     """docs/cache, copied over a user's cache, holds the base, oracle and classifier that the experiment looks for."""
     cache = shutil.copytree(ROOT / "docs" / "cache", tmp_path / "cache")
-    cfg = composed("experiment=mnist_trousers_small", debug=False)
+    cfg = composed(f"experiment={experiment}", debug=False)
     key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
-    [fingerprint] = {json.loads(path.read_text())["data"] for path in cache.glob("*/*/key.json")}
-    data = copy.copy(digits)  # as many contents as MNIST + trousers, of which only the fingerprint is asked for
-    data.__dict__["fingerprint"] = fingerprint
+    bases = [json.loads(path.read_text()) for path in cache.glob("bases/*/key.json")]
+    [fingerprint] = {base["data"] for base in bases if base["pretraining"] == key["pretraining"]}
+    data = copy.copy(digits) if experiment == "mnist_trousers_small" else Digits().load()
+    data.__dict__["fingerprint"] = fingerprint  # all that is asked for but the number of contents
 
     def build(seed: int):
         raise AssertionError("it would be trained")
@@ -233,10 +238,10 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
     network = make(key["network"], image_shape=(1, 28, 28), num_labels=10, seed=0)
     digests = {digest(network.state_dict())}
     recipe = make(key["pretraining"])
-    for population in ("all", "retain"):
+    for population in populations:
         network.load(pretrained(population, recipe, key, build, data, cache, Interrupts(), Console()))
         digests.add(digest(network.state_dict()))
-    assert len(digests) == 3
+    assert len(digests) == 1 + len(populations)
     judge = trained_judge(data, make(cfg["evaluation"])["classifier"], cache, CPU, show=build)
     assert judge.test_accuracy["retain"] >= 0.985
 
