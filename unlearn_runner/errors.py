@@ -1,5 +1,7 @@
 """What can end a run early. Imports nothing heavy: a mistyped command must fail at once."""
 
+from pathlib import Path
+
 
 class ConfigurationError(ValueError):
     """A user's input cannot work: says in one sentence what was expected, what came and how to mend it."""
@@ -12,6 +14,19 @@ class NonFiniteError(RuntimeError):
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def folder_or_name(source: str, option: str) -> Path | str:
+    """The folder that `source` is, or else the name that it has on the hub.
+
+    Raises ConfigurationError, naming the option to change, if it reads as a folder and there is none.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source.startswith((".", "/", "~")):
+        raise ConfigurationError(f"{option}={source}: there is no such folder.")
+    return source
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, folder_or_name
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
@@ -25,17 +25,13 @@ def open_split(source: str, split: str, option: str) -> "HubDataset":
     Raises ConfigurationError, naming the option to change, if there is no such folder or the hub cannot be
     reached.
     """
-    if source.startswith((".", "/", "~")):
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
-            raise ConfigurationError(f"{option}={source}: there is no such folder.")
-        source = str(folder)
+    place = str(folder_or_name(source, option))
     import datasets
 
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; ours is the one sentence below
     try:
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(place, split=split)
     except Exception as error:
         # Whatever the library raises (OSError, ValueError, its own classes), for the user it is one thing.
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,16 +1,15 @@
 """A model that was unlearned elsewhere, measured like one of ours: nothing is trained."""
 
 import copy
-from pathlib import Path
 from typing import final
 
 import torch
 
-from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel, pipeline_name
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
-from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
+from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
 
 @final
@@ -27,9 +26,7 @@ class Given(Method):
     reads = Streams(retain=None, forget=False)
 
     def __init__(self, model: GenerativeModel, weights: str, generator: torch.Generator):
-        if weights.startswith((".", "/", "~")) and not Path(weights).expanduser().is_dir():
-            raise ConfigurationError(f"method.weights={weights}: there is no such folder.")
-        self.weights = Path(weights).expanduser() if Path(weights).expanduser().is_dir() else weights
+        self.weights = folder_or_name(weights, "method.weights")
         try:
             if pipeline_name(self.weights) == OneStepPipeline.__name__:
                 model = OneStep(model, OneStepPipeline.load_config(self.weights)["timestep"])
@@ -40,7 +37,6 @@ class Given(Method):
                 f"can be reached; {first_line(error)}"
             ) from error
         self.networks = (model,)
-        self.generator = generator
 
     @property
     def model(self) -> GenerativeModel:
@@ -51,4 +47,4 @@ class Given(Method):
         return {}
 
     def stateful(self) -> dict[str, Stateful]:
-        return {"weights": self.model, "generator": GeneratorState(self.generator)}
+        return {"weights": self.model}

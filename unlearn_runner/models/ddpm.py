@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
 from unlearn_runner.models.model import (
     DiffusionModel,
     Noising,
@@ -236,8 +236,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
     """
-    if weights.startswith((".", "/", "~")) and not Path(weights).expanduser().is_dir():
-        raise ConfigurationError(f"model.weights={weights}: there is no such folder.")
+    folder_or_name(weights, "model.weights")
     if pipeline_name(weights) == "OneStepPipeline":
         raise ConfigurationError(
             f"model.weights={weights}: expected a diffusion model of many steps, got a one-step generator; give the "

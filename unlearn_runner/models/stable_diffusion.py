@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.distributed import in_shares
-from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
 from unlearn_runner.models.model import (
     DiffusionModel,
     GenerativeModel,
@@ -568,8 +568,7 @@ def _configured_as(weights: str) -> Parts:
 
     Raises ConfigurationError, naming the part, if one cannot be had.
     """
-    if weights.startswith((".", "/", "~")) and not Path(weights).expanduser().is_dir():
-        raise ConfigurationError(f"model.weights={weights}: there is no such folder.")
+    source = str(folder_or_name(weights, "model.weights"))
     import diffusers
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -579,7 +578,6 @@ def _configured_as(weights: str) -> Parts:
         return kind.from_pretrained(source, subfolder="scheduler")
 
     _keep_libraries_quiet()
-    source = str(Path(weights).expanduser()) if Path(weights).expanduser().is_dir() else weights
     found: dict[str, Any] = {}
     for name, make in (
         ("model_index.json", lambda: _require_stable_diffusion(StableDiffusionPipeline.load_config(source))),
