@@ -20,6 +20,14 @@ os.environ["WANDB_MODE"] = "offline"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
+def options(group: str) -> list[str]:
+    """The names of a configuration group's options."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+COMPLETE = [method for method in options("method") if method != "given"]  # it wants a folder: methods/test_given.py
+
+
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory) -> Path:
     """One cache of base models and classifiers for the whole session."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_same_bits
+from conftest import COMPLETE, ROOT, assert_same_bits, options
 from pipelines import foreign
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
@@ -25,11 +25,6 @@ from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.types import Labels, make_generator
 
-
-def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
 LAMBDAS = [
     ("adaptive_siss", f"method/lambd={name}", *more)
     for name in options("method/lambd")
@@ -40,8 +35,7 @@ DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
 ASKING_A_DIFFUSION_MODEL = ("erase_diff", *DISTILLING, *ROLLING_OUT)
 ASKING_PROMPTS = ("esd",)  # built and stepped in tests/methods/test_on_latents.py
-ALL = [method for method in options("method") if method != "given"]  # it wants a folder: tests/methods/test_given.py
-VAES = [(method, "model=vae") for method in ALL if method not in ASKING_A_DIFFUSION_MODEL + ASKING_PROMPTS]
+VAES = [(method, "model=vae") for method in COMPLETE if method not in ASKING_A_DIFFUSION_MODEL + ASKING_PROMPTS]
 CRITICS = [  # untrained weights draw 1e5-fold on a cosine schedule, where a divergence overflows
     ("critic_guided", "method.critic_sees=clean", "method.kl_weight=0.1", "model.network.beta_schedule=linear"),
     ("critic_guided", "method.reuse=2", "method.critic_warmup=1", "method.timestep_share=0.5", "method.trace=0.0"),
@@ -57,7 +51,7 @@ OVERRIDES = [
     for name in options("method/override")
 ]
 VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS
-METHODS = [(method,) for method in ALL if method not in ASKING_PROMPTS] + VARIANTS
+METHODS = [(method,) for method in COMPLETE if method not in ASKING_PROMPTS] + VARIANTS
 
 
 def ema(method: str, decay: str) -> str:
@@ -189,7 +183,7 @@ def test_dataset_options_compose(composed, dataset):
 
 @pytest.mark.parametrize("experiment", [name for name in options("experiment") if not name.startswith("sd_")])
 def test_experiments_compose_with_every_method(composed, experiment):
-    for method in ALL:
+    for method in COMPLETE:
         cfg = composed(f"experiment={experiment}", f"method={method}", "evaluation.features=classifier", debug=False)
         assert cfg["name"] == experiment
         plan, recipe = make(cfg["trainer"]), make(cfg["model"]["pretraining"])
@@ -265,7 +259,7 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
 
 def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_method(composed):
     for folder, group in (("tuned", "experiment"), ("tuned/model", "model")):
-        assert set(options(folder)) <= {f"{option}_{method}" for option in options(group) for method in ALL}
+        assert set(options(folder)) <= {f"{option}_{method}" for option in options(group) for method in COMPLETE}
         for leader, followers in (("siss", ("adaptive_siss", "rl_lambda")), ("sfd", ("sfd_two_stage", "hybrid"))):
             for option in options(group):
                 if f"{option}_{leader}" in options(folder):

@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import options
 from hydra.utils import instantiate
 from test_train import command, runs_below, summary
 from trainers import build_driven, build_trainer
@@ -77,7 +77,7 @@ def test_distillation_forgets_a_class_and_draws_in_one_step(tmp_path):
     assert median(ratios) >= 15
 
 
-@pytest.mark.parametrize("lambd", sorted(path.stem for path in (ROOT / "conf" / "method" / "lambd").glob("*.yaml")))
+@pytest.mark.parametrize("lambd", options("method/lambd"))
 def test_choosing_lambda_costs_at_most_three_percent_of_a_step(composed, digits, lambd):
     """Median of 50 steps each, static and adaptive in turns on the same batches. Nothing else may run on the machine.
 

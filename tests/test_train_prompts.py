@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import COMPLETE
 from diffusers import StableDiffusionPipeline
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -21,7 +21,7 @@ SMALL = (
     "evaluation.metrics.robustness.num_steps=2", "evaluation.metrics.robustness.num_samples=2", "trainer.max_steps=2",
     "evaluation.metrics.fid_base.min_samples=20",
 )  # fmt: skip
-METHODS = sorted(path.stem for path in (ROOT / "conf" / "method").glob("*.yaml") if path.stem != "retrain")
+METHODS = [method for method in COMPLETE if method != "retrain"]
 ROLLING = ("method=critic_guided", "method.num_inference_steps=3", "method.num_rollouts=8")
 
 
