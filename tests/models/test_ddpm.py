@@ -60,6 +60,25 @@ def test_ddim_is_deterministic_and_starts_at_the_last_timestep(tiny_network):
     assert sampling_scheduler(network.scheduler.config, "ddim", 5).timesteps[0] == 999
 
 
+@torch.no_grad()
+def test_clipped_ddim_goes_on_with_the_noise_that_leads_to_the_clipped_picture(tiny_network):
+    network, labels = tiny_network(), torch.arange(4)
+    x = torch.randn(4, *network.image_shape, generator=torch.Generator().manual_seed(1))
+    times = sampling_scheduler(network.scheduler.config, "ddim", 5).timesteps
+    clipped = False
+    for t, after in zip(times, [*times[1:], None], strict=True):
+        gamma, sigma = network.gamma_sigma(t.expand(4))
+        x0 = (x - sigma * network.predict(x, t.expand(4), labels)) / gamma
+        clipped |= bool((x0.abs() > 1).any())
+        x0 = x0.clamp(-1, 1)
+        gamma_next, sigma_next = (1, 0) if after is None else network.gamma_sigma(after.expand(4))
+        x = gamma_next * x0 + sigma_next * (x - gamma * x0) / sigma
+    ours, plain = (network.sample(4, labels, torch.Generator().manual_seed(1), 5, s) for s in ("ddim_clipped", "ddim"))
+    assert clipped
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    assert (plain - x).abs().max() > 0.01
+
+
 def test_batches_share_nothing_but_the_generator(tiny_network):
     network = tiny_network()
     generator = torch.Generator().manual_seed(1)

@@ -23,6 +23,7 @@ from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, PromptMetric, Samples
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.models.sampling import SAMPLERS
 from unlearn_runner.types import make_generator
 
 
@@ -47,8 +48,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.bootstrap is not None and self.bootstrap < 20:
             raise ConfigurationError(f"evaluation.bootstrap must be at least 20 or null, got {self.bootstrap}.")
-        if self.sampler not in ("ddim", "ddpm"):
-            raise ConfigurationError(f"evaluation.sampler must be ddim or ddpm, got '{self.sampler}'.")
+        if self.sampler not in SAMPLERS:
+            raise ConfigurationError(f"evaluation.sampler must be one of {', '.join(SAMPLERS)}, got '{self.sampler}'.")
         for name in ("num_samples", "num_inference_steps", "batch_size"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"evaluation.{name} must be positive, got {getattr(self, name)}.")

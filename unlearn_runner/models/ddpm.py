@@ -141,8 +141,8 @@ class DDPM(DiffusionModel):
         sampler: str = "ddim",
         batch_size: int = 256,
     ) -> Float[Tensor, "{n} c h w"]:
-        """The sampler "ddim" is deterministic given the first noise (eta = 0, 2010.02502); "ddpm" is ancestral, and
-        the same to the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
+        """The samplers "ddim" and "ddim_clipped" are deterministic given the first noise; "ddpm" is ancestral, and the
+        same to the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
         """
         scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps)
         images = []

@@ -1,6 +1,7 @@
 """From noise to x0 by one of diffusers' samplers."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,15 @@ from torch import Tensor
 
 from unlearn_runner.models.model import DiffusionModel
 
+SAMPLERS = ("ddim", "ddim_clipped", "ddpm")
+
 
 def sampling_scheduler(config: Mapping[str, Any], sampler: str, num_inference_steps: int, **more: Any) -> Any:
-    """The sampler "ddim" (deterministic, eta = 0, 2010.02502) or "ddpm" (ancestral) on the schedule of `config`."""
+    """The sampler "ddim" (deterministic, eta = 0, 2010.02502) or "ddpm" (ancestral) on the schedule of `config`.
+
+    Where x0 is clipped, diffusers' DDIM goes on with the eps of the unclipped one; "ddim_clipped" takes the eps that
+    leads from x_t to the clipped x0. Over a few hundred steps the difference adds up (docs/metrics.md).
+    """
     from diffusers import DDIMScheduler, DDPMScheduler
 
     if sampler == "ddpm":
@@ -19,6 +26,8 @@ def sampling_scheduler(config: Mapping[str, Any], sampler: str, num_inference_st
     else:
         # "trailing" starts at the last timestep, where the noise is that of the first draw.
         scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing", **more)
+        if sampler == "ddim_clipped":
+            scheduler.step = partial(scheduler.step, use_clipped_model_output=True)
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
 
