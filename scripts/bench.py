@@ -38,6 +38,8 @@ SUBJECTS = {
     "siss": ["method=siss", *PLAIN],
     "siss_stale": ["method=siss", "method.norm_every=10", *PLAIN],
     "siss_no_is": ["method=siss_no_is", PLAIN[0]],
+    "siss_channels_last": ["method=siss", "hardware.channels_last=true", *PLAIN],
+    "no_is_channels_last": ["method=siss_no_is", "hardware.channels_last=true", PLAIN[0]],
     "adaptive_siss": ["method=adaptive_siss", *PLAIN],
     "adaptive_unsplit": ["method=adaptive_siss", "method.split=false", *PLAIN],
     "siss_unsplit": ["method=siss", "method.split=false", *PLAIN],
@@ -52,6 +54,7 @@ SUBJECTS = {
 }
 COMPARED = {  # whose ratio to whom is worth a line
     "siss": "reference", "siss_stale": "reference", "siss_default": "reference", "siss_no_is": "reference_no_is",
+    "siss_channels_last": "reference", "no_is_channels_last": "reference_no_is",
     "adaptive_unsplit": "siss_unsplit", "rl_ppo": "siss_unsplit", "rl_sac": "siss_unsplit",
 }  # fmt: skip
 ROLLOUT = 25  # steps of an agent between two updates of its policy: it runs so many at a time
