@@ -149,7 +149,7 @@ def test_mixture_score_asks_the_posterior(monkeypatch):
     [
         ("multi_class", {"beta": 3.0}),
         ("siss_sfd_labels", {"lambd": ClosedForm(initial=0.3)}),
-        ("siss_sfd_labels", {"lambd": 0.5}),
+        pytest.param("siss_sfd_labels", {"lambd": 0.5}, marks=pytest.mark.slow),  # as long again, and easier
     ],
     ids=["multi_class", "labels closed_form", "labels constant"],
 )

@@ -192,7 +192,7 @@ def test_alpha_one_without_forget_weight_is_plain_distillation(tiny_network, dou
     torch.testing.assert_close(flat(method.trio.generator), flat(reference.generator), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.2])
+@pytest.mark.parametrize("alpha", [pytest.param(1.0, marks=pytest.mark.slow), 1.2])
 def test_known_gaussians_converge_to_the_override(alpha):
     """Three classes N(-1, .6), N(1, .8), N(0, .7); the third is to become the second. The generator starts narrow."""
     method = sfd(
