@@ -106,7 +106,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         def weights_of(population: str) -> str | Path:
             if population == "all" and cfg["model"]["weights"] != "auto":
                 return cfg["model"]["weights"]
-            key = {"network": cfg["model"]["network"], "pretraining": cfg["model"]["pretraining"]}
+            key = {name: cfg["model"][name] for name in ("network", "pretraining")} | hardware.beyond_rounding
             return pretrained(population, pretraining, key, build_network, data, cache_dir, interrupts, console)
 
         if dataset.from_base:

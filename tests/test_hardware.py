@@ -124,6 +124,14 @@ def test_bf16_is_of_the_passes_alone(tiny_network):
     assert 0.9 < norms[0] / norms[1] < 1.1
 
 
+def test_bf16_has_bases_of_its_own(two_gpus, monkeypatch):
+    """What it trains is not taken for what float32 trains, whose place in the cache does not change."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert Hardware("cpu").beyond_rounding == Hardware("cuda", mixed_precision="no").beyond_rounding == {}
+    for bf16 in (Hardware("cpu", mixed_precision="bf16"), Hardware("cuda", mixed_precision=None)):
+        assert bf16.beyond_rounding == {"precision": "bfloat16"}
+
+
 def test_compiles_unets_only(tiny_network):
     network = tiny_network()
     copied = copy.deepcopy(Hardware("cpu", compile=True).prepare(network))

@@ -96,6 +96,12 @@ class Hardware:
             precision = torch.bfloat16
         return Passes(precision, self.gradient_accumulation_steps)
 
+    @property
+    def beyond_rounding(self) -> dict[str, str]:
+        """What the weights that are trained on it depend on by more than float32's rounding."""
+        precision = self.passes.precision
+        return {} if precision is None else {"precision": str(precision).removeprefix("torch.")}
+
     def apply(self) -> None:
         """Set what is global to the process."""
         if self.threads is not None or self.processes > 1:
