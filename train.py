@@ -52,6 +52,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
 
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.distributed import is_first
+    from unlearn_runner.errors import folder_or_name
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
     from unlearn_runner.training.checkpoint import Checkpoints
@@ -105,7 +106,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         # 2. Load the data; get the judge and the base weights, or make them once.
         def weights_of(population: str) -> str | Path:
             if population == "all" and cfg["model"]["weights"] != "auto":
-                return cfg["model"]["weights"]
+                return folder_or_name(cfg["model"]["weights"], "model.weights")
             key = {name: cfg["model"][name] for name in ("network", "pretraining")} | hardware.beyond_rounding
             return pretrained(population, pretraining, key, build_network, data, cache_dir, interrupts, console)
 

@@ -21,12 +21,17 @@ def folder_or_name(source: str, option: str) -> Path | str:
 
     Raises ConfigurationError, naming the option to change, if it reads as a folder and there is none.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if source.startswith((".", "/", "~")):
-        raise ConfigurationError(f"{option}={source}: there is no such folder.")
+    if source.startswith((".", "/", "~")) or Path(source).is_dir():
+        return existing_folder(source, option)
     return source
+
+
+def existing_folder(source: str, option: str) -> Path:
+    """Raises ConfigurationError, naming the option to change, if there is none."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ConfigurationError(f"{option}={source}: there is no such folder.")
+    return folder
 
 
 class Interrupted(KeyboardInterrupt):

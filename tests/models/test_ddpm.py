@@ -108,12 +108,13 @@ def test_weights_come_from_the_seed_alone(tiny_network):
 
 
 @pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "network alone"])
-def test_weights_from_a_folder(tiny_network, tmp_path, pipeline):
+def test_weights_from_a_folder(tiny_network, tmp_path, pipeline, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     source = tiny_network(seed=7)
     source.save(tmp_path) if pipeline else (
         source.unet.save_pretrained(tmp_path), source.scheduler.save_pretrained(tmp_path)
     )  # fmt: skip
-    loaded = build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [1], [False])
+    loaded = build_ddpm((1, 8, 8), 10, 0, f"~/{tmp_path.name}", [1], [False])
     loaded.load(tmp_path)
     for x, y in zip(source.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(x, y)

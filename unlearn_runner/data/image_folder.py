@@ -17,7 +17,7 @@ from unlearn_runner.data.forget_retain import (
     test_rows,
 )
 from unlearn_runner.data.hub import PIL_MODES, stack_images
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, existing_folder
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 CONTENTS = ("retain", "forget")
@@ -111,9 +111,7 @@ class ImageFolder(Dataset):
 
 def image_files(folder: str, option: str) -> list[Path]:
     """The image files below a folder, sorted by path."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise ConfigurationError(f"{option}={folder}: there is no such folder.")
+    root = existing_folder(folder, option)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise ConfigurationError(

@@ -236,8 +236,8 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
     """
-    folder_or_name(weights, "model.weights")
-    if pipeline_name(weights) == "OneStepPipeline":
+    source = folder_or_name(weights, "model.weights")
+    if pipeline_name(source) == "OneStepPipeline":
         raise ConfigurationError(
             f"model.weights={weights}: expected a diffusion model of many steps, got a one-step generator; give the "
             "model that it was distilled from."
@@ -245,8 +245,8 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
     from diffusers import DDPMScheduler, UNet2DModel
 
     try:
-        config = UNet2DModel.load_config(weights, **_subfolder(weights, "unet"))
-        scheduler = DDPMScheduler.from_pretrained(weights, **_subfolder(weights, "scheduler"))
+        config = UNet2DModel.load_config(source, **_subfolder(source, "unet"))
+        scheduler = DDPMScheduler.from_pretrained(source, **_subfolder(source, "scheduler"))
         size = config["sample_size"]
         found = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
     except Exception as error:  # what diffusers, the hub's client and its HTTP library raise, for one mistake

@@ -260,7 +260,7 @@ def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
 
 def pipeline_name(source: str | Path) -> str | None:
     """The pipeline that a folder in diffusers' layout says it is; None where it says nothing, or is no folder."""
-    index = Path(source).expanduser() / "model_index.json"
+    index = Path(source) / "model_index.json"
     return json.loads(index.read_text()).get("_class_name") if index.is_file() else None
 
 

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, existing_folder, first_line
 from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, in_words, passed
 
 SUBFOLDER = "vae"
@@ -242,13 +242,12 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
     """
-    if not Path(weights).expanduser().is_dir():
-        raise ConfigurationError(f"model.weights={weights}: there is no such folder.")
+    folder = _folder(existing_folder(weights, "model.weights"))
     try:
-        config = VAENetwork.load_config(_folder(weights))
+        config = VAENetwork.load_config(folder)
         found, found_labels = tuple(config["image_shape"]), config["num_labels"]
     except (OSError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ConfigurationError(
             f"model.weights={weights}: expected 'auto', or a folder with a VAE of this runner ({SUBFOLDER}/, as in a "
             f"run's model/); {reason}"
@@ -263,5 +262,5 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
 def _folder(source: str | Path) -> Path:
     """Where the network lies in a run's model/; a network saved alone lies at the top."""
-    source = Path(source).expanduser()
-    return source / SUBFOLDER if (source / SUBFOLDER).is_dir() else source
+    inner = Path(source) / SUBFOLDER
+    return inner if inner.is_dir() else Path(source)
