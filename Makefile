@@ -8,7 +8,7 @@ METHODS ?= naive_deletion,neg_grad,erase_diff,siss,siss_no_is
 SEEDS ?= 0,1,2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run table bench test test-all lint format clean clean-cache
+.PHONY: help install run table bench scaling test test-all lint format clean clean-cache
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ table: install ## a table of docs/results.md on two CPU cores: make table EXPERI
 
 bench: install ## milliseconds of every method's step against a plain loop; nothing else may run: make bench ARGS="--network paper"
 	$(BIN)/python scripts/bench.py $(ARGS)
+
+scaling: install ## what a step costs as batch, pictures, processes and jobs grow; nothing else may run
+	$(BIN)/python scripts/scaling.py $(ARGS)
 
 test: install ## the default tests: two CPU cores, no network, under 10 minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -6,7 +6,7 @@
 
 All that is compared runs in turns, a few steps each, round after round, so that a machine that grows slower does not
 favour whoever came first. A ratio is the median over rounds of one round's ratio. Nothing else may run meanwhile.
-The reference is the plain loop of scripts/reference_loop.py. Pictures: scikit-learn's digits at 28x28 with trousers.
+The reference is the plain loop of scripts/reference_loop.py. Pictures: scikit-learn's digits with trousers.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def composed(overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def make_subject(name: str, arguments: argparse.Namespace, folder: Path) -> Subject:
+def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overrides: str) -> Subject:
     """One of SUBJECTS or REFERENCES on a network of its own, all of them from the same seed."""
     import torch
     from hydra.utils import instantiate
@@ -111,9 +111,10 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path) -> Subj
     make = partial(instantiate, _convert_="all")
     cfg = composed(
         [
-            "dataset=digits_trousers", "dataset.image_size=28", f"dataset.conditional={arguments.conditional}",
-            f"hardware={arguments.hardware}", f"budget.batch_size={arguments.batch_size}", "trainer.max_steps=1000000",
-            "trainer.log_every=10", *NETWORKS[arguments.network], *SUBJECTS.get(name, ["method=siss"]),
+            "dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
+            f"dataset.conditional={arguments.conditional}", f"hardware={arguments.hardware}",
+            f"budget.batch_size={arguments.batch_size}", "trainer.max_steps=1000000", "trainer.log_every=10",
+            *NETWORKS[arguments.network], *SUBJECTS.get(name, ["method=siss"]), *overrides,
         ]
     )  # fmt: skip
     hardware = make(cfg["hardware"])
@@ -238,7 +239,8 @@ def timing_of(subject: Subject, seconds: list[float], arguments: argparse.Namesp
 def peak_of(name: str, arguments: argparse.Namespace) -> float:
     """MiB that three steps need at their peak, besides Python, torch, data and weights, in a process of its own."""
     options = ["--network", arguments.network, "--hardware", arguments.hardware, "--conditional",
-               str(arguments.conditional).lower(), "--batch-size", str(arguments.batch_size)]  # fmt: skip
+               str(arguments.conditional).lower(), "--batch-size", str(arguments.batch_size), "--image-size",
+               str(arguments.image_size)]  # fmt: skip
     done = subprocess.run(
         [sys.executable, __file__, "--peak", name, *options], capture_output=True, text=True, check=True, cwd=ROOT
     )
@@ -264,9 +266,10 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     from unlearn_runner.evaluation.evaluator import Evaluator
 
     make = partial(instantiate, _convert_="all")
-    cfg = composed(["dataset=digits_trousers", "dataset.image_size=28", f"dataset.conditional={arguments.conditional}",
-                    f"hardware={arguments.hardware}", *NETWORKS[arguments.network], "evaluation.num_samples=500",
-                    "evaluation.classifier.max_steps=50"])  # fmt: skip
+    cfg = composed(["dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
+                    f"dataset.conditional={arguments.conditional}", f"hardware={arguments.hardware}",
+                    "evaluation.num_samples=500", "evaluation.classifier.max_steps=50",
+                    *NETWORKS[arguments.network]])  # fmt: skip
     hardware, evaluation = make(cfg["hardware"]), make(cfg["evaluation"])
     hardware.apply()
     data = make(cfg["dataset"]).load()
@@ -305,10 +308,11 @@ def processor() -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     """The table, and what stands above and below it."""
+    size = found["image_size"]
     lines = [
-        f"{found['network']} network ({found['parameters'] / 1e6:.1f}M weights), 28x28, batch {found['batch_size']}, "
-        f"{'conditional' if found['conditional'] else 'unconditional'}, {found['threads']} threads, "
-        f"{found['rounds']} rounds of {found['steps']} steps.",
+        f"{found['network']} network ({found['parameters'] / 1e6:.1f}M weights), {size}x{size}, "
+        f"batch {found['batch_size']}, {'conditional' if found['conditional'] else 'unconditional'}, "
+        f"{found['threads']} threads, {found['rounds']} rounds of {found['steps']} steps.",
         "",
         "| | ms a step (quartiles) | pairs/s | evaluations a pair | outside the passes | peak MiB | times as fast as |",
         "|---|---|---|---|---|---|---|",
@@ -335,6 +339,7 @@ def parser() -> argparse.ArgumentParser:
         default=[*REFERENCES, *SUBJECTS], help=f"of {', '.join([*REFERENCES, *SUBJECTS])} (default: all)")  # fmt: skip
     add("--conditional", type=lambda text: {"true": True, "false": False}[text], default=True, metavar="true|false")
     add("--batch-size", type=int, default=64)
+    add("--image-size", type=int, default=28)
     add("--hardware", default="auto", help="a group of conf/hardware")
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=5, help="of each subject in a round")
@@ -350,7 +355,7 @@ def main() -> None:
     if arguments.peak:
         print_peak(arguments.peak, arguments)
         return
-    for name in ("rounds", "steps", "warm_up", "batch_size"):
+    for name in ("rounds", "steps", "warm_up", "batch_size", "image_size"):
         if not getattr(arguments, name) > 0:
             sys.exit(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}.")
     if not arguments.conditional:  # distillation draws labels
@@ -369,7 +374,7 @@ def main() -> None:
         some = next(iter(subject.networks for subject in subjects.values() if subject.networks), None)
         device = torch.device("cuda" if torch.cuda.is_available() and arguments.hardware != "cpu" else "cpu")
         seconds = in_turns(subjects, arguments, device)
-        settings = ("network", "batch_size", "conditional", "hardware", "rounds", "steps")
+        settings = ("network", "batch_size", "image_size", "conditional", "hardware", "rounds", "steps")
         found: dict[str, Any] = {
             "processor": processor(),
             "cores": len(os.sched_getaffinity(0)),

@@ -105,7 +105,7 @@ class Hardware:
     def apply(self) -> None:
         """Set what is global to the process."""
         if self.threads is not None or self.processes > 1:
-            torch.set_num_threads(self.threads or max(1, _cores() // self.processes))
+            torch.set_num_threads(self.threads or max(1, cores() // self.processes))
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         torch.backends.cudnn.benchmark = not self.deterministic
         if self.device.type == "cpu":
@@ -134,7 +134,7 @@ class Hardware:
         return self.place(network)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

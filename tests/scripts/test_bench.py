@@ -76,8 +76,8 @@ def test_table_says_what_was_found():
     row = {"milliseconds": 100.0, "quartiles": (90.0, 110.0), "images_per_second": 640.0, "evaluations": 1.0,
            "outside": 0.021, "peak": 300.0}  # fmt: skip
     found = {
-        "network": "small", "parameters": 1.1e6, "batch_size": 64, "conditional": True, "threads": 2, "rounds": 3,
-        "steps": 4, "subjects": {"reference": row, "siss": row},
+        "network": "small", "parameters": 1.1e6, "batch_size": 64, "image_size": 28, "conditional": True,
+        "threads": 2, "rounds": 3, "steps": 4, "subjects": {"reference": row, "siss": row},
         "ratios": {"siss": {"of": "reference", "median": 1.5, "low": 1.4, "high": 1.6}},
     }  # fmt: skip
     lines = bench.markdown(found).splitlines()
@@ -100,7 +100,7 @@ def test_mistakes_get_one_sentence():
 @pytest.mark.slow
 def test_every_subject_runs(tmp_path):
     arguments = Namespace(
-        network="small", conditional=True, batch_size=4, hardware="cpu", rounds=1, steps=1, warm_up=1
+        network="small", conditional=True, batch_size=4, image_size=28, hardware="cpu", rounds=1, steps=1, warm_up=1
     )  # fmt: skip
     subjects = {name: bench.make_subject(name, arguments, tmp_path) for name in [*bench.REFERENCES, *bench.SUBJECTS]}
     seconds = bench.in_turns(subjects, arguments, torch.device("cpu"))
