@@ -236,8 +236,8 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
     [fingerprint] = {base["data"] for base in bases if base["pretraining"] == key["pretraining"]}
     data = copy.copy(digits) if experiment == "mnist_trousers_small" else Digits().load()
     image_shape = (3, 32, 32) if experiment == "cifar10_class_small" else (1, 28, 28)
-    data.spec = data.spec._replace(image_shape=image_shape)
-    data.__dict__["fingerprint"] = fingerprint  # all that is asked for but this and the number of contents
+    data.__dict__["spec"] = data.spec._replace(image_shape=image_shape)
+    data.__dict__["fingerprint"] = fingerprint  # no more is asked for, but the number of contents
 
     def build(seed: int):
         raise AssertionError("it would be trained")
