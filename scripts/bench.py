@@ -11,7 +11,6 @@ The reference is the plain loop of scripts/reference_loop.py. Pictures: scikit-l
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -344,10 +343,33 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=5, help="of each subject in a round")
     add("--warm-up", type=int, default=2, help="steps before anything is timed")
-    add("--json", type=Path, metavar="FILE", help="write all that was found, with the machine")
-    add("--markdown", type=Path, metavar="FILE", help="write the table")
+    add_files(parser)
     add("--peak", choices=[*REFERENCES, *SUBJECTS], help=argparse.SUPPRESS)
     return parser
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found, with the machine")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
+
+
+def require_sensible(arguments: argparse.Namespace, *positive: str) -> None:
+    """Exits with a sentence if one of these is not positive, or if what is found could not be written."""
+    for name in positive:
+        if not getattr(arguments, name) > 0:
+            sys.exit(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}.")
+    for file in filter(None, (arguments.json, arguments.markdown)):
+        if not file.parent.is_dir():
+            sys.exit(f"{file} cannot be written: there is no folder {file.parent}.")
+
+
+def hand_over(found: dict[str, Any], table: str, arguments: argparse.Namespace) -> None:
+    """To the terminal, and to the files asked for."""
+    print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(table)
 
 
 def main() -> None:
@@ -355,17 +377,13 @@ def main() -> None:
     if arguments.peak:
         print_peak(arguments.peak, arguments)
         return
-    for name in ("rounds", "steps", "warm_up", "batch_size", "image_size"):
-        if not getattr(arguments, name) > 0:
-            sys.exit(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}.")
+    require_sensible(arguments, "rounds", "steps", "warm_up", "batch_size", "image_size")
     if not arguments.conditional:  # distillation draws labels
         arguments.methods = [name for name in arguments.methods if name not in ("sfd", "multi_class")]
-    for file in filter(None, (arguments.json, arguments.markdown)):
-        if not file.parent.is_dir():
-            sys.exit(f"{file} cannot be written: there is no folder {file.parent}.")
 
     import torch
 
+    from unlearn_runner.hardware import cores
     from unlearn_runner.training.provenance import environment
 
     peaks = {name: peak_of(name, arguments) for name in arguments.methods}
@@ -377,7 +395,7 @@ def main() -> None:
         settings = ("network", "batch_size", "image_size", "conditional", "hardware", "rounds", "steps")
         found: dict[str, Any] = {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             **environment(),
             **{name: getattr(arguments, name) for name in settings},
             "parameters": sum(weight.numel() for weight in some[0].parameters()) if some else 0,
@@ -392,13 +410,8 @@ def main() -> None:
             by_round = sorted(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
             found["ratios"][name] = {"of": other, "median": median(by_round), "low": by_round[0], "high": by_round[-1]}
     found |= {"evaluation": drawing(arguments), "start_up": start_up()}
-    text = markdown(found)
-    print(text)
+    hand_over(found, markdown(found), arguments)
     print({name: round(value, 2) for name, value in (found["evaluation"] | found["start_up"]).items()})
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
 
 
 if __name__ == "__main__":

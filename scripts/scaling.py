@@ -21,7 +21,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from scripts.bench import NETWORKS, SUBJECTS, make_subject, processor  # noqa: E402
+from scripts.bench import (  # noqa: E402
+    NETWORKS,
+    SUBJECTS,
+    add_files,
+    hand_over,
+    make_subject,
+    processor,
+    require_sensible,
+)
 
 
 class Case(NamedTuple):
@@ -31,6 +39,11 @@ class Case(NamedTuple):
     image_size: int = 28
     processes: int = 1  # that share a step
     jobs: int = 1  # at the same time
+
+    @property
+    def alone(self) -> "Case":
+        """The same step in one process of one job, whose operations it has."""
+        return self._replace(processes=1, jobs=1)
 
 
 class Cost(NamedTuple):
@@ -75,7 +88,7 @@ def cost_of(method: str, network: str, case: Case) -> Cost:
     from torch.utils.flop_counter import FlopCounterMode
 
     with tempfile.TemporaryDirectory() as folder:
-        subject = subject_of(method, network, case._replace(processes=1), Path(folder))
+        subject = subject_of(method, network, case.alone, Path(folder))
         subject.run(1)
         with FlopCounterMode(display=False) as counter:
             subject.run(1)
@@ -171,8 +184,7 @@ def parser() -> argparse.ArgumentParser:
     add("--network", choices=NETWORKS, default="small", help="the paper's UNet, or one of 1.1M weights")
     add("--rounds", type=int, default=3, help="each case is timed once in each")
     add("--steps", type=int, default=5, help="of a case in a round")
-    add("--json", type=Path, metavar="FILE", help="write all that was found")
-    add("--markdown", type=Path, metavar="FILE", help="write the table")
+    add_files(parser)
     for hidden, kind in (("--job", str), ("--meeting", Path), ("--number", int)):
         add(hidden, type=kind, help=argparse.SUPPRESS)
     return parser
@@ -185,10 +197,12 @@ def main() -> None:
         task = (arguments.method, arguments.network, case, arguments.steps, arguments.meeting, arguments.number)
         print(json.dumps(in_processes("timed", task, case.processes) if case.processes > 1 else timed(*task)))
         return
+    require_sensible(arguments, "rounds", "steps")
     from unlearn_runner.hardware import cores
 
     cases = (*SETTLING, *PREDICTED)
-    costs = {case: cost_of(arguments.method, arguments.network, case) for case in cases}
+    counted = {case: cost_of(arguments.method, arguments.network, case) for case in {case.alone for case in cases}}
+    costs = {case: counted[case.alone] for case in cases}
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
     for round in range(arguments.rounds):
         for case in cases[round % len(cases) :] + cases[: round % len(cases)]:
@@ -207,11 +221,7 @@ def main() -> None:
             for case in cases
         ],
     }  # fmt: skip
-    print(text := markdown(found))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+    hand_over(found, markdown(found), arguments)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ def test_two_cases_settle_the_model():
     assert found.seconds(Case(jobs=4), large) == pytest.approx(0.9), "two on each"
 
 
+def test_same_steps_are_counted_once():
+    assert Case(16, 40, processes=2, jobs=4).alone == Case(16, 40)
+
+
 def test_operations_are_counted():
     """Those of naive deletion, whose passes are of the whole batch: three times forward, but for the first layer."""
     two, four = (scaling.cost_of("naive_deletion", "small", Case(batch, 8)) for batch in (2, 4))
