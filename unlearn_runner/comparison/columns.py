@@ -12,8 +12,9 @@ COLUMNS = (
     "forget_rate_paraphrases", "clip_score_retain", "fid_base_retain", "attack_success",
     "deletion_steps", "lasting_deletion_steps", "reached/steps", "reached/seconds", "reached/restored_rate",
     "reached/retain_accuracy", "reached/fid_retain", "reached/kid_retain",
-    "mean/lambda/value", "mean/grad_variance/update", "cost/seconds", "cost/network_evaluations",
-    "cost/network_evaluations_per_sample", "cost/policy_network_evaluations", "cost/peak_memory_gb",
+    "mean/lambda/value", "mean/grad_variance/update", "mean/grad_variance/policy", "cost/seconds",
+    "cost/network_evaluations", "cost/network_evaluations_per_sample", "cost/policy_network_evaluations",
+    "cost/peak_memory_gb",
 )  # fmt: skip
 HEADLINES = (
     "forget_rate", "restored_rate", "retain_accuracy", "fid_retain", "ssim_retain", "nll_retain", "mia_auc",
