@@ -255,13 +255,15 @@ def test_rewards_by_hand(clip):
     found = Reward(clip, labels, "probability")(images, asked)
     sevens = chances[:, 2] + chances[:, 3]
     torch.testing.assert_close(found, torch.stack([chances[0, 0], chances[1, 1], 1 - sevens[2], 1 - sevens[3]]))
+    soft = Reward(clip, labels, "probability", temperature=0.5)(images, asked)
+    torch.testing.assert_close(soft[:2], (2 * cosines).softmax(1).diagonal()[:2])
     similar = Reward(clip, labels, "similarity")(images, asked)
     own = (1 + cosines.diagonal()) / 2
     torch.testing.assert_close(similar, torch.cat([own[:2], 1 - own[2:]]))
     replaced = Reward(clip, labels, "similarity", override="an eight")(images, asked)
     eight = (clip.of_images(images) @ clip.of_texts(["an eight"]).T)[:, 0]
     torch.testing.assert_close(replaced, torch.cat([own[:2], (1 + eight[2:]) / 2]))
-    for rewards in (found, similar, replaced):
+    for rewards in (found, soft, similar, replaced):
         assert ((rewards >= 0) & (rewards <= 1)).all()
 
 
@@ -282,7 +284,7 @@ def test_divergence_from_the_base_pulls_back(clip):
         "reward": torch.sigmoid, "num_rollouts": 64, "clip_range": 0.2,
         "update": partial(Update, optimizer=partial(torch.optim.Adam, lr=0.05)),
     }  # fmt: skip
-    free, held = toy_method(clip, **settings), toy_method(clip, kl_weight=10.0, **settings)
+    free, held = toy_method(clip, **settings), toy_method(clip, kl_weight=10.0, kl_prompts="all", **settings)
     for method in (free, held):
         start = torch.cat([weight.detach().clone() for weight in method.trained.parameters()])
         metrics = [method.step(NOTHING) for _ in range(6)]
@@ -290,6 +292,27 @@ def test_divergence_from_the_base_pulls_back(clip):
     assert metrics[0]["loss/kl"] < metrics[1]["loss/kl"]
     assert held.moved < free.moved / 1.5
     assert held.networks[1].network_evaluations > 0
+
+
+def test_divergence_holds_the_prompts_that_it_is_asked_for(clip):
+    """By hand on moved weights; half of the roll-outs are under the forget label."""
+    found = {}
+    for prompts in ("retain", "all"):
+        method = toy_method(clip, reward=torch.sigmoid, kl_weight=1.0, kl_prompts=prompts)
+        method.begin()
+        rollouts = method.roll_out(method._draw_labels())
+        with torch.no_grad():
+            for weight in method.trained.parameters():
+                weight += 0.1
+        rows, steps = torch.arange(8), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
+        scored, base = (method.score(model, rollouts, rows, steps) for model in (method.trained, method.base))
+        kl = torch.distributions.kl_divergence(
+            *(torch.distributions.Normal(part.mean, part.std.expand_as(part.mean)) for part in (scored, base))
+        )
+        held = torch.ones(8) if prompts == "all" else (~method.reward.to_forget(rollouts.labels)).float()
+        found[prompts] = method._divergence(scored, rollouts, rows, steps)
+        torch.testing.assert_close(found[prompts], (kl.flatten(1).mean(1) * held).mean(), rtol=1e-5, atol=1e-7)
+    assert 0 < found["retain"] < found["all"]
 
 
 def test_reward_that_is_no_number_stops_the_run(clip):

@@ -26,6 +26,7 @@ from unlearn_runner.models.sampling import ddim_step, ladder
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
 
 SIGHTS = ("noisy", "clean")
+KL_PROMPTS = ("retain", "all")
 REWARDS = ("probability", "similarity")
 
 
@@ -112,14 +113,24 @@ class Reward:
     """What CLIP says of a picture, in [0, 1]: on retain prompts how well it shows what was asked for, on forget prompts
     how little.
 
-    "probability": CLIP's zero-shot probability of a content, summed over all prompts that ask for it; "similarity":
-    (1 + cosine of picture and prompt) / 2. With an `override`, a text, forget prompts are rewarded for showing that.
+    "probability": CLIP's zero-shot probability of a content, summed over all prompts that ask for it, at `temperature`
+    (null: CLIP's own); "similarity": (1 + cosine of picture and prompt) / 2. With an `override`, a text, forget prompts
+    are rewarded for showing that.
     """
 
-    def __init__(self, clip: Clip, labels: Labels, kind: str = "similarity", override: str | None = None):
+    def __init__(
+        self,
+        clip: Clip,
+        labels: Labels,
+        kind: str = "similarity",
+        override: str | None = None,
+        temperature: float | None = None,
+    ):
         if kind not in REWARDS:
             raise ConfigurationError(f"method.reward must be one of {', '.join(REWARDS)}; got '{kind}'.")
-        self.clip, self.kind, self.override = clip, kind, override
+        if temperature is not None and not temperature > 0:
+            raise ConfigurationError(f"method.temperature must be positive, or null, got {temperature}.")
+        self.clip, self.kind, self.override, self.temperature = clip, kind, override, temperature
         self.labels = labels
         self._texts: Tensor | None = None
 
@@ -140,7 +151,8 @@ class Reward:
         if self.kind == "similarity":
             asked, replacement = (1 + cosines[torch.arange(len(labels)), labels]) / 2, (1 + cosines[:, -1]) / 2
         else:
-            chances = (self.clip.scale * cosines).softmax(1)
+            scale = self.clip.scale if self.temperature is None else 1 / self.temperature
+            chances = (scale * cosines).softmax(1)
             contents = torch.tensor(self.labels.contents, device=labels.device)
             same = contents[labels][:, None] == contents[None]
             asked, replacement = (chances[:, :n] * same).sum(1), chances[:, -1]
@@ -232,9 +244,10 @@ class CriticGuided(Method):
         reuse: earlier rounds learnt from besides the own one, at most `max_staleness` rounds old, each step with the
             importance weight pi_start / pi_behaviour, at most `max_weight`. The weight corrects for the choice of the
             action, not for how often the state is met.
-        kl_weight: of KL(pi_theta || pi_base) of each step, divided by the number of entries.
+        kl_weight: of KL(pi_theta || pi_base) of each step under `kl_prompts`, "retain" or "all", divided by the number
+            of entries.
         history, least_history: see `PromptStatistics`.
-        reward, override: see `Reward`.
+        reward, temperature, override: see `Reward`.
     """
 
     def __init__(
@@ -264,9 +277,11 @@ class CriticGuided(Method):
         max_staleness: int = 2,
         max_weight: float = 2.0,
         kl_weight: float = 0.0,
+        kl_prompts: str = "retain",
         history: int = 32,
         least_history: int = 8,
         reward: str = "similarity",
+        temperature: float | None = None,
         override: str | None = None,
         seed: int = 0,
     ):
@@ -301,11 +316,12 @@ class CriticGuided(Method):
                 f"method.minibatches must be at most the steps that a round learns from, got {minibatches} for "
                 f"num_rollouts={num_rollouts} of num_inference_steps={num_inference_steps}."
             )
-        if critic_sees not in SIGHTS:
-            raise ConfigurationError(f"method.critic_sees must be one of {', '.join(SIGHTS)}; got '{critic_sees}'.")
+        for name, value, known in (("critic_sees", critic_sees, SIGHTS), ("kl_prompts", kl_prompts, KL_PROMPTS)):
+            if value not in known:
+                raise ConfigurationError(f"method.{name} must be one of {', '.join(known)}; got '{value}'.")
         self.reads = Streams(retain=None, forget=False)
         self.trained, self.clip, self.labels = model, clip, labels
-        self.reward = Reward(clip, labels, reward, override)
+        self.reward = Reward(clip, labels, reward, override, temperature)
         self.kinds = torch.isin(torch.arange(len(labels.names)), torch.tensor(labels.forget))
         self.num_rollouts, self.num_forget = num_rollouts, round(forget_share * num_rollouts)
         self.times = ladder(model.num_train_timesteps, num_inference_steps)
@@ -314,7 +330,8 @@ class CriticGuided(Method):
         self.clip_range, self.max_advantage, self.min_std, self.trace = clip_range, max_advantage, min_std, trace
         self.critic_sees, self.critic_steps, self.critic_batch = critic_sees, critic_steps, critic_batch
         self.critic_warmup = 0 if critic_update is None else critic_warmup
-        self.reuse, self.max_weight, self.kl_weight = reuse, max_weight, kl_weight
+        self.reuse, self.max_weight = reuse, max_weight
+        self.kl_weight, self.kl_prompts = kl_weight, kl_prompts
         self.statistics = PromptStatistics(len(labels.names), history, least_history)
         self.memory = Memory(max_staleness)
         self.update = update(model)
@@ -452,9 +469,7 @@ class CriticGuided(Method):
                 loss = policy_loss(log_ratio, advantages[r, k], weights[r, k], self.clip_range)
                 sums["loss/policy"] += loss.detach() * share
                 if self.base is not None:
-                    with torch.no_grad():
-                        base = self.score(self.base, joined, r, k)
-                    kl = ((scored.mean - base.mean) / scored.std).square().flatten(1).mean(1).mean() / 2
+                    kl = self._divergence(scored, joined, r, k)
                     sums["loss/kl"] += kl.detach() * share
                     loss = loss + self.kl_weight * kl
                 gradient = gradient + self.update.gradient(loss) * share
@@ -474,6 +489,18 @@ class CriticGuided(Method):
             of_reused = weights[rows[reused], steps[reused]]
             found["weights/ess_reuse"] = of_reused.sum().square() / (len(of_reused) * of_reused.square().sum())
         return found
+
+    def _divergence(
+        self, scored: Move, rollouts: Rollouts, rows: Int64[Tensor, "n"], steps: Int64[Tensor, "n"]
+    ) -> Float[Tensor, ""]:
+        """KL(pi_theta || pi_base) in nats an entry of x, mean over all these steps; 0 where it does not apply."""
+        held = ~self.reward.to_forget(rollouts.labels[rows]) | (self.kl_prompts == "all")
+        if not held.any():
+            return scored.mean.new_zeros(())
+        with torch.no_grad():
+            base = self.score(self.base, rollouts, rows[held], steps[held])
+        apart = (scored.mean[held] - base.mean) / scored.std[held]
+        return apart.square().flatten(1).mean(1).sum() / 2 / len(rows)
 
     def _teach_critic(self, rollouts: Rollouts) -> Metrics:
         """Squared error of the terminal reward at states of this round's roll-outs, all steps equally often."""

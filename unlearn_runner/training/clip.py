@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner.cache import cached, write_json
@@ -23,13 +24,15 @@ class ClipTraining:
     """The recipe. Each step has `groups` groups of pairs; the loss tells the pairs of a group apart.
 
     A group has one picture of every content under one of its captions: no two pairs of it fit each other, as those of a
-    random batch of few captions would.
+    random batch of few captions would. With `corrupt` each picture is altered before it is looked at (`corrupted`): a
+    CLIP of clean pictures alone can be led astray by what a policy that is rewarded by it draws.
     """
 
     corpus: Dataset
     max_steps: int = 600
     groups: int = 8
     learning_rate: float = 1e-3
+    corrupt: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,8 +88,11 @@ def _train(
     generator = make_generator(recipe.seed, "clip")
     for step in range(1, recipe.max_steps + 1):
         rows = torch.stack([_draw(part, recipe.groups, generator) for part in rows_of], dim=1)  # [groups, contents]
-        images, labels, _ = pool.select(rows.flatten())
-        features = torch.nn.functional.normalize(network.visual(clip.pixels(to_unit_range(images.to(device)))), dim=1)
+        pixels, labels, _ = pool.select(rows.flatten())
+        images = to_unit_range(pixels)
+        if recipe.corrupt:
+            images = corrupted(images, generator)
+        features = F.normalize(network.visual(clip.pixels(images.to(device))), dim=1)
         wanted, which = labels.unique(return_inverse=True)
         texts = network.encode_text(tokens[wanted.to(device)], normalize=True)[which.to(device)]
         loss = torch.stack(
@@ -109,6 +115,43 @@ def _train(
     clip.save(folder)
     seen = pool.select(torch.randperm(len(pool), generator=generator)[:2000])
     write_json(folder / "report.json", {"zero_shot_accuracy": _zero_shot(clip, captions, pool, seen)})
+
+
+def corrupted(images: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h w"]:
+    """Images in [-1, 1], each moved, its strokes thickened or thinned, blurred, brightened, tinted or noised at random,
+    as far as one can still tell what it shows."""
+    b, c, h, w = images.shape
+
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand((b, *shape), generator=generator)
+
+    def some(share: float) -> Tensor:
+        return torch.rand((b, 1, 1, 1), generator=generator) < share
+
+    # moved: turned by up to 9 degrees, stretched, shifted
+    angle, wide, high, right, down = (
+        between(*limits) for limits in ((-0.15, 0.15), (0.85, 1.2), (0.85, 1.2), (-0.15, 0.15), (-0.15, 0.15))
+    )
+    rows = ((wide * angle.cos(), -wide * angle.sin(), right), (high * angle.sin(), high * angle.cos(), down))
+    places = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    x = F.grid_sample(images / 2 + 0.5, F.affine_grid(places, images.shape, align_corners=False), align_corners=False)
+
+    # strokes
+    thick, thin = F.max_pool2d(x, 3, 1, 1), -F.max_pool2d(-x, 2, 1, 1)[..., :h, :w]
+    x = torch.where(some(0.25), thick, torch.where(some(0.33), thin, x))
+
+    # blurred
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.where(some(0.5), x.lerp(blurred, between(0.0, 1.0, 1, 1, 1)), x)
+
+    # brightened or darkened, tinted, on a lighter ground
+    x = x * between(0.4, 1.8, 1, 1, 1) * (1 + 0.15 * torch.randn((b, c, 1, 1), generator=generator))
+    x = x + some(0.5) * between(0.0, 0.25, 1, 1, 1)
+
+    # noised, coarsely or finely
+    fine = 0.7 * torch.randn((b, 1, h, w), generator=generator) + 0.3 * torch.randn((b, c, h, w), generator=generator)
+    noise = torch.where(some(0.5), fine, F.interpolate(fine[..., ::2, ::2], (h, w), mode="bilinear"))
+    return (x + some(0.7) * between(0.0, 0.3, 1, 1, 1) * noise).clamp(0, 1) * 2 - 1
 
 
 def _draw(rows: Int64[Tensor, "n"], count: int, generator: torch.Generator) -> Int64[Tensor, "{count}"]:
