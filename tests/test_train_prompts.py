@@ -65,6 +65,15 @@ def test_run_on_pictures_that_come_with_the_runner(run, method):
     assert pictures.shape == (1, 3, 16, 16)
 
 
+def test_generator_of_one_step_has_every_score_but_the_attacks(run):
+    """The attack descends a denoising loss, which it has none of."""
+    scores = summary(run(*SMALL, "method=sfd", "method.batch_size=4"))["metrics"]
+    for key in ("forget_rate", "retain_accuracy", "forget_rate_paraphrases", "clip_score_retain"):
+        assert {f"base/{key}", f"eval/{key}"} <= set(scores), key
+    assert "base/attack_success" in scores
+    assert "eval/attack_success" not in scores
+
+
 def test_run_on_what_the_base_draws(run, shared_cache):
     more = (
         *SMALL,

@@ -189,6 +189,8 @@ class Evaluator:
             with clock(name):
                 rows[name] = metric.measure(model, self.data)
         for name, metric in self.on_prompts.items() if model.prompts is not None else ():
+            if not metric.applies_to(model):
+                continue
             with clock(name):
                 rows[name] = metric.measure(model, self.data, self.judge, self.clip)
         scores = from_first(lambda: self._score(judged, rows, clock, before))

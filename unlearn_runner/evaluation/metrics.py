@@ -89,6 +89,10 @@ class PromptMetric(ABC):
 
     needs_clip: bool
 
+    def applies_to(self, model: GenerativeModel) -> bool:
+        """Whether this kind of model can be asked; the scores of another are left out."""
+        return True
+
     @abstractmethod
     def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
         """Tables with a row for each picture. The model is one that can `embed` texts."""

@@ -13,7 +13,7 @@ from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge
 from unlearn_runner.evaluation.metrics import PromptMetric, share
 from unlearn_runner.models.clip import Clip
-from unlearn_runner.models.model import GenerativeModel, evaluating
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
 from unlearn_runner.types import make_generator
 
 
@@ -111,7 +111,7 @@ class Robustness(PromptMetric):
 
     As Concept Inversion (2308.01508) has it: the embedding, begun at that of a retain prompt, descends the denoising
     loss of the forget images, the model's weights held fixed. `num_restarts` begin at as many prompts; the best
-    counts.
+    counts. A generator of one step has no such loss and no score.
     """
 
     needs_clip = False
@@ -133,6 +133,9 @@ class Robustness(PromptMetric):
         self.num_restarts, self.num_steps, self.batch_size = num_restarts, num_steps, batch_size
         self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
         self.num_inference_steps = num_inference_steps
+
+    def applies_to(self, model: GenerativeModel) -> bool:
+        return isinstance(model, DiffusionModel)
 
     def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
         generator = make_generator(self.seed, "robustness", judge.device)
