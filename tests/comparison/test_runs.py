@@ -29,6 +29,24 @@ def test_seconds_and_seeds_are_no_facts(tmp_path):
     assert a.facts["model.width"] == 8
 
 
+def test_a_clip_that_each_seed_trains_is_its_recipe(tmp_path):
+    """One that was read from elsewhere is its weights."""
+    for seed, clip in enumerate([{"training": {"seed": 0, "steps": 5}}, {"training": {"seed": 1, "steps": 5}}]):
+        parts = {"model": {"pretraining": {"autoencoder": {"seed": seed}}}, "clip": clip}
+        make_run(tmp_path / "a", "siss", seed, {}, provenance=changed(clip_digest=f"{seed}"), config=parts)
+        make_run(tmp_path / "b", "siss", seed, {}, provenance=changed(clip_digest=f"{seed}"), config={"clip": {}})
+    make_run(
+        tmp_path / "a", "ddpo", 0, {}, provenance=changed(clip_digest="0"),
+        config=parts | {"clip": {"training": {"seed": 0, "steps": 6}}},
+    )  # fmt: skip
+    longer, *same = sorted(read_runs([tmp_path / "a"]).runs, key=lambda run: run.label)
+    assert same[0].facts == same[1].facts
+    assert longer.facts != same[0].facts
+    assert longer.facts["clip.training.steps"] == 6
+    a, b = read_runs([tmp_path / "b"]).runs
+    assert a.facts != b.facts
+
+
 def test_the_oracle_as_a_method_has_the_budget_of_the_others(tmp_path):
     budget = {"max_steps": 10, "batch_size": 4}
     make_run(tmp_path, "siss", 0, {}, config={"budget": budget})

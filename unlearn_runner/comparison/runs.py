@@ -163,26 +163,30 @@ def facts_of(config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
     if plan.get("init") == "scratch":  # retraining, the oracle as a method, has the base's own budget
         plan = config.get("budget") or {}
     model = config.get("model") or {}
-    training = {key: value for key, value in flat(model.get("pretraining") or {}).items() if key != "seed"}
+    clip, no_score = config.get("clip") or {}, NO_SCORE
+    trained_here = "clip_digest" in evaluation and clip.get("training")
+    if trained_here:  # its recipe says what it is: each seed trains its own
+        no_score = (*no_score, "clip_digest")
     facts = {
         "dataset": choices.get("dataset"),
         "model": choices.get("model"),
         "steps": plan.get("max_steps"),
         "batch_size": plan.get("batch_size"),
         **{f"model.{key}": value for key, value in flat(model.get("network") or {}).items() if key != "weights"},
-        **{f"base training.{key}": value for key, value in training.items()},
+        **{f"base training.{key}": value for key, value in settings_of(model.get("pretraining") or {}).items()},
+        **{f"clip.{key}": value for key, value in (settings_of(clip) if trained_here else {}).items()},
         **{
             f"evaluation.{key}": value
-            for key, value in flat({key: part for key, part in evaluation.items() if key not in NO_SCORE}).items()
+            for key, value in flat({key: part for key, part in evaluation.items() if key not in no_score}).items()
         },
     }
     return {key: value for key, value in facts.items() if value is not None}
 
 
-def settings_of(method: dict[str, Any]) -> dict[str, Any]:
-    """A method's settings but for seeds and for places, which differ between runs of one setting."""
+def settings_of(part: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a part of a configuration but for seeds and for places, which differ between runs of one setting."""
     return {
         key: value
-        for key, value in flat(method).items()
+        for key, value in flat(part).items()
         if key.rpartition(".")[2] != "seed" and not (isinstance(value, str) and os.sep in value)
     }
