@@ -30,6 +30,7 @@ from unlearn_runner.training.trainer import Plan, Trainer, identity_of
 from unlearn_runner.types import make_generator
 
 VERSION = 1  # raise it when the same recipe comes to give other weights
+AFTER_THE_BASE = ("trainable", "lora_rank", "gradient_checkpointing", "guidance_scale")  # leave its weights as they are
 TITLES = {"all": "training the base model", "retain": "training the oracle, which never sees the forget set"}
 
 
@@ -98,7 +99,8 @@ def pretrained(
         learn(network, recipe, population, folder, TITLES[population], lambda model: model.save(folder / "model"))
 
     kind = {"all": "bases", "retain": "oracles"}[population]
-    key = {**key, "version": VERSION, "data": data.fingerprint, "population": population}
+    learnt = {name: value for name, value in key["network"].items() if name not in AFTER_THE_BASE}
+    key = {**key, "network": learnt, "version": VERSION, "data": data.fingerprint, "population": population}
     return cached(cache_dir, kind, key, make, together=True) / "model"
 
 
