@@ -88,7 +88,9 @@ def test_run_on_what_the_base_draws(run, shared_cache):
     others = ("dataset.concept=a seven", "dataset.retain_concepts=[trousers,a one]", "model.network.trainable=lora")
     second = run(*more, *others, folder="b")
     assert len(list((shared_cache / "drawn").glob("*/images.safetensors"))) == len(drawn) + 1
-    assert len(list((shared_cache / "bases").glob("*/model"))) == bases, "one base for all concepts and all ways to train"
+    assert len(list((shared_cache / "bases").glob("*/model"))) == bases, (
+        "one base for all concepts and all ways to train"
+    )
     for folder in (first, second):
         assert summary(folder)["status"] == "finished"
 

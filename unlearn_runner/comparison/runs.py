@@ -184,7 +184,7 @@ def facts_of(config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
 
 
 def settings_of(part: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a part of a configuration but for seeds and for places, which differ between runs of one setting."""
+    """A part's settings but for seeds and for places, which differ between runs of one setting."""
     return {
         key: value
         for key, value in flat(part).items()
