@@ -150,6 +150,17 @@ def test_runs_not_measured_alike_stand_in_two_tables(tmp_path, more, said):
     assert "not measured alike" in found.remarks[0]
 
 
+def test_tables_keep_their_order_whenever_files_were_written(tmp_path):
+    titles = []
+    for order in ("abc", "cab", "bca"):
+        for label in order:
+            make_run(
+                tmp_path / order, label, 0, {}, config={"trainer": {"max_steps": 10 * ord(label), "batch_size": 4}}
+            )
+        titles.append([table.title for table in comparison(tmp_path / order).tables])
+    assert titles == [["steps 970", "steps 980", "steps 990"]] * 3
+
+
 def test_a_fact_that_an_older_run_does_not_tell_separates_nothing(tmp_path):
     evaluation = {key: value for key, value in PROVENANCE["evaluation"].items() if key != "data"}
     make_run(tmp_path, "a", 0, {"eval/forget_rate": 0.1})

@@ -131,8 +131,8 @@ def test_runs_measured_differently_stand_in_tables_of_their_own(tmp_path):
     make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1})
     make_run(tmp_path, "neg_grad", 0, {"eval/forget_rate": 0.1}, provenance=changed(sampler="ddpm"))
     done = command(tmp_path)
-    assert "Table 1: sampler ddim" in done.stdout
-    assert "Table 2: sampler ddpm" in done.stdout
+    assert "Table 1: sampler ddpm" in done.stdout
+    assert "Table 2: sampler ddim" in done.stdout
     assert "not measured alike" in done.stdout
 
 

@@ -40,12 +40,13 @@ class Cell(NamedTuple):
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
-    """Runs whose facts agree wherever both have them; the largest group first.
+    """Runs whose facts agree wherever both have them; the largest group first, then by label.
 
-    An older run that does not tell a fact joins the first group that it does not contradict.
+    An older run that does not tell a fact joins the first group that it does not contradict. When files were written
+    plays no part: after a clone that says nothing.
     """
     alike: dict[frozenset, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.label, run.folder)):
         alike.setdefault(frozenset(run.facts.items()), []).append(run)
     groups: list[Group] = []
     for together in sorted(alike.values(), key=lambda together: (-len(together[0].facts), -len(together))):
@@ -57,7 +58,7 @@ def groups_of(runs: list[Run]) -> list[Group]:
                 break
         else:
             groups.append(Group(dict(facts), list(together)))
-    return sorted(groups, key=lambda group: -len(group.runs))
+    return sorted(groups, key=lambda group: (-len(group.runs), min(run.label for run in group.runs)))
 
 
 def what_differs(groups: list[Group]) -> tuple[list[str], int]:
