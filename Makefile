@@ -8,7 +8,7 @@ METHODS ?= naive_deletion,neg_grad,erase_diff,siss,siss_no_is
 SEEDS ?= 0,1,2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run table bench scaling test test-all lint format clean clean-cache
+.PHONY: help install run table bench scaling test test-all test-gpu lint format clean clean-cache
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: install ## the default tests: two CPU cores, no network, under 10 minutes
 
 test-all: test ## the slow tests too, which measure seconds and so run alone
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: install ## those that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 lint: install ## what ruff finds wrong
 	$(BIN)/ruff check .

@@ -3,6 +3,8 @@
     python scripts/bench.py                                   # every method on the 1.1M network, minutes
     python scripts/bench.py --network paper --methods siss siss_no_is --steps 3
     python scripts/bench.py --json bench.json --markdown bench.md
+    python scripts/bench.py --hardware single_gpu --network paper --only steps --methods reference siss_float32 siss
+    python scripts/bench.py --hardware single_gpu --only utilisation     # a UNet of Stable Diffusion 1.5's size
 
 All that is compared runs in turns, a few steps each, round after round, so that a machine that grows slower does not
 favour whoever came first. A ratio is the median over rounds of one round's ratio. Nothing else may run meanwhile.
@@ -43,6 +45,12 @@ SUBJECTS = {
     "adaptive_unsplit": ["method=adaptive_siss", "method.split=false", *PLAIN],
     "siss_unsplit": ["method=siss", "method.split=false", *PLAIN],
     "siss_default": ["method=siss"],
+    "siss_float32": ["method=siss", "hardware.mixed_precision=no", *PLAIN],
+    "siss_unreplayed": ["method=siss", "hardware.mixed_precision=no", "hardware.cuda_graphs=false", *PLAIN],
+    "siss_split": ["method=siss", "hardware.mixed_precision=no", "method.split=true", *PLAIN],
+    "siss_compiled": ["method=siss", "hardware.compile=true", *PLAIN],
+    "stale_float32": ["method=siss", "hardware.mixed_precision=no", "method.norm_every=10", *PLAIN],
+    "no_is_float32": ["method=siss_no_is", "hardware.mixed_precision=no", PLAIN[0]],
     "naive_deletion": ["method=naive_deletion", PLAIN[0]],
     "neg_grad": ["method=neg_grad", PLAIN[0]],
     "erase_diff": ["method=erase_diff", PLAIN[0]],
@@ -54,8 +62,12 @@ SUBJECTS = {
 COMPARED = {  # whose ratio to whom is worth a line
     "siss": "reference", "siss_stale": "reference", "siss_default": "reference", "siss_no_is": "reference_no_is",
     "siss_channels_last": "reference", "no_is_channels_last": "reference_no_is",
+    "siss_float32": "reference", "siss_unreplayed": "reference", "siss_split": "reference",
+    "siss_compiled": "reference", "stale_float32": "reference", "no_is_float32": "reference_no_is",
     "adaptive_unsplit": "siss_unsplit", "rl_ppo": "siss_unsplit", "rl_sac": "siss_unsplit",
 }  # fmt: skip
+ON_A_GPU = ("siss_float32", "siss_unreplayed", "siss_split", "siss_compiled", "stale_float32", "no_is_float32")
+PARTS = ("steps", "peaks", "evaluation", "start-up", "utilisation")
 ROLLOUT = 25  # steps of an agent between two updates of its policy: it runs so many at a time
 
 
@@ -170,6 +182,8 @@ def passes_timed(device: Any) -> Iterator[list[float]]:
     import torch
     from diffusers import UNet2DModel
 
+    from unlearn_runner.graphs import Recording
+
     spent = [0.0]
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,12 +197,15 @@ def passes_timed(device: Any) -> Iterator[list[float]]:
 
         return call
 
-    forward, grad, backward = UNet2DModel.forward, torch.autograd.grad, torch.autograd.backward
-    UNet2DModel.forward, torch.autograd.grad, torch.autograd.backward = timed(forward), timed(grad), timed(backward)
+    passes = [(UNet2DModel, "forward"), (Recording, "forward"), (torch.autograd, "grad"), (torch.autograd, "backward")]
+    originals = [getattr(owner, name) for owner, name in passes]
+    for (owner, name), original in zip(passes, originals, strict=True):
+        setattr(owner, name, timed(original))
     try:
         yield spent
     finally:
-        UNet2DModel.forward, torch.autograd.grad, torch.autograd.backward = forward, grad, backward
+        for (owner, name), original in zip(passes, originals, strict=True):
+            setattr(owner, name, original)
 
 
 def synchronise(device: Any) -> None:
@@ -281,6 +298,62 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     return {"drawing": found.seconds["sampling"], "scoring": scoring}
 
 
+def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
+    """What training all weights of a UNet of Stable Diffusion 1.5's size makes of a GPU's arithmetic.
+
+    A step of naive deletion. The operations of its passes are counted, forward and back; the rate they are held against
+    is that of a large matrix product in bf16, timed here. Random weights, random latents of 64x64.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from pipelines import sd15_sized
+
+    from unlearn_runner.hardware import Hardware
+    from unlearn_runner.methods.denoising import Denoising
+    from unlearn_runner.methods.method import Update
+    from unlearn_runner.types import Batch
+
+    hardware = Hardware("cuda", channels_last=None, mixed_precision=None, deterministic=False, cuda_graphs=None)
+    hardware.apply()
+    model = hardware.prepare(sd15_sized("full"))
+    model.freeze_for_unlearning()
+    method = Denoising(model, partial(Update, optimizer=torch.optim.AdamW), torch.Generator("cuda").manual_seed(0))
+    size = arguments.batch_size
+    latents, cond = torch.randn((size, 4, 64, 64), device="cuda"), torch.zeros(size, dtype=torch.int64, device="cuda")
+    batch = Batch(latents, None, cond, None, 0.0)
+
+    def timed(step: Callable[[], Any], times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return median(seconds)
+
+    with FlopCounterMode(display=False) as counter:
+        method.step(batch)
+    operations = counter.get_total_flops()
+    timed(lambda: method.step(batch), 3)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: method.step(batch), arguments.rounds)
+    one, other = (torch.randn((8192, 8192), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    timed(lambda: one @ other, 5)
+    rate = 2 * 8192**3 / timed(lambda: one @ other, 20)
+    return {
+        "batch_size": size,
+        "seconds_per_step": seconds,
+        "teraflop_per_step": operations / 1e12,
+        "teraflop_per_second": operations / seconds / 1e12,
+        "matrix_product_teraflop_per_second": rate / 1e12,
+        "share_of_matrix_product": operations / seconds / rate,
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
 def start_up() -> dict[str, float]:
     """Seconds until `main` begins, and of a run of nothing but its parts; medians of three."""
 
@@ -305,6 +378,10 @@ def processor() -> str:
     )
 
 
+def milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The table, and what stands above and below it."""
     size = found["image_size"]
@@ -322,10 +399,11 @@ def markdown(found: dict[str, Any]) -> str:
             "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) {ratio['of']}"
         )
         evaluations = "" if name in REFERENCES else f"{row['evaluations']:.2f}"
-        low, high = row["quartiles"]
+        middle, low, high = (milliseconds(value) for value in (row["milliseconds"], *row["quartiles"]))
+        peak = "" if row["peak"] is None else f"{row['peak']:.0f}"
         lines.append(
-            f"| {name} | {row['milliseconds']:.0f} ({low:.0f} to {high:.0f}) | {row['images_per_second']:.0f} | "
-            f"{evaluations} | {100 * row['outside']:.1f} % | {row['peak']:.0f} | {versus} |"
+            f"| {name} | {middle} ({low} to {high}) | {row['images_per_second']:.0f} | {evaluations} | "
+            f"{100 * row['outside']:.1f} % | {peak} | {versus} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -335,7 +413,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="small", help="the paper's UNet, or one of 1.1M weights")
     add("--methods", nargs="+", choices=[*REFERENCES, *SUBJECTS], metavar="NAME",
-        default=[*REFERENCES, *SUBJECTS], help=f"of {', '.join([*REFERENCES, *SUBJECTS])} (default: all)")  # fmt: skip
+        help=f"of {', '.join([*REFERENCES, *SUBJECTS])} (default: all but {', '.join(ON_A_GPU)})")  # fmt: skip
     add("--conditional", type=lambda text: {"true": True, "false": False}[text], default=True, metavar="true|false")
     add("--batch-size", type=int, default=64)
     add("--image-size", type=int, default=28)
@@ -343,6 +421,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=5, help="of each subject in a round")
     add("--warm-up", type=int, default=2, help="steps before anything is timed")
+    add("--only", nargs="+", choices=PARTS, default=PARTS[:-1], metavar="PART", help=f"of {', '.join(PARTS)}")
     add_files(parser)
     add("--peak", choices=[*REFERENCES, *SUBJECTS], help=argparse.SUPPRESS)
     return parser
@@ -378,6 +457,12 @@ def main() -> None:
         print_peak(arguments.peak, arguments)
         return
     require_sensible(arguments, "rounds", "steps", "warm_up", "batch_size", "image_size")
+    if arguments.only == ["utilisation"]:
+        told = utilisation(arguments)
+        hand_over({"utilisation": told}, json.dumps(told, indent=1) + "\n", arguments)
+        return
+    everything = [name for name in [*REFERENCES, *SUBJECTS] if name not in ON_A_GPU]
+    arguments.methods = arguments.methods or everything
     if not arguments.conditional:  # distillation draws labels
         arguments.methods = [name for name in arguments.methods if name not in ("sfd", "multi_class")]
 
@@ -386,7 +471,7 @@ def main() -> None:
     from unlearn_runner.hardware import cores
     from unlearn_runner.training.provenance import environment
 
-    peaks = {name: peak_of(name, arguments) for name in arguments.methods}
+    peaks = {name: peak_of(name, arguments) if "peaks" in arguments.only else None for name in arguments.methods}
     with tempfile.TemporaryDirectory() as folder:
         subjects = {name: make_subject(name, arguments, Path(folder)) for name in arguments.methods}
         some = next(iter(subject.networks for subject in subjects.values() if subject.networks), None)
@@ -409,9 +494,15 @@ def main() -> None:
         if name in seconds and other in seconds:
             by_round = sorted(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
             found["ratios"][name] = {"of": other, "median": median(by_round), "low": by_round[0], "high": by_round[-1]}
-    found |= {"evaluation": drawing(arguments), "start_up": start_up()}
+    more = {
+        "evaluation": partial(drawing, arguments),
+        "start-up": start_up,
+        "utilisation": partial(utilisation, arguments),
+    }
+    found |= {name: more[name]() for name in more if name in arguments.only}
     hand_over(found, markdown(found), arguments)
-    print({name: round(value, 2) for name, value in (found["evaluation"] | found["start_up"]).items()})
+    for name in found.keys() & {"evaluation", "start-up", "utilisation"}:
+        print({key: round(value, 2) for key, value in found[name].items()})
 
 
 if __name__ == "__main__":

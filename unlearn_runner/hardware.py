@@ -10,8 +10,10 @@ from torch import nn
 
 from unlearn_runner.distributed import started_outside
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.graphs import GraphedPasses
 from unlearn_runner.types import Passes
 
+LARGEST_REPLAYED = 200_000_000  # weights
 PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 
 
@@ -30,6 +32,9 @@ class Hardware:
         gradient_accumulation_steps: parts in which a batch passes through the network. A part's activations are
             computed again on the way back, so that memory is that of one; the result is the whole batch's.
         compile: the UNet by torch.compile.
+        cuda_graphs: replay training's passes as CUDA graphs, which spares a small network's many kernels their
+            launches; the same bits. None: for one process on a GPU and networks of up to 200M weights, which larger
+            ones keep busy anyway while they need the memory that recorded activations hold.
         channels_last: memory format of the network's weights; faster where convolutions dominate. None: on a GPU.
         deterministic: same configuration, seed and machine give the same weights to the bit. On a GPU this asks
             torch for deterministic kernels; on the CPU they are so anyway.
@@ -43,6 +48,7 @@ class Hardware:
     mixed_precision: str | None = "no"
     gradient_accumulation_steps: int = 1
     compile: bool = False
+    cuda_graphs: bool | None = False
 
     def __post_init__(self) -> None:
         gpus = torch.cuda.device_count()
@@ -57,6 +63,8 @@ class Hardware:
             raise ConfigurationError(
                 f"hardware.gradient_accumulation_steps must be positive, got {self.gradient_accumulation_steps}."
             )
+        if self.cuda_graphs and self.device.type != "cuda":
+            raise ConfigurationError("hardware.cuda_graphs must be false or null, got true: there is no GPU to use.")
         if self.device.type == "cuda" and self.processes > gpus:
             raise ConfigurationError(
                 f"hardware.num_processes={self.processes} needs as many GPUs, torch finds {gpus} here; ask for "
@@ -113,6 +121,7 @@ class Hardware:
         else:
             if self.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+                torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every new tensor
             torch.set_float32_matmul_precision("high")  # TF32
 
     def place(self, module: nn.Module) -> nn.Module:
@@ -126,12 +135,19 @@ class Hardware:
 
         Raises ConfigurationError if it is to be compiled and has no UNet.
         """
-        network.passes = self.passes
+        graphs = GraphedPasses() if self._replays(network) else None
+        network.passes = self.passes._replace(graphs=graphs)
         if self.compile:
             if not hasattr(network, "unet"):
                 raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
             network.unet.compile()
         return self.place(network)
+
+    def _replays(self, network: nn.Module) -> bool:
+        if self.cuda_graphs is not None:
+            return self.cuda_graphs
+        size = sum(weight.numel() for weight in network.parameters())
+        return self.device.type == "cuda" and self.processes == 1 and size <= LARGEST_REPLAYED
 
 
 def cores() -> int:

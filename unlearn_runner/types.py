@@ -34,6 +34,7 @@ class Passes(NamedTuple):
 
     precision: torch.dtype | None = None  # of matrix products and convolutions (autocast); None: that of the weights
     parts: int = 1  # of a batch: the activations of one at a time are kept, and computed again on the way back
+    graphs: Any = None  # GraphedPasses, which replay what they recorded; None: kernel by kernel
 
 
 class Labels(NamedTuple):
@@ -65,6 +66,13 @@ class GeneratorState:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.generator.set_state(state_dict["state"].cpu())
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait until they are there."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def make_generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:

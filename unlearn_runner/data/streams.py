@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
-from unlearn_runner.types import Batch, Streams, make_generator
+from unlearn_runner.types import Batch, Streams, make_generator, moved
 
 
 @final
@@ -46,7 +46,7 @@ class Pool:
         return len(self.labels)
 
     def take(self, indices: Int64[Tensor, "b"]) -> LabelledImages:
-        rows = indices.to(self.labels.device)
+        rows = moved(indices, self.labels.device)
         pixels = self.pixels[0][rows.clamp(max=len(self.pixels[0]) - 1)]
         if len(self.pixels) == 2:
             beyond = rows - len(self.pixels[0])
@@ -100,10 +100,10 @@ class BatchStream:
         if name not in self.sources:
             return None, None
         pixels, labels, _ = self.sources[name].take(self.indices[name].draw(self.batch_size))
-        x0 = pixels if pixels.is_floating_point() else to_unit_range(pixels.to(self.device))  # latents, or bytes
+        x0 = pixels if pixels.is_floating_point() else to_unit_range(moved(pixels, self.device))  # latents, or bytes
         if self.horizontal_flip:
             x0 = half_mirrored(x0, self.generator)
-        return x0, labels.to(self.device) if self.conditional else None
+        return x0, moved(labels, self.device) if self.conditional else None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -136,7 +136,7 @@ def encoded(
 def half_mirrored(images: Shaped[Tensor, "b c h w"], generator: torch.Generator) -> Shaped[Tensor, "b c h w"]:
     """Each image left to right with probability 1/2."""
     flip = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(flip.to(images.device)[:, None, None, None], images.flip(-1), images)
+    return torch.where(moved(flip, images.device)[:, None, None, None], images.flip(-1), images)
 
 
 def to_unit_range(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.timesteps import range_of
-from unlearn_runner.types import GeneratorState, Metrics, make_generator
+from unlearn_runner.types import GeneratorState, Metrics, make_generator, moved
 
 LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
 
@@ -268,7 +268,7 @@ class Inferred(LambdaController):
 
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
         mean, std = self.posterior(level)
-        e = torch.randn(mean.shape, generator=self.generator).to(mean.device)
+        e = moved(torch.randn(mean.shape, generator=self.generator), mean.device)
         lambd = torch.sigmoid(mean + std * e).clamp(LEAST, 1 - LEAST)
         self._asked = (lambd, mean, std)
         if self.objective == "blend":

@@ -78,7 +78,7 @@ class Mixture(NamedTuple):
     retain: Origin
     forget: Origin
 
-    def select(self, rows: Tensor) -> "Mixture":
+    def select(self, rows: Tensor | slice) -> "Mixture":
         retain, forget = (Origin(*(part[rows] for part in origin)) for origin in (self.retain, self.forget))
         cond = None if self.cond is None else self.cond[rows]
         return Mixture(self.m[rows], self.timesteps[rows], cond, retain, forget)
@@ -113,7 +113,7 @@ def mix(
     cond = batch.cond_retain
     if cond is not None:
         differ = (batch.cond_retain != batch.cond_forget).reshape(len(cond), -1).any(1)
-        chance = torch.as_tensor(lambd, dtype=eps.dtype, device=eps.device)
+        chance = lambd if isinstance(lambd, Tensor) else eps.new_full((), lambd)
         tiny = torch.finfo(eps.dtype).tiny  # at the ends of lambda no sample is of the kind that would be divided by 0
         w_retain = torch.where(differ, (~from_forget) / (1 - chance).clamp(min=tiny), w_retain)
         w_forget = torch.where(differ, from_forget / chance.clamp(min=tiny), w_forget)
@@ -275,7 +275,8 @@ class SISS(Method):
         population: "retain": x from X without A, no factors, as in the released code; "all": x from all of X
             with the factors N/(N-K) and K/(N-K), as in the theory. Either is right, both together would be wrong.
         superfactor: s, how much more than deletion's share the forget term weighs. Without effect under a norm fix.
-        split: back-propagate each term only through the samples that carry weight in it.
+        split: back-propagate each term only through the samples that carry weight in it. Which these are, the host has
+            to ask the device. None: on a CPU, where passes cost by the sample; a GPU passes a whole batch at once.
         norm_every: steps between two measurements of the gradients' norms; in between the terms share one pass back,
             and the forget gradient is multiplied by what was last found right. 1: at every step, as in the paper.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
@@ -292,7 +293,7 @@ class SISS(Method):
         rho: float | None = None,
         population: str = "retain",
         superfactor: float = 0.0,
-        split: bool = True,
+        split: bool | None = None,
         norm_every: int = 1,
         timesteps: TimestepSampler | None = None,
         gradient_variance: bool = False,
@@ -376,7 +377,7 @@ class SISS(Method):
             inner_product=(found.slopes_retain * found.slopes_forget).flatten(1).sum(1),
             norm_retain=norm_retain,
             norm_forget=norm_forget,
-            c_retain=torch.as_tensor(c_retain, device=eps.device),
+            c_retain=eps.new_full((), c_retain),
             c_forget=c_forget,
         )
         from_retain = (1 - lambd) * w_retain
@@ -385,7 +386,7 @@ class SISS(Method):
             "loss/forget": seen.losses_forget.mean(),
             "grad_norm/retain": norm_retain,
             "grad_norm/forget": norm_forget,
-            "lambda/value": norm_retain.new_tensor(lambd) if isinstance(lambd, float) else lambd.mean(),
+            "lambda/value": norm_retain.new_full((), lambd) if isinstance(lambd, float) else lambd.mean(),
             "weights/ess_retain": effective_sample_size(w_retain),
             "weights/ess_forget": effective_sample_size(w_forget),
             "weights/one_hot": (torch.minimum(from_retain, 1 - from_retain) < 1e-3).float().mean(),
@@ -408,7 +409,8 @@ class SISS(Method):
         b, losses = len(weights[0]), [torch.zeros_like(weight) for weight in weights]
         slopes = [weight.new_zeros((b, *self.trained.answer_shape)) for weight in weights]
         gradients = [self.update.zero_gradient() for _ in weights]
-        for rows, terms in shared_passes(*weights) if self.split else [(torch.ones_like(weights[0]) > 0, (0, 1))]:
+        split = weights[0].device.type == "cpu" if self.split is None else self.split
+        for rows, terms in shared_passes(*weights) if split else [(slice(None), (0, 1))]:
             answer, found = self._losses(mixture.select(rows))
             means = siss_loss(
                 *found, *(weight[rows] * scale[rows] for weight, scale in zip(weights, scales, strict=True))

@@ -288,7 +288,7 @@ def passed(model: GenerativeModel, network: Callable[..., Any], *rows: Tensor | 
 
     In shares, if there are several processes, and as the model's `passes` say.
     """
-    precision, parts = model.passes
+    precision, parts, graphs = model.passes
 
     def compute(*rows: Tensor | None) -> Any:
         if precision is None:
@@ -299,7 +299,7 @@ def passed(model: GenerativeModel, network: Callable[..., Any], *rows: Tensor | 
 
     def in_parts(*rows: Tensor | None) -> Any:
         if parts == 1 or not torch.is_grad_enabled():
-            return compute(*rows)
+            return compute(*rows) if graphs is None else graphs(model, network, compute, rows)
         total = next(len(part) for part in rows if part is not None)
         size = -(-total // parts)
         found = [
