@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import COMPLETE, assert_same_bits
+from test_configs import overrides
+from test_distributed import PPO
 from test_train_prompts import SMALL
 
 from unlearn_runner.graphs import MOST_RECORDINGS, GraphedPasses
@@ -177,8 +179,8 @@ def test_every_method_runs(run, method):
     """The whole run: base, training with a checkpoint, scores, in bf16 with replayed passes as hardware=auto has it."""
     import json
 
-    prompted = SMALL if method == "esd" else ()
-    folder = run(f"method={method}", "hardware=single_gpu", *prompted)
+    more = {"esd": SMALL, "rl_lambda": PPO[1:]}.get(method, ())
+    folder = run(*overrides((method,), "0.9"), "hardware=single_gpu", *more)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["provenance"]["evaluation"]["precision"] == "torch.bfloat16"

@@ -4,12 +4,34 @@ A pass is recorded when a shape is first seen and replayed from then on: the sam
 back is recorded with its activations kept, so that it can be replayed for one gradient after another, as SISS asks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+
+def as_vector(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Float[Tensor, "p"]:
+    """The gradients over each weight as one, in the order in which the weights lie in memory: then nothing but a
+    concatenation is needed where gradients lie alike, whatever the memory format.
+    """
+    return torch.cat(
+        [part.permute(_by_stride(weight)).reshape(-1) for part, weight in zip(gradients, weights, strict=True)]
+    )
+
+
+def in_parts(vector: Float[Tensor, "p"], weights: Sequence[Tensor]) -> list[Tensor]:
+    """Views of `as_vector`'s result that lie in memory as the weights do."""
+    parts = vector.split([weight.numel() for weight in weights])
+    return [part.as_strided(weight.shape, weight.stride()) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _by_stride(weight: Tensor) -> list[int]:
+    """The dimensions in the order in which they lie in memory."""
+    return sorted(range(weight.ndim), key=lambda dim: -weight.stride(dim))
+
 
 Rows = tuple[Tensor | None, ...]
 MOST_RECORDINGS = 8  # of one network: each keeps its activations; further shapes are passed kernel by kernel
@@ -83,7 +105,8 @@ class Recording:
         with torch.cuda.graph(self.graph_back):
             found = back(self.answers, self.slopes)
             self.used = [part is not None for part in found]
-            self.gradients = torch.cat([part.reshape(-1) for part in found if part is not None])
+            self.present = [wanted for wanted, used in zip(self.wanted, self.used, strict=True) if used]
+            self.gradients = as_vector([part for part in found if part is not None], self.present)
 
     def forward(self, rows: Rows) -> int:
         """The number of the replay that left its answers."""
@@ -99,13 +122,9 @@ class Recording:
         for place, slope in zip(self.slopes, slopes, strict=True):
             place.copy_(slope)
         self.graph_back.replay()
-        present = [wanted for wanted, used in zip(self.wanted, self.used, strict=True) if used]
         # One copy of all: autograd may still hold these when the next replay overwrites what was recorded.
-        parts = iter(self.gradients.clone().split([wanted.numel() for wanted in present]))
-        return [
-            next(parts).view(wanted.shape) if used else None
-            for wanted, used in zip(self.wanted, self.used, strict=True)
-        ]
+        parts = iter(in_parts(self.gradients.clone(), self.present))
+        return [next(parts) if used else None for used in self.used]
 
 
 class _Replay(torch.autograd.Function):

@@ -140,6 +140,7 @@ class Hardware:
         if self.compile:
             if not hasattr(network, "unet"):
                 raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
+            torch._functorch.config.donated_buffer = False  # SISS goes back through one graph twice
             network.unet.compile()
         return self.place(network)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.distributed import averaged
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.graphs import as_vector, in_parts
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
@@ -99,20 +100,20 @@ class Update:
 
     def gradient(self, loss: Float[Tensor, ""]) -> Float[Tensor, "p"]:
         """The gradient of a loss over all trainable weights, as one vector."""
-        return as_vector(torch.autograd.grad(loss, self.weights))
+        return self._as_vector(torch.autograd.grad(loss, self.weights))
 
     def gradient_through(
         self, answer: Float[Tensor, "b c h w"], loss: Float[Tensor, ""], retain_graph: bool = False
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "p"]]:
         """The gradients of a loss over the network's answer, and over all trainable weights as one vector."""
         over_answer, *parts = torch.autograd.grad(loss, [answer, *self.weights], retain_graph=retain_graph)
-        return over_answer, as_vector(parts)
+        return over_answer, self._as_vector(parts)
 
     def gradient_from(
         self, answer: Float[Tensor, "b c h w"], slopes: Float[Tensor, "b c h w"], retain_graph: bool = False
     ) -> Float[Tensor, "p"]:
         """The gradient over all trainable weights of a loss whose gradient over the network's answer is known."""
-        return as_vector(torch.autograd.grad(answer, self.weights, slopes, retain_graph=retain_graph))
+        return self._as_vector(torch.autograd.grad(answer, self.weights, slopes, retain_graph=retain_graph))
 
     def zero_gradient(self) -> Float[Tensor, "p"]:
         """The gradient of a loss over no samples."""
@@ -125,14 +126,18 @@ class Update:
             gradient = gradient.clamp(-self.max_grad_value, self.max_grad_value)
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        for weight, part in zip(self.weights, gradient.split([weight.numel() for weight in self.weights]), strict=True):
-            weight.grad = part.view_as(weight)
+        for weight, part in zip(self.weights, in_parts(gradient, self.weights), strict=True):
+            weight.grad = part
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_schedule is not None:
             self.lr_schedule.step()
         if ema is not None:
             ema.step(self.trained.parameters())
+
+    def _as_vector(self, gradients: Sequence[Tensor]) -> Float[Tensor, "p"]:
+        """The gradients over each weight as one, of all processes together."""
+        return averaged(as_vector(gradients, self.weights))
 
     def stateful(self) -> dict[str, Stateful]:
         parts = {"weights": TrainedWeights(self.trained), "optimizer": self.optimizer}
@@ -154,11 +159,6 @@ def in_one_kernel(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[.
         return optimizer(weights, **({"fused": True} if "fused" in inspect.signature(kind).parameters else {}))
 
     return make
-
-
-def as_vector(gradients: Sequence[Tensor]) -> Float[Tensor, "p"]:
-    """The gradients over each weight as one, of all processes together."""
-    return averaged(torch.cat([part.reshape(-1) for part in gradients]))
 
 
 @final
