@@ -301,8 +301,8 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
 def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
     """What training all weights of a UNet of Stable Diffusion 1.5's size makes of a GPU's arithmetic.
 
-    A step of naive deletion. The operations of its passes are counted, forward and back; the rate they are held against
-    is that of a large matrix product in bf16, timed here. Random weights, random latents of 64x64.
+    A step of naive deletion. The operations of a pass forward are counted, the way back as two more; the rate they are
+    held against is that of a large matrix product in bf16, timed here. Random weights, random latents of 64x64.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -317,7 +317,7 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
 
     hardware = Hardware("cuda", channels_last=None, mixed_precision=None, deterministic=False, cuda_graphs=None)
     hardware.apply()
-    model = hardware.prepare(sd15_sized("full"))
+    model = hardware.prepare(sd15_sized("full", device="cuda"))
     model.freeze_for_unlearning()
     method = Denoising(model, partial(Update, optimizer=torch.optim.AdamW), torch.Generator("cuda").manual_seed(0))
     size = arguments.batch_size
@@ -334,9 +334,9 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
             seconds.append(time.perf_counter() - started)
         return median(seconds)
 
-    with FlopCounterMode(display=False) as counter:
-        method.step(batch)
-    operations = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.predict(latents[:1], cond[:1], cond[:1])
+    operations = 3 * size * counter.get_total_flops()  # the way back is two passes' worth
     timed(lambda: method.step(batch), 3)
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: method.step(batch), arguments.rounds)

@@ -56,8 +56,15 @@ def foreign(folder, prediction_type="v_prediction"):
     return folder
 
 
-def sd15_sized(trainable="lora", **tuning) -> StableDiffusion:
-    """Stable Diffusion 1.5 by its sizes, with random weights, for pictures of 512x512."""
+def sd15_sized(trainable="lora", device="cpu", **tuning) -> StableDiffusion:
+    """Stable Diffusion 1.5 by its sizes, with random weights, for pictures of 512x512; the UNet is made on `device`."""
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
+        )  # fmt: skip
     tokenizer = build_tokenizer([], 77)
     parts = Parts(
         vae=AutoencoderKL(
@@ -73,12 +80,7 @@ def sd15_sized(trainable="lora", **tuning) -> StableDiffusion:
             )
         ),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
-        ),
+        unet=unet,
         scheduler=PNDMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),

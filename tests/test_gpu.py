@@ -183,4 +183,4 @@ def test_every_method_runs(run, method):
     folder = run(*overrides((method,), "0.9"), "hardware=single_gpu", *more)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "finished"
-    assert summary["provenance"]["evaluation"]["precision"] == "torch.bfloat16"
+    assert 0 <= summary["metrics"]["eval/forget_rate"] <= 1

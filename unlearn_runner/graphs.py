@@ -15,10 +15,17 @@ from torch.autograd.function import once_differentiable
 
 def as_vector(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Float[Tensor, "p"]:
     """The gradients over each weight as one, in the order in which the weights lie in memory: then nothing but a
-    concatenation is needed where gradients lie alike, whatever the memory format.
+    concatenation is needed where gradients lie alike, whatever the memory format, and nothing at all where they are
+    parts of such a vector.
     """
+    whole = _whole(gradients, weights)
+    if whole is not None:
+        return whole
     return torch.cat(
-        [part.permute(_by_stride(weight)).reshape(-1) for part, weight in zip(gradients, weights, strict=True)]
+        [
+            part.reshape(-1) if weight.is_contiguous() else part.permute(_by_stride(weight)).reshape(-1)
+            for part, weight in zip(gradients, weights, strict=True)
+        ]
     )
 
 
@@ -26,6 +33,19 @@ def in_parts(vector: Float[Tensor, "p"], weights: Sequence[Tensor]) -> list[Tens
     """Views of `as_vector`'s result that lie in memory as the weights do."""
     parts = vector.split([weight.numel() for weight in weights])
     return [part.as_strided(weight.shape, weight.stride()) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _whole(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Float[Tensor, "p"] | None:
+    """The vector whose `in_parts` these are, if they are."""
+    first, size = parts[0], sum(weight.numel() for weight in weights)
+    if first.untyped_storage().nbytes() < (first.storage_offset() + size) * first.element_size():
+        return None
+    place = first.data_ptr()
+    for part, weight in zip(parts, weights, strict=True):
+        if part.data_ptr() != place or part.stride() != weight.stride():
+            return None
+        place += part.numel() * part.element_size()
+    return first.as_strided((size,), (1,))
 
 
 def _by_stride(weight: Tensor) -> list[int]:

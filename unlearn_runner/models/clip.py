@@ -75,7 +75,8 @@ class Clip(nn.Module):
         return self.of_images(images.float() / 127.5 - 1)
 
     def save(self, folder: Path) -> None:
-        save_file(self.network.state_dict(), Path(folder) / WEIGHTS)
+        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}  # a GPU's may not be
+        save_file(weights, Path(folder) / WEIGHTS)
 
     def load(self, folder: Path) -> None:
         self.network.load_state_dict(load_file(Path(folder) / WEIGHTS))
