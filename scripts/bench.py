@@ -422,6 +422,13 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=5, help="of each subject in a round")
     add("--warm-up", type=int, default=2, help="steps before anything is timed")
     add("--only", nargs="+", choices=PARTS, default=PARTS[:-1], metavar="PART", help=f"of {', '.join(PARTS)}")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="overrides for all, such as hardware.deterministic=false",
+    )
     add_files(parser)
     add("--peak", choices=[*REFERENCES, *SUBJECTS], help=argparse.SUPPRESS)
     return parser
@@ -473,11 +480,11 @@ def main() -> None:
 
     peaks = {name: peak_of(name, arguments) if "peaks" in arguments.only else None for name in arguments.methods}
     with tempfile.TemporaryDirectory() as folder:
-        subjects = {name: make_subject(name, arguments, Path(folder)) for name in arguments.methods}
+        subjects = {name: make_subject(name, arguments, Path(folder), *arguments.set) for name in arguments.methods}
         some = next(iter(subject.networks for subject in subjects.values() if subject.networks), None)
         device = torch.device("cuda" if torch.cuda.is_available() and arguments.hardware != "cpu" else "cpu")
         seconds = in_turns(subjects, arguments, device)
-        settings = ("network", "batch_size", "image_size", "conditional", "hardware", "rounds", "steps")
+        settings = ("network", "batch_size", "image_size", "conditional", "hardware", "rounds", "steps", "set")
         found: dict[str, Any] = {
             "processor": processor(),
             "cores": cores(),
