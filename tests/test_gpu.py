@@ -30,9 +30,9 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def batch_of(b: int = 6, seed: int = 0) -> Batch:
+def batch_of(b: int = 6, seed: int = 0, size: int = 8) -> Batch:
     generator = torch.Generator("cuda").manual_seed(seed)
-    x, a = (torch.rand((b, 1, 8, 8), generator=generator, device="cuda") * 2 - 1 for _ in range(2))
+    x, a = (torch.rand((b, 1, size, size), generator=generator, device="cuda") * 2 - 1 for _ in range(2))
     return Batch(x, a, torch.arange(b, device="cuda") % 10, torch.ones(b, dtype=torch.int64, device="cuda"), 0.1)
 
 
@@ -41,10 +41,10 @@ def method_of(network, kind=SISS, **more):
     return kind(network, update, torch.Generator("cuda").manual_seed(0), **more)
 
 
-def weights_after(network, steps: int, kind=SISS, **more) -> dict[str, torch.Tensor]:
+def weights_after(network, steps: int, kind=SISS, size: int = 8, **more) -> dict[str, torch.Tensor]:
     method = method_of(network, kind, **more)
     for step in range(steps):
-        method.step(batch_of(seed=step))
+        method.step(batch_of(seed=step, size=size))
     return copy.deepcopy(method.model.state_dict())
 
 
@@ -62,6 +62,17 @@ def test_replayed_passes_have_the_bits_of_those_that_are_not(tiny_network, kind,
         found.append(weights_after(network, 6, kind, **more))
     assert len(graphs.recordings) == 1
     assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["float32", "bf16"])
+def test_attention_has_the_same_bits_twice(tiny_network, precision):
+    found = []
+    for _ in range(3):
+        network = tiny_network(image_shape=(1, 32, 32), attention=[True, True]).cuda()
+        network.passes = Passes(precision, 1, GraphedPasses())
+        found.append(weights_after(network, 3, rho=0.1, size=32))
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
 
 
 def test_dropout_goes_on_drawing(tiny_network):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from unlearn_runner.graphs import GraphedPasses, as_vector, in_parts
+from unlearn_runner.gradients import as_vector, in_parts
+from unlearn_runner.graphs import GraphedPasses
 from unlearn_runner.types import Passes
 
 

@@ -4,54 +4,14 @@ A pass is recorded when a shape is first seen and replayed from then on: the sam
 back is recorded with its activations kept, so that it can be replayed for one gradient after another, as SISS asks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-def as_vector(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Float[Tensor, "p"]:
-    """The gradients over each weight as one, in the order in which the weights lie in memory: then nothing but a
-    concatenation is needed where gradients lie alike, whatever the memory format, and nothing at all where they are
-    parts of such a vector.
-    """
-    whole = _whole(gradients, weights)
-    if whole is not None:
-        return whole
-    return torch.cat(
-        [
-            part.reshape(-1) if weight.is_contiguous() else part.permute(_by_stride(weight)).reshape(-1)
-            for part, weight in zip(gradients, weights, strict=True)
-        ]
-    )
-
-
-def in_parts(vector: Float[Tensor, "p"], weights: Sequence[Tensor]) -> list[Tensor]:
-    """Views of `as_vector`'s result that lie in memory as the weights do."""
-    parts = vector.split([weight.numel() for weight in weights])
-    return [part.as_strided(weight.shape, weight.stride()) for part, weight in zip(parts, weights, strict=True)]
-
-
-def _whole(parts: Sequence[Tensor], weights: Sequence[Tensor]) -> Float[Tensor, "p"] | None:
-    """The vector whose `in_parts` these are, if they are."""
-    first, size = parts[0], sum(weight.numel() for weight in weights)
-    if first.untyped_storage().nbytes() < (first.storage_offset() + size) * first.element_size():
-        return None
-    place = first.data_ptr()
-    for part, weight in zip(parts, weights, strict=True):
-        if part.data_ptr() != place or part.stride() != weight.stride():
-            return None
-        place += part.numel() * part.element_size()
-    return first.as_strided((size,), (1,))
-
-
-def _by_stride(weight: Tensor) -> list[int]:
-    """The dimensions in the order in which they lie in memory."""
-    return sorted(range(weight.ndim), key=lambda dim: -weight.stride(dim))
-
+from unlearn_runner.gradients import as_vector, gradients, in_parts
 
 Rows = tuple[Tensor | None, ...]
 MOST_RECORDINGS = 8  # of one network: each keeps its activations; further shapes are passed kernel by kernel
@@ -105,8 +65,10 @@ class Recording:
             return found if self.several else (found,)
 
         def back(answers: tuple[Tensor, ...], slopes: list[Tensor]) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(answers, self.wanted, slopes, retain_graph=True, allow_unused=True)
+            return gradients(answers, self.wanted, slopes, retain_graph=True, allow_unused=True)
 
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # weights' grad is not written here
         randomness = torch.cuda.get_rng_state()
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())

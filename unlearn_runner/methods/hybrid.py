@@ -22,6 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_noise
 from unlearn_runner.methods.lambdas import Constant, Inferred, LambdaController, Seen
 from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
@@ -275,7 +276,7 @@ class MixedLabels(Method):
             targets[from_forget] = self.override(asked)
         losses = trio.generator_losses(noised, targets, labels, self.alpha)
         terms = siss_loss(losses, losses, w_retain, w_forget)
-        (slopes,) = torch.autograd.grad(terms[0] + terms[1], noised.x0, retain_graph=True)
+        (slopes,) = gradients(terms[0] + terms[1], [noised.x0], retain_graph=True)
         slopes_retain, slopes_forget = (
             torch.where(rows[:, None, None, None], slopes, 0.0) for rows in (~from_forget, from_forget)
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.distributed import averaged
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.graphs import as_vector, in_parts
+from unlearn_runner.gradients import as_vector, gradients, in_parts
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
@@ -100,20 +100,20 @@ class Update:
 
     def gradient(self, loss: Float[Tensor, ""]) -> Float[Tensor, "p"]:
         """The gradient of a loss over all trainable weights, as one vector."""
-        return self._as_vector(torch.autograd.grad(loss, self.weights))
+        return self._as_vector(gradients(loss, self.weights))
 
     def gradient_through(
         self, answer: Float[Tensor, "b c h w"], loss: Float[Tensor, ""], retain_graph: bool = False
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "p"]]:
         """The gradients of a loss over the network's answer, and over all trainable weights as one vector."""
-        over_answer, *parts = torch.autograd.grad(loss, [answer, *self.weights], retain_graph=retain_graph)
+        over_answer, *parts = gradients(loss, [answer, *self.weights], retain_graph=retain_graph)
         return over_answer, self._as_vector(parts)
 
     def gradient_from(
         self, answer: Float[Tensor, "b c h w"], slopes: Float[Tensor, "b c h w"], retain_graph: bool = False
     ) -> Float[Tensor, "p"]:
         """The gradient over all trainable weights of a loss whose gradient over the network's answer is known."""
-        return self._as_vector(torch.autograd.grad(answer, self.weights, slopes, retain_graph=retain_graph))
+        return self._as_vector(gradients(answer, self.weights, slopes, retain_graph=retain_graph))
 
     def zero_gradient(self) -> Float[Tensor, "p"]:
         """The gradient of a loss over no samples."""
@@ -135,9 +135,9 @@ class Update:
         if ema is not None:
             ema.step(self.trained.parameters())
 
-    def _as_vector(self, gradients: Sequence[Tensor]) -> Float[Tensor, "p"]:
+    def _as_vector(self, parts: Sequence[Tensor]) -> Float[Tensor, "p"]:
         """The gradients over each weight as one, of all processes together."""
-        return averaged(as_vector(gradients, self.weights))
+        return averaged(as_vector(parts, self.weights))
 
     def stateful(self) -> dict[str, Stateful]:
         parts = {"weights": TrainedWeights(self.trained), "optimizer": self.optimizer}

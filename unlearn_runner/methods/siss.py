@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Update
@@ -408,7 +409,7 @@ class SISS(Method):
         weights, scales = (mixture.retain.weight, mixture.forget.weight), (scale_retain, scale_forget)
         b, losses = len(weights[0]), [torch.zeros_like(weight) for weight in weights]
         slopes = [weight.new_zeros((b, *self.trained.answer_shape)) for weight in weights]
-        gradients = [self.update.zero_gradient() for _ in weights]
+        sums = [self.update.zero_gradient() for _ in weights]
         split = weights[0].device.type == "cpu" if self.split is None else self.split
         for rows, terms in shared_passes(*weights) if split else [(slice(None), (0, 1))]:
             answer, found = self._losses(mixture.select(rows))
@@ -420,8 +421,8 @@ class SISS(Method):
                 over_answer, gradient = self.update.gradient_through(answer, loss, retain_graph=term != terms[-1])
                 losses[term][rows] = (weights[term][rows] * found[term]).detach()
                 slopes[term][rows] = over_answer * b
-                gradients[term] = gradients[term] + gradient
-        return Answered(*losses, *slopes), (gradients[0], gradients[1])
+                sums[term] = sums[term] + gradient
+        return Answered(*losses, *slopes), (sums[0], sums[1])
 
     def _joint_gradient(
         self,
@@ -435,7 +436,7 @@ class SISS(Method):
         answer, losses = self._losses(mixture)
         weights = (mixture.retain.weight, mixture.forget.weight)
         terms = siss_loss(*losses, weights[0] * scale_retain, weights[1] * scale_forget)
-        slopes = [torch.autograd.grad(term, answer, retain_graph=True)[0] for term in terms]
+        slopes = [gradients(term, [answer], retain_graph=True)[0] for term in terms]
         gradient = self.update.gradient_from(answer, c_retain * slopes[0] - c_forget * slopes[1])
         weighted = [(weight * loss).detach() for weight, loss in zip(weights, losses, strict=True)]
         return Answered(*weighted, *(part * len(answer) for part in slopes)), gradient
