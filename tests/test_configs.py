@@ -187,9 +187,13 @@ def test_dataset_options_compose(composed, dataset):
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
 
 
+KINDS = ("siss", "rl_lambda", "sfd", "critic_guided", "retrain")  # what experiments set differs by these at most
+
+
 @pytest.mark.parametrize("experiment", [name for name in options("experiment") if not name.startswith("sd_")])
-def test_experiments_compose_with_every_method(composed, experiment):
-    for method in COMPLETE:
+@pytest.mark.parametrize("methods", [KINDS, pytest.param(COMPLETE, marks=pytest.mark.slow)], ids=["some", "every"])
+def test_experiments_compose_with_methods(composed, experiment, methods):
+    for method in methods:
         cfg = composed(f"experiment={experiment}", f"method={method}", "evaluation.features=classifier", debug=False)
         assert cfg["name"] == experiment
         plan, recipe = make(cfg["trainer"]), make(cfg["model"]["pretraining"])
