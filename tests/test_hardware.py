@@ -73,6 +73,7 @@ def test_defaults_are_right_for_the_machine(composed, two_gpus, monkeypatch):
         ({"mixed_precision": "int8"}, "must be no or bf16, got 'int8'"),
         ({"num_processes": 0}, "num_processes must be positive or null, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be positive, got 0"),
+        ({"accelerator": "cpu", "cuda_graphs": True}, "cuda_graphs must be false or null, got true: there is no GPU"),
     ],
 )
 def test_what_is_not_there_is_refused(two_gpus, settings, sentence):
