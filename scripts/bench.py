@@ -67,6 +67,7 @@ COMPARED = {  # whose ratio to whom is worth a line
     "adaptive_unsplit": "siss_unsplit", "rl_ppo": "siss_unsplit", "rl_sac": "siss_unsplit",
 }  # fmt: skip
 ON_A_GPU = ("siss_float32", "siss_unreplayed", "siss_split", "siss_compiled", "stale_float32", "no_is_float32")
+BY_DEFAULT = [name for name in [*REFERENCES, *SUBJECTS] if name not in ON_A_GPU]
 PARTS = ("steps", "peaks", "evaluation", "start-up", "utilisation")
 ROLLOUT = 25  # steps of an agent between two updates of its policy: it runs so many at a time
 
@@ -327,10 +328,10 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
     def timed(step: Callable[[], Any], times: int) -> float:
         seconds = []
         for _ in range(times):
-            torch.cuda.synchronize()
+            synchronise(hardware.device)
             started = time.perf_counter()
             step()
-            torch.cuda.synchronize()
+            synchronise(hardware.device)
             seconds.append(time.perf_counter() - started)
         return median(seconds)
 
@@ -413,6 +414,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="small", help="the paper's UNet, or one of 1.1M weights")
     add("--methods", nargs="+", choices=[*REFERENCES, *SUBJECTS], metavar="NAME",
+        default=BY_DEFAULT,
         help=f"of {', '.join([*REFERENCES, *SUBJECTS])} (default: all but {', '.join(ON_A_GPU)})")  # fmt: skip
     add("--conditional", type=lambda text: {"true": True, "false": False}[text], default=True, metavar="true|false")
     add("--batch-size", type=int, default=64)
@@ -468,8 +470,6 @@ def main() -> None:
         told = utilisation(arguments)
         hand_over({"utilisation": told}, json.dumps(told, indent=1) + "\n", arguments)
         return
-    everything = [name for name in [*REFERENCES, *SUBJECTS] if name not in ON_A_GPU]
-    arguments.methods = arguments.methods or everything
     if not arguments.conditional:  # distillation draws labels
         arguments.methods = [name for name in arguments.methods if name not in ("sfd", "multi_class")]
 
@@ -508,7 +508,7 @@ def main() -> None:
     }
     found |= {name: more[name]() for name in more if name in arguments.only}
     hand_over(found, markdown(found), arguments)
-    for name in found.keys() & {"evaluation", "start-up", "utilisation"}:
+    for name in more.keys() & found.keys():
         print({key: round(value, 2) for key, value in found[name].items()})
 
 

@@ -1,6 +1,7 @@
 """On a GPU: same bits twice, replayed or not, and after a resume; no wait for the device; every method runs."""
 
 import copy
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import COMPLETE, assert_same_bits
 from test_configs import overrides
 from test_distributed import PPO
-from test_train_prompts import SMALL
+from test_train_prompts import SMALL, summary
 
 from unlearn_runner.graphs import MOST_RECORDINGS, GraphedPasses
 from unlearn_runner.methods.method import Update
@@ -28,6 +29,16 @@ def deterministic(monkeypatch):
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def no_waiting():
+    """Within, an error if the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def batch_of(b: int = 6, seed: int = 0, size: int = 8) -> Batch:
@@ -140,12 +151,9 @@ def test_a_step_waits_for_nothing(tiny_network, kind):
     batches = [batch_of(seed=seed) for seed in range(6)]
     for batch in batches[:3]:
         method.step(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for batch in batches[3:]:
             method.step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_batch_is_drawn_without_waiting(digits):
@@ -154,11 +162,8 @@ def test_a_batch_is_drawn_without_waiting(digits):
 
     stream = BatchStream(digits, Streams("retain", True), 8, 0, torch.device("cuda"))
     stream.next()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         stream.next()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_method_goes_on_to_the_bit(tiny_network):
@@ -188,10 +193,7 @@ def test_a_method_goes_on_to_the_bit(tiny_network):
 @pytest.mark.parametrize("method", COMPLETE)
 def test_every_method_runs(run, method):
     """The whole run: base, training with a checkpoint, scores, in bf16 with replayed passes as hardware=auto has it."""
-    import json
-
     more = {"esd": SMALL, "rl_lambda": PPO[1:]}.get(method, ())
     folder = run(*overrides((method,), "0.9"), "hardware=single_gpu", *more)
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["status"] == "finished"
-    assert 0 <= summary["metrics"]["eval/forget_rate"] <= 1
+    assert summary(folder)["status"] == "finished"
+    assert 0 <= summary(folder)["metrics"]["eval/forget_rate"] <= 1

@@ -102,8 +102,7 @@ def test_every_subject_runs(tmp_path):
     arguments = Namespace(
         network="small", conditional=True, batch_size=4, image_size=28, hardware="cpu", rounds=1, steps=1, warm_up=1
     )  # fmt: skip
-    names = [name for name in [*bench.REFERENCES, *bench.SUBJECTS] if name not in bench.ON_A_GPU]
-    subjects = {name: bench.make_subject(name, arguments, tmp_path) for name in names}
+    subjects = {name: bench.make_subject(name, arguments, tmp_path) for name in bench.BY_DEFAULT}
     seconds = bench.in_turns(subjects, arguments, torch.device("cpu"))
     for name, subject in subjects.items():
         timing = bench.timing_of(subject, seconds[name], arguments, torch.device("cpu"))

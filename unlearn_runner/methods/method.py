@@ -71,7 +71,7 @@ class Update:
             raise ConfigurationError(f"ema_decay must lie in [0, 1) or be null, got {ema_decay}.")
         self.trained = model
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = in_one_kernel(optimizer)(self.weights)
+        self.optimizer = optimizer(self.weights, **in_one_kernel(optimizer, self.weights))
         self.max_grad_norm = max_grad_norm
         self.max_grad_value = max_grad_value
         self.lr_schedule = None if lr_schedule is None else lr_schedule(optimizer=self.optimizer)
@@ -85,10 +85,8 @@ class Update:
         from diffusers.training_utils import EMAModel
 
         self._averaged = copy.deepcopy(self.trained).requires_grad_(False)
-        on_gpu = self.weights[
-            0
-        ].is_cuda  # all weights by a few kernels; on a CPU that rounds otherwise and gains nothing
-        return EMAModel(self.trained.parameters(), decay=self.ema_decay, foreach=on_gpu)
+        # On a GPU all weights by a few kernels; on a CPU that rounds otherwise and gains nothing.
+        return EMAModel(self.trained.parameters(), decay=self.ema_decay, foreach=self.weights[0].is_cuda)
 
     @property
     def model(self) -> nn.Module:
@@ -148,17 +146,13 @@ class Update:
         return parts
 
 
-def in_one_kernel(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """The optimizer fused, for weights on a GPU, if torch has it so and nothing else was asked for."""
-
-    def make(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-        asked = getattr(optimizer, "keywords", {})
-        kind = getattr(optimizer, "func", optimizer)
-        if not weights[0].is_cuda or {"fused", "foreach", "capturable", "differentiable"} & asked.keys():
-            return optimizer(weights)
-        return optimizer(weights, **({"fused": True} if "fused" in inspect.signature(kind).parameters else {}))
-
-    return make
+def in_one_kernel(optimizer: Callable[..., torch.optim.Optimizer], weights: list[nn.Parameter]) -> dict[str, bool]:
+    """What makes the optimizer fused, for weights on a GPU, if torch has it so and nothing else was asked for."""
+    asked = getattr(optimizer, "keywords", {})
+    if not weights[0].is_cuda or {"fused", "foreach", "capturable", "differentiable"} & asked.keys():
+        return {}
+    kind = getattr(optimizer, "func", optimizer)
+    return {"fused": True} if "fused" in inspect.signature(kind).parameters else {}
 
 
 @final
