@@ -134,8 +134,12 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
     data = make(cfg["dataset"]).load()
     network = hardware.prepare(build_model(cfg["model"]["network"], data.spec, 0))
     if name in REFERENCES:
-        from scripts.reference_loop import ReferenceLoop
+        from diffusers.models.attention_processor import AttnProcessor2_0
 
+        from scripts.reference_loop import ReferenceLoop
+        from unlearn_runner.models.attention import attend
+
+        attend(network.unet, AttnProcessor2_0())  # diffusers' own
         loop = ReferenceLoop(network.unet, network.alphas_cumprod, REFERENCES[name], 0.5, 5.0, 1e-4)
         stream = BatchStream(data, Streams("retain", True), arguments.batch_size, 0, hardware.device)
         torch.manual_seed(0)

@@ -14,6 +14,7 @@ from unlearn_runner.graphs import GraphedPasses
 from unlearn_runner.types import Passes
 
 LARGEST_REPLAYED = 200_000_000  # weights
+KERNELS_KEPT = "8192"  # compiled by oneDNN for every shape anew; of its own 1,024, SISS's parts of batches use more
 PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 
 
@@ -118,6 +119,7 @@ class Hardware:
         torch.backends.cudnn.benchmark = not self.deterministic
         if self.device.type == "cpu":
             _keep_freed_memory()
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)  # read at the first convolution
         else:
             if self.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for

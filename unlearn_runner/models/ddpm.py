@@ -40,6 +40,9 @@ class DDPM(DiffusionModel):
     def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler"):
         super().__init__()
         require_prediction_type(scheduler.config.prediction_type)
+        from unlearn_runner.models.attention import ChannelsFirstProcessor, attend
+
+        attend(unet, ChannelsFirstProcessor())
         self.unet = unet
         self.scheduler = scheduler
         self.network_evaluations = 0  # images passed forward through the network so far

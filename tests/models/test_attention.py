@@ -1,0 +1,66 @@
+"""The UNets' attention on a CPU against diffusers' own."""
+
+import copy
+from unittest.mock import patch
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
+from torch.autograd import gradcheck
+
+from unlearn_runner.models import attention
+from unlearn_runner.models.attention import ChannelsFirstAttention, attend
+from unlearn_runner.models.ddpm import build_ddpm
+from unlearn_runner.types import make_generator
+
+
+@pytest.mark.parametrize("kept", [2**26, 0])
+def test_gradients_are_those_of_finite_differences(kept):
+    """Also where the matrices of weights are computed again on the way back, and with fewer queries than keys."""
+    shapes = ((2, 3, 4), (2, 3, 5), (2, 3, 5))
+    parts = [torch.randn(shape, dtype=torch.float64, generator=make_generator(0, "x")) for shape in shapes]
+    with patch.object(attention, "KEPT", kept):
+        assert gradcheck(ChannelsFirstAttention.apply, [part.requires_grad_() for part in parts])
+
+
+@pytest.mark.parametrize("kept", [2**26, 0])
+def test_answers_and_gradients_are_those_of_diffusers(kept):
+    model = build_ddpm((1, 16, 16), 3, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+    x, t, labels = torch.randn(5, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(5), torch.arange(5) % 3
+    theirs = copy.deepcopy(model)
+    attend(theirs.unet, AttnProcessor2_0())
+    found = []
+    with patch.object(attention, "KEPT", kept):
+        for network in (model, theirs):
+            answer = network.predict(x, t, labels)
+            loss = answer.square().sum()
+            once = torch.autograd.grad(loss, list(network.unet.parameters()), retain_graph=True)
+            twice = torch.autograd.grad(loss, list(network.unet.parameters()))  # as SISS goes back
+            assert all(map(torch.equal, once, twice))
+            found.append([answer, *once])
+    for ours, wanted in zip(*found, strict=True):
+        assert torch.allclose(ours, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_sampling_passes_are_those_of_diffusers_to_the_bit():
+    model = build_ddpm((1, 16, 16), None, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+    x, t = torch.randn(5, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(5)
+    theirs = copy.deepcopy(model)
+    attend(theirs.unet, AttnProcessor2_0())
+    with torch.inference_mode():
+        assert torch.equal(model.predict(x, t, None), theirs.predict(x, t, None))
+
+
+def test_other_attention_than_of_pixels_is_left_to_diffusers():
+    """In bf16, and in UNets whose attention has no normalisation of its own."""
+    model = build_ddpm((1, 16, 16), None, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+    x, t = torch.randn(2, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(2)
+    with patch.object(ChannelsFirstAttention, "apply", side_effect=AssertionError("used")):
+        with torch.autocast("cpu", torch.bfloat16):
+            model.predict(x, t, None)
+        for module in model.unet.modules():
+            if isinstance(module, attention.Attention):
+                module.group_norm = None
+        model.predict(x, t, None)
+        with pytest.raises(AssertionError, match="used"):
+            build_ddpm((1, 16, 16), None, 0, "auto", [16, 32], [True, True], norm_num_groups=8).predict(x, t, None)
