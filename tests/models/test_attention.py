@@ -14,7 +14,7 @@ from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.types import make_generator
 
 
-@pytest.mark.parametrize("kept", [2**26, 0])
+@pytest.mark.parametrize("kept", [2**24, 0])
 def test_gradients_are_those_of_finite_differences(kept):
     """Also where the matrices of weights are computed again on the way back, and with fewer queries than keys."""
     shapes = ((2, 3, 4), (2, 3, 5), (2, 3, 5))
@@ -23,23 +23,23 @@ def test_gradients_are_those_of_finite_differences(kept):
         assert gradcheck(ChannelsFirstAttention.apply, [part.requires_grad_() for part in parts])
 
 
-@pytest.mark.parametrize("kept", [2**26, 0])
+@pytest.mark.parametrize("kept", [2**24, 0])
 def test_answers_and_gradients_are_those_of_diffusers(kept):
-    model = build_ddpm((1, 16, 16), 3, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
-    x, t, labels = torch.randn(5, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(5), torch.arange(5) % 3
+    model = build_ddpm((1, 16, 16), 3, 0, "auto", [16, 32], [True, True], norm_num_groups=8).double()
+    x, t, labels = torch.randn(5, 1, 16, 16).double(), torch.arange(5), torch.arange(5) % 3
     theirs = copy.deepcopy(model)
     attend(theirs.unet, AttnProcessor2_0())
     found = []
     with patch.object(attention, "KEPT", kept):
         for network in (model, theirs):
             answer = network.predict(x, t, labels)
-            loss = answer.square().sum()
-            once = torch.autograd.grad(loss, list(network.unet.parameters()), retain_graph=True)
-            twice = torch.autograd.grad(loss, list(network.unet.parameters()))  # as SISS goes back
+            loss, weights = answer.square().sum(), list(network.unet.parameters())
+            once = torch.autograd.grad(loss, weights, retain_graph=True)
+            twice = torch.autograd.grad(loss, weights)  # as SISS goes back
             assert all(map(torch.equal, once, twice))
             found.append([answer, *once])
     for ours, wanted in zip(*found, strict=True):
-        assert torch.allclose(ours, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
+        assert torch.allclose(ours, wanted, rtol=1e-8, atol=1e-10)
 
 
 def test_sampling_passes_are_those_of_diffusers_to_the_bit():

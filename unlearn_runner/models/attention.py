@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-KEPT = 2**26  # bytes: larger matrices of weights are computed again on the way back
+KEPT = 2**24  # bytes: larger matrices of weights are computed again on the way back
 
 
 class ChannelsFirstAttention(torch.autograd.Function):
