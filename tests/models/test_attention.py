@@ -14,23 +14,23 @@ from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.types import make_generator
 
 
-@pytest.mark.parametrize("kept", [2**24, 0])
-def test_gradients_are_those_of_finite_differences(kept):
-    """Also where the matrices of weights are computed again on the way back, and with fewer queries than keys."""
+@pytest.mark.parametrize("at_once", [2**23, 100])
+def test_gradients_are_those_of_finite_differences(at_once):
+    """Also head by head, and with fewer queries than keys."""
     shapes = ((2, 3, 4), (2, 3, 5), (2, 3, 5))
     parts = [torch.randn(shape, dtype=torch.float64, generator=make_generator(0, "x")) for shape in shapes]
-    with patch.object(attention, "KEPT", kept):
+    with patch.object(attention, "AT_ONCE", at_once):
         assert gradcheck(ChannelsFirstAttention.apply, [part.requires_grad_() for part in parts])
 
 
-@pytest.mark.parametrize("kept", [2**24, 0])
-def test_answers_and_gradients_are_those_of_diffusers(kept):
+@pytest.mark.parametrize("at_once", [2**23, 100])
+def test_answers_and_gradients_are_those_of_diffusers(at_once):
     model = build_ddpm((1, 16, 16), 3, 0, "auto", [16, 32], [True, True], norm_num_groups=8).double()
     x, t, labels = torch.randn(5, 1, 16, 16).double(), torch.arange(5), torch.arange(5) % 3
     theirs = copy.deepcopy(model)
     attend(theirs.unet, AttnProcessor2_0())
     found = []
-    with patch.object(attention, "KEPT", kept):
+    with patch.object(attention, "AT_ONCE", at_once):
         for network in (model, theirs):
             answer = network.predict(x, t, labels)
             loss, weights = answer.square().sum(), list(network.unet.parameters())

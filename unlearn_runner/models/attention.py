@@ -1,14 +1,15 @@
 """Self-attention of small UNets on a CPU, faster on the way back than torch's own.
 
-torch's kernel for the CPU recomputes softmax block by block, for long sequences and wide heads. A UNet of 28x28 pixels
-has 49 to 784 positions and, in diffusers, heads of 8 channels: whole matrices of weights, with the channels before the
-positions, in which matrix products of this shape are twice as fast, need 0.5 to 0.6 times torch's time forward and
-back (docs/benchmarks.md).
+torch's kernel for the CPU goes block by block, for long sequences and wide heads, and computes its weights again on the
+way back. A UNet of 28x28 pixels has 49 to 784 positions and, in diffusers, heads of 8 channels: there whole matrices of
+weights are faster, with channels before positions, in which matrix products of this shape take half the time. Measured
+in docs/benchmarks.md.
 
 # Notation (variable -> Attention Is All You Need, 1706.03762, equation 1; transposed)
 # query -> Q^T / sqrt(d_k);  key, value -> K^T, V^T;  weights -> softmax(Q K^T / sqrt(d_k));  answer -> (weights V)^T
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,38 +18,48 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-KEPT = 2**24  # bytes: larger matrices of weights are computed again on the way back
+AT_ONCE = 2**23  # bytes of weights: heads are attended to in parts of this size, which leave memory free
 
 
 class ChannelsFirstAttention(torch.autograd.Function):
-    """softmax(query^T key) applied to value, with `b` heads of `d` channels, `q` and `k` positions."""
+    """softmax(query^T key) applied to value, with `b` heads of `d` channels, `q` and `k` positions.
+
+    The weights are computed again on the way back: kept, they would be most of a small network's memory.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: Float[Tensor, "b d q"], key: Float[Tensor, "b d k"], value: Float[Tensor, "b d k"]
     ) -> Float[Tensor, "b d q"]:
-        weights = _weights(query, key)
-        answer = torch.bmm(value, weights.transpose(1, 2))
-        kept = weights if weights.nbytes <= KEPT else None
-        ctx.save_for_backward(query, key, value, answer, kept)
+        answer = torch.empty_like(query)
+        for q, k, v, part in _parts(query, key, value, answer):
+            torch.bmm(v, _weights(q, k).transpose(1, 2), out=part)
+        ctx.save_for_backward(query, key, value, answer)
         return answer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Float[Tensor, "b d q"]) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, answer, weights = ctx.saved_tensors
-        if weights is None:
-            weights = _weights(query, key)
-        over_value = torch.bmm(slope, weights)
-        # The slope over the products Q K^T: weights (over_weights - their mean under weights).
-        over_weights = torch.bmm(slope.transpose(1, 2), value)
-        mean = (slope * answer).sum(1).unsqueeze(2)
-        over_products = over_weights.sub_(mean).mul_(weights)
-        return torch.bmm(key, over_products.transpose(1, 2)), torch.bmm(query, over_products), over_value
+        query, key, value, answer = ctx.saved_tensors
+        over = tuple(map(torch.empty_like, (query, key, value)))
+        mean = (slope * answer).sum(1).unsqueeze(2)  # of the slope over the weights, under the weights
+        for q, k, v, part, average, over_q, over_k, over_v in _parts(query, key, value, slope, mean, *over):
+            weights = _weights(q, k)
+            over_products = torch.bmm(part.transpose(1, 2), v).sub_(average).mul_(weights)
+            torch.bmm(k, over_products.transpose(1, 2), out=over_q)
+            torch.bmm(q, over_products, out=over_k)
+            torch.bmm(part, weights, out=over_v)
+        return over
 
 
 def _weights(query: Float[Tensor, "b d q"], key: Float[Tensor, "b d k"]) -> Float[Tensor, "b q k"]:
     return torch.bmm(query.transpose(1, 2), key).softmax(-1)
+
+
+def _parts(query: Tensor, key: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """All of these by parts of the heads."""
+    heads = max(1, AT_ONCE // (query.shape[2] * key.shape[2] * query.element_size()))
+    return zip(*(tensor.split(heads) for tensor in (query, key, *more)), strict=True)
 
 
 class ChannelsFirstProcessor(AttnProcessor2_0):
