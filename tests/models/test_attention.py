@@ -14,6 +14,18 @@ from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.types import make_generator
 
 
+def attentive(num_labels=None):
+    """A network that attends at both of its resolutions."""
+    return build_ddpm((1, 16, 16), num_labels, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+
+
+def as_in_diffusers(model):
+    """A copy with diffusers' own attention."""
+    theirs = copy.deepcopy(model)
+    attend(theirs.unet, AttnProcessor2_0())
+    return theirs
+
+
 @pytest.mark.parametrize("at_once", [2**23, 100])
 def test_gradients_are_those_of_finite_differences(at_once):
     """Also head by head, and with fewer queries than keys."""
@@ -25,10 +37,9 @@ def test_gradients_are_those_of_finite_differences(at_once):
 
 @pytest.mark.parametrize("at_once", [2**23, 100])
 def test_answers_and_gradients_are_those_of_diffusers(at_once):
-    model = build_ddpm((1, 16, 16), 3, 0, "auto", [16, 32], [True, True], norm_num_groups=8).double()
+    model = attentive(num_labels=3).double()
     x, t, labels = torch.randn(5, 1, 16, 16).double(), torch.arange(5), torch.arange(5) % 3
-    theirs = copy.deepcopy(model)
-    attend(theirs.unet, AttnProcessor2_0())
+    theirs = as_in_diffusers(model)
     found = []
     with patch.object(attention, "AT_ONCE", at_once):
         for network in (model, theirs):
@@ -43,17 +54,16 @@ def test_answers_and_gradients_are_those_of_diffusers(at_once):
 
 
 def test_sampling_passes_are_those_of_diffusers_to_the_bit():
-    model = build_ddpm((1, 16, 16), None, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+    model = attentive()
     x, t = torch.randn(5, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(5)
-    theirs = copy.deepcopy(model)
-    attend(theirs.unet, AttnProcessor2_0())
+    theirs = as_in_diffusers(model)
     with torch.inference_mode():
         assert torch.equal(model.predict(x, t, None), theirs.predict(x, t, None))
 
 
 def test_other_attention_than_of_pixels_is_left_to_diffusers():
     """In bf16, and in UNets whose attention has no normalisation of its own."""
-    model = build_ddpm((1, 16, 16), None, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+    model = attentive()
     x, t = torch.randn(2, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(2)
     with patch.object(ChannelsFirstAttention, "apply", side_effect=AssertionError("used")):
         with torch.autocast("cpu", torch.bfloat16):
@@ -63,4 +73,4 @@ def test_other_attention_than_of_pixels_is_left_to_diffusers():
                 module.group_norm = None
         model.predict(x, t, None)
         with pytest.raises(AssertionError, match="used"):
-            build_ddpm((1, 16, 16), None, 0, "auto", [16, 32], [True, True], norm_num_groups=8).predict(x, t, None)
+            attentive().predict(x, t, None)
