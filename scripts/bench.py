@@ -6,9 +6,10 @@
     python scripts/bench.py --hardware single_gpu --network paper --only steps --methods reference siss_float32 siss
     python scripts/bench.py --hardware single_gpu --only utilisation     # a UNet of Stable Diffusion 1.5's size
 
-All that is compared runs in turns, a few steps each, round after round, so that a machine that grows slower does not
-favour whoever came first. A ratio is the median over rounds of one round's ratio. Nothing else may run meanwhile.
-The reference is the plain loop of scripts/reference_loop.py. Pictures: scikit-learn's digits with trousers.
+All that is compared runs in turns, a few steps each, round after round, each in a process of its own, so that a machine
+that grows slower does not favour whoever came first. A ratio is the median over rounds of one round's ratio. Nothing
+else may run meanwhile. The reference is the plain loop of scripts/reference_loop.py, in a process as torch comes;
+`..._tuned` is the same with what `hardware` sets. Pictures: scikit-learn's digits with trousers.
 """
 
 import argparse
@@ -21,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -33,7 +36,21 @@ NETWORKS = {
     "small": ["model=ddpm_mnist", "model.network.block_out_channels=[24,48,80]", "model.network.norm_num_groups=8",
               "model.network.layers_per_block=1"],
 }  # fmt: skip
-REFERENCES = {"reference": True, "reference_no_is": False}  # with importance sampling, without
+
+
+class Reference(NamedTuple):
+    """A plain loop."""
+
+    importance_sampling: bool
+    tuned: bool  # with what `hardware` sets: memory that is kept, kernels that are kept; on a GPU TF32, channels last
+
+
+REFERENCES = {
+    "reference": Reference(True, False),
+    "reference_tuned": Reference(True, True),
+    "reference_no_is": Reference(False, False),
+    "reference_no_is_tuned": Reference(False, True),
+}
 PLAIN = ["method.update.ema_decay=null", "method.gradient_variance=false"]  # the reference has neither
 SUBJECTS = {
     "siss": ["method=siss", *PLAIN],
@@ -59,7 +76,7 @@ SUBJECTS = {
     "rl_ppo": ["method=rl_lambda", "method.split=false", *PLAIN],
     "rl_sac": ["method=rl_lambda", "method/agent=sac", "method.split=false", *PLAIN],
 }
-COMPARED = {  # whose ratio to whom is worth a line
+COMPARED = {  # whose ratio to whom is worth a line; to a plain loop, also to its tuned one
     "siss": "reference", "siss_stale": "reference", "siss_default": "reference", "siss_no_is": "reference_no_is",
     "siss_channels_last": "reference", "no_is_channels_last": "reference_no_is",
     "siss_float32": "reference", "siss_unreplayed": "reference", "siss_split": "reference",
@@ -68,7 +85,7 @@ COMPARED = {  # whose ratio to whom is worth a line
 }  # fmt: skip
 ON_A_GPU = ("siss_float32", "siss_unreplayed", "siss_split", "siss_compiled", "stale_float32", "no_is_float32")
 BY_DEFAULT = [name for name in [*REFERENCES, *SUBJECTS] if name not in ON_A_GPU]
-PARTS = ("steps", "peaks", "evaluation", "start-up", "utilisation")
+PARTS = ("steps", "evaluation", "start-up", "utilisation")
 ROLLOUT = 25  # steps of an agent between two updates of its policy: it runs so many at a time
 
 
@@ -76,7 +93,7 @@ class Subject(NamedTuple):
     """What is timed."""
 
     run: Callable[[int], None]  # takes so many steps
-    networks: tuple[Any, ...]  # whose passes are counted
+    networks: tuple[Any, ...]  # whose passes are counted; the first is trained
     least: int  # steps at a time
 
 
@@ -88,6 +105,7 @@ class Timing(NamedTuple):
     images_per_second: float
     evaluations: float  # of networks, in a step, for each image pair
     outside: float  # share of the step outside passes forward and back
+    peak: float  # MiB that all steps needed, besides Python, torch, data and weights
 
 
 def composed(overrides: list[str]) -> dict[str, Any]:
@@ -130,17 +148,20 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
         ]
     )  # fmt: skip
     hardware = make(cfg["hardware"])
-    hardware.apply()
+    reference = REFERENCES.get(name)
+    if reference is None or reference.tuned:
+        hardware.apply()
     data = make(cfg["dataset"]).load()
-    network = hardware.prepare(build_model(cfg["model"]["network"], data.spec, 0))
-    if name in REFERENCES:
+    network = build_model(cfg["model"]["network"], data.spec, 0)
+    network = network.to(hardware.device) if reference and not reference.tuned else hardware.prepare(network)
+    if reference:
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         from scripts.reference_loop import ReferenceLoop
         from unlearn_runner.models.attention import attend
 
         attend(network.unet, AttnProcessor2_0())  # diffusers' own
-        loop = ReferenceLoop(network.unet, network.alphas_cumprod, REFERENCES[name], 0.5, 5.0, 1e-4)
+        loop = ReferenceLoop(network.unet, network.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4)
         stream = BatchStream(data, Streams("retain", True), arguments.batch_size, 0, hardware.device)
         torch.manual_seed(0)
 
@@ -148,7 +169,7 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
             for _ in range(steps):
                 loop.step(*stream.next()[:4])
 
-        return Subject(run, (), 1)
+        return Subject(run, (network,), 1)
     method = build_method(cfg["method"], network, data.spec, make_generator(0, "method", hardware.device))
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     driver.total_steps(method, plan)
@@ -220,62 +241,105 @@ def synchronise(device: Any) -> None:
         torch.cuda.synchronize()
 
 
-def in_turns(subjects: dict[str, Subject], arguments: argparse.Namespace, device: Any) -> dict[str, list[float]]:
+class Runner:
+    """A subject in a process of its own."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace):
+        self.name = name
+        self.connection, other = get_context("spawn").Pipe()
+        self.process = get_context("spawn").Process(target=serve, args=(other, name, arguments), daemon=True)
+        self.process.start()
+        other.close()
+        self.least, self.weights = self._answer()
+
+    def seconds(self, steps: int) -> float:
+        """Of one step."""
+        steps = max(steps, self.least)
+        self.connection.send(("run", steps))
+        return self._answer() / steps
+
+    def look(self, steps: int) -> dict[str, float]:
+        """What a few more steps tell besides the seconds: some of Timing's entries."""
+        self.connection.send(("look", max(steps, self.least)))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            sys.exit(f"{self.name} has ended; what it said stands above.")
+
+
+def serve(connection: Connection, name: str, arguments: argparse.Namespace) -> None:
+    """A Runner's other side."""
+    import torch
+
+    from unlearn_runner.training.provenance import peak_memory_gb
+
+    device = torch.device("cuda" if torch.cuda.is_available() and arguments.hardware != "cpu" else "cpu")
+
+    def timed(steps: int) -> float:
+        synchronise(device)
+        started = time.perf_counter()
+        subject.run(steps)
+        synchronise(device)
+        return time.perf_counter() - started
+
+    def looked(steps: int) -> dict[str, float]:
+        before = sum(network.network_evaluations for network in subject.networks)
+        with passes_timed(device) as spent:
+            whole = timed(steps)
+        evaluations = sum(network.network_evaluations for network in subject.networks) - before
+        return {
+            "evaluations": evaluations / steps / arguments.batch_size,
+            "outside": 1 - spent[0] / whole,
+            "peak": 1024 * (peak_memory_gb() - at_first),
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        subject = make_subject(name, arguments, Path(folder), *arguments.set)
+        at_first = peak_memory_gb()
+        connection.send((subject.least, sum(weight.numel() for weight in subject.networks[0].parameters())))
+        while True:
+            try:
+                order, steps = connection.recv()
+            except EOFError:  # nobody asks any more
+                return
+            connection.send({"run": timed, "look": looked}[order](steps))
+
+
+def in_turns(runners: list[Runner], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a step by round. Each round begins with another subject."""
-    names = list(subjects)
-    for name in names:
-        subjects[name].run(max(arguments.warm_up, subjects[name].least))
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for runner in runners:
+        runner.seconds(arguments.warm_up)
+    seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
     for round in range(arguments.rounds):
-        first = round % len(names)
-        for name in names[first:] + names[:first]:
-            steps = max(arguments.steps, subjects[name].least)
-            synchronise(device)
-            started = time.perf_counter()
-            subjects[name].run(steps)
-            synchronise(device)
-            seconds[name].append((time.perf_counter() - started) / steps)
-        told = ", ".join(f"{name} {1000 * seconds[name][-1]:.0f}" for name in names)
+        first = round % len(runners)
+        for runner in runners[first:] + runners[:first]:
+            seconds[runner.name].append(runner.seconds(arguments.steps))
+        told = ", ".join(f"{name} {1000 * taken[-1]:.0f}" for name, taken in seconds.items())
         print(f"round {round + 1} of {arguments.rounds}, ms a step: {told}", file=sys.stderr)
     return seconds
 
 
-def timing_of(subject: Subject, seconds: list[float], arguments: argparse.Namespace, device: Any) -> Timing:
-    """What a few more steps tell besides the seconds."""
-    steps = max(arguments.steps, subject.least)
-    before = sum(network.network_evaluations for network in subject.networks)
-    with passes_timed(device) as spent:
-        started = time.perf_counter()
-        subject.run(steps)
-        synchronise(device)
-        whole = time.perf_counter() - started
-    evaluations = sum(network.network_evaluations for network in subject.networks) - before
+def timing_of(runner: Runner, seconds: list[float], arguments: argparse.Namespace) -> Timing:
     low, _, high = quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     middle = median(seconds)
-    pairs = arguments.batch_size
-    return Timing(1000 * middle, (1000 * low, 1000 * high), pairs / middle, evaluations / steps / pairs,
-                  1 - spent[0] / whole)  # fmt: skip
+    return Timing(1000 * middle, (1000 * low, 1000 * high), arguments.batch_size / middle,
+                  **runner.look(arguments.steps))  # fmt: skip
 
 
-def peak_of(name: str, arguments: argparse.Namespace) -> float:
-    """MiB that three steps need at their peak, besides Python, torch, data and weights, in a process of its own."""
-    options = ["--network", arguments.network, "--hardware", arguments.hardware, "--conditional",
-               str(arguments.conditional).lower(), "--batch-size", str(arguments.batch_size), "--image-size",
-               str(arguments.image_size)]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", name, *options], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return float(done.stdout.splitlines()[-1])
-
-
-def print_peak(name: str, arguments: argparse.Namespace) -> None:
-    from unlearn_runner.training.provenance import peak_memory_gb
-
-    with tempfile.TemporaryDirectory() as folder:
-        subject = make_subject(name, arguments, Path(folder))
-        before = peak_memory_gb()
-        subject.run(max(3, subject.least))
-    print(1024 * (peak_memory_gb() - before))
+def ratios_of(seconds: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]]:
+    """How many times as fast as others those are that COMPARED names: by round, in the middle and at both ends."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, other in COMPARED.items():
+        for against in (other, f"{other}_tuned"):
+            if name in seconds and against in seconds:
+                by_round = sorted(b / a for a, b in zip(seconds[name], seconds[against], strict=True))
+                found.setdefault(name, []).append(
+                    {"of": against, "median": median(by_round), "low": by_round[0], "high": by_round[-1]}
+                )
+    return found
 
 
 def drawing(arguments: argparse.Namespace) -> dict[str, float]:
@@ -399,16 +463,15 @@ def markdown(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in found["subjects"].items():
-        ratio = found["ratios"].get(name)
-        versus = (
-            "" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) {ratio['of']}"
+        versus = ", ".join(
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}) {ratio['of']}"
+            for ratio in found["ratios"].get(name, ())
         )
         evaluations = "" if name in REFERENCES else f"{row['evaluations']:.2f}"
         middle, low, high = (milliseconds(value) for value in (row["milliseconds"], *row["quartiles"]))
-        peak = "" if row["peak"] is None else f"{row['peak']:.0f}"
         lines.append(
             f"| {name} | {middle} ({low} to {high}) | {row['images_per_second']:.0f} | {evaluations} | "
-            f"{100 * row['outside']:.1f} % | {peak} | {versus} |"
+            f"{100 * row['outside']:.1f} % | {row['peak']:.0f} | {versus} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -436,7 +499,6 @@ def parser() -> argparse.ArgumentParser:
         help="overrides for all, such as hardware.deterministic=false",
     )
     add_files(parser)
-    add("--peak", choices=[*REFERENCES, *SUBJECTS], help=argparse.SUPPRESS)
     return parser
 
 
@@ -466,9 +528,6 @@ def hand_over(found: dict[str, Any], table: str, arguments: argparse.Namespace) 
 
 def main() -> None:
     arguments = parser().parse_args()
-    if arguments.peak:
-        print_peak(arguments.peak, arguments)
-        return
     require_sensible(arguments, "rounds", "steps", "warm_up", "batch_size", "image_size")
     if arguments.only == ["utilisation"]:
         told = utilisation(arguments)
@@ -477,34 +536,24 @@ def main() -> None:
     if not arguments.conditional:  # distillation draws labels
         arguments.methods = [name for name in arguments.methods if name not in ("sfd", "multi_class")]
 
-    import torch
-
     from unlearn_runner.hardware import cores
     from unlearn_runner.training.provenance import environment
 
-    peaks = {name: peak_of(name, arguments) if "peaks" in arguments.only else None for name in arguments.methods}
-    with tempfile.TemporaryDirectory() as folder:
-        subjects = {name: make_subject(name, arguments, Path(folder), *arguments.set) for name in arguments.methods}
-        some = next(iter(subject.networks for subject in subjects.values() if subject.networks), None)
-        device = torch.device("cuda" if torch.cuda.is_available() and arguments.hardware != "cpu" else "cpu")
-        seconds = in_turns(subjects, arguments, device)
-        settings = ("network", "batch_size", "image_size", "conditional", "hardware", "rounds", "steps", "set")
-        found: dict[str, Any] = {
-            "processor": processor(),
-            "cores": cores(),
-            **environment(),
-            **{name: getattr(arguments, name) for name in settings},
-            "parameters": sum(weight.numel() for weight in some[0].parameters()) if some else 0,
-            "subjects": {},
-        }
-        for name, subject in subjects.items():
-            timing = timing_of(subject, seconds[name], arguments, device)
-            found["subjects"][name] = timing._asdict() | {"peak": peaks[name], "seconds": seconds[name]}
-    found["ratios"] = {}
-    for name, other in COMPARED.items():
-        if name in seconds and other in seconds:
-            by_round = sorted(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
-            found["ratios"][name] = {"of": other, "median": median(by_round), "low": by_round[0], "high": by_round[-1]}
+    runners = [Runner(name, arguments) for name in arguments.methods]
+    seconds = in_turns(runners, arguments)
+    settings = ("network", "batch_size", "image_size", "conditional", "hardware", "rounds", "steps", "set")
+    found: dict[str, Any] = {
+        "processor": processor(),
+        "cores": cores(),
+        **environment(),
+        **{name: getattr(arguments, name) for name in settings},
+        "parameters": runners[0].weights,
+        "subjects": {
+            runner.name: timing_of(runner, taken, arguments)._asdict() | {"seconds": taken}
+            for runner, taken in zip(runners, seconds.values(), strict=True)
+        },
+        "ratios": ratios_of(seconds),
+    }
     more = {
         "evaluation": partial(drawing, arguments),
         "start-up": start_up,

@@ -53,12 +53,16 @@ def test_answers_and_gradients_are_those_of_diffusers(at_once):
         assert torch.allclose(ours, wanted, rtol=1e-8, atol=1e-10)
 
 
-def test_sampling_passes_are_those_of_diffusers_to_the_bit():
+@pytest.mark.parametrize("at_once", [2**23, 100])
+def test_passes_of_sampling_and_of_training_have_the_same_bits(at_once):
+    """Policy gradients need it: their first ratios are exactly 1."""
     model = attentive()
     x, t = torch.randn(5, 1, 16, 16, generator=make_generator(1, "x")), torch.arange(5)
-    theirs = as_in_diffusers(model)
-    with torch.inference_mode():
-        assert torch.equal(model.predict(x, t, None), theirs.predict(x, t, None))
+    with patch.object(attention, "AT_ONCE", at_once):
+        followed = model.predict(x, t, None)
+        with torch.inference_mode():
+            assert torch.equal(model.predict(x, t, None), followed)
+    assert followed.requires_grad
 
 
 def test_other_attention_than_of_pixels_is_left_to_diffusers():

@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.attention import ChannelsFirstProcessor, attend
 from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.models.sampling import sampling_scheduler
 
@@ -27,15 +28,25 @@ def test_targets(tiny_network):
     torch.testing.assert_close(v.target(x0, eps, timesteps), v.scheduler.get_velocity(x0, eps, timesteps))
 
 
+def assert_draws_as(pipeline, ours):
+    """To the bit with our attention, and up to rounding with diffusers'."""
+
+    def draw():
+        return pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=7, output_type="pt").images
+
+    ours = (ours / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(draw(), ours, rtol=0, atol=1e-5)
+    attend(pipeline.unet, ChannelsFirstProcessor())
+    assert torch.equal(draw(), ours)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_saved_pipeline_draws_the_same_images(tiny_network, tmp_path, prediction_type):
     network = tiny_network(num_labels=None, prediction_type=prediction_type)
     network.save(tmp_path)
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=7, output_type="pt").images
-    ours = network.sample(3, None, torch.Generator().manual_seed(5), 7, "ddpm")
-    assert torch.equal((ours / 2 + 0.5).clamp(0, 1), theirs)
+    assert_draws_as(pipeline, network.sample(3, None, torch.Generator().manual_seed(5), 7, "ddpm"))
 
 
 def test_saved_conditional_pipeline_draws_the_same_images(tiny_network, tmp_path):
@@ -45,9 +56,7 @@ def test_saved_conditional_pipeline_draws_the_same_images(tiny_network, tmp_path
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.forward = functools.partial(pipeline.unet.forward, class_labels=labels)  # as docs/ tells
-    theirs = pipeline(3, torch.Generator().manual_seed(5), num_inference_steps=7, output_type="pt").images
-    ours = network.sample(3, labels, torch.Generator().manual_seed(5), 7, "ddpm")
-    assert torch.equal((ours / 2 + 0.5).clamp(0, 1), theirs)
+    assert_draws_as(pipeline, network.sample(3, labels, torch.Generator().manual_seed(5), 7, "ddpm"))
 
 
 def test_ddim_is_deterministic_and_starts_at_the_last_timestep(tiny_network):

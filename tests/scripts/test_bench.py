@@ -4,7 +4,6 @@ import copy
 import math
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
@@ -78,11 +77,14 @@ def test_table_says_what_was_found():
     found = {
         "network": "small", "parameters": 1.1e6, "batch_size": 64, "image_size": 28, "conditional": True,
         "threads": 2, "rounds": 3, "steps": 4, "subjects": {"reference": row, "siss": row},
-        "ratios": {"siss": {"of": "reference", "median": 1.5, "low": 1.4, "high": 1.6}},
+        "ratios": bench.ratios_of(
+            {"siss": [1.0, 2.0, 1.0], "reference": [1.4, 3.0, 1.6], "reference_tuned": [1.0, 2.0, 1.0]}
+        ),
     }  # fmt: skip
     lines = bench.markdown(found).splitlines()
     assert lines[0].startswith("small network (1.1M weights), 28x28, batch 64, conditional, 2 threads, 3 rounds of 4")
-    assert lines[-1] == "| siss | 100 (90 to 110) | 640 | 1.00 | 2.1 % | 300 | 1.50 (1.40 to 1.60) reference |"
+    ratios = "1.50 (1.40 to 1.60) reference, 1.00 (1.00 to 1.00) reference_tuned"
+    assert lines[-1] == f"| siss | 100 (90 to 110) | 640 | 1.00 | 2.1 % | 300 | {ratios} |"
 
 
 def test_mistakes_get_one_sentence():
@@ -98,13 +100,23 @@ def test_mistakes_get_one_sentence():
 
 
 @pytest.mark.slow
-def test_every_subject_runs(tmp_path):
-    arguments = Namespace(
-        network="small", conditional=True, batch_size=4, image_size=28, hardware="cpu", rounds=1, steps=1, warm_up=1
-    )  # fmt: skip
-    subjects = {name: bench.make_subject(name, arguments, tmp_path) for name in bench.BY_DEFAULT}
-    seconds = bench.in_turns(subjects, arguments, torch.device("cpu"))
-    for name, subject in subjects.items():
-        timing = bench.timing_of(subject, seconds[name], arguments, torch.device("cpu"))
+def test_every_subject_runs():
+    """Each in a process of its own."""
+    arguments = bench.parser().parse_args(
+        ["--batch-size", "4", "--hardware", "cpu", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
+    )
+    for name in bench.BY_DEFAULT:
+        runner = bench.Runner(name, arguments)
+        (seconds,) = bench.in_turns([runner], arguments).values()
+        timing = bench.timing_of(runner, seconds, arguments)
         assert timing.milliseconds > 0, name
         assert 0 < timing.outside < 1, name
+        assert timing.peak > 0, name
+        runner.connection.close()
+
+
+def test_a_subject_that_ends_says_so(capfd):
+    arguments = bench.parser().parse_args(["--hardware", "cpu", "--set", "method.update.clip_norm=nonsense"])
+    with pytest.raises(SystemExit, match="siss has ended; what it said stands above"):
+        bench.Runner("siss", arguments)
+    assert "nonsense" in capfd.readouterr().err

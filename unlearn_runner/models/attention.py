@@ -63,9 +63,10 @@ def _parts(query: Tensor, key: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, 
 
 
 class ChannelsFirstProcessor(AttnProcessor2_0):
-    """diffusers' attention, but where float32 passes on a CPU are to be followed back: those by ChannelsFirstAttention.
+    """diffusers' attention, but ChannelsFirstAttention's in float32 on a CPU; equal up to rounding.
 
-    Equal up to rounding. Passes of sampling stay diffusers' own to the bit.
+    Also where nothing is followed back, which it speeds up little: policy gradients compare a sampler's passes with
+    passes of training, and need the same bits of both.
     """
 
     def __call__(
@@ -77,7 +78,7 @@ class ChannelsFirstProcessor(AttnProcessor2_0):
         temb: Float[Tensor, "b e"] | None = None,
     ) -> Float[Tensor, "b c h w"]:
         x = hidden_states
-        ours = torch.is_grad_enabled() and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        ours = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         if not ours or attn.group_norm is None or not attn.residual_connection:
             return super().__call__(attn, x, encoder_hidden_states, attention_mask, temb)
         b, c, h, w = x.shape

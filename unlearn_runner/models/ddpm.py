@@ -145,7 +145,7 @@ class DDPM(DiffusionModel):
         batch_size: int = 256,
     ) -> Float[Tensor, "{n} c h w"]:
         """The samplers "ddim" and "ddim_clipped" are deterministic given the first noise; "ddpm" is ancestral, and the
-        same to the bit as diffusers' DDPMPipeline with this generator. Noise is drawn batch by batch.
+        same as diffusers' DDPMPipeline with this generator (on a CPU up to rounding). Noise is drawn batch by batch.
         """
         scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps)
         images = []
