@@ -1,6 +1,7 @@
 """What `hardware` sets for the whole process."""
 
 import copy
+import os
 import platform
 import subprocess
 import sys
@@ -27,6 +28,17 @@ for _ in range(10):
     torch.zeros(16_000_000)
 print(faults() - before)
 """
+KERNELS = """
+import torch
+from unlearn_runner.hardware import Hardware
+Hardware("cpu").apply()
+convolution = torch.nn.Conv2d(8, 8, 3)
+with torch.no_grad():
+    for _ in range(2):
+        print("turn", flush=True)
+        for b in range(2, 602):
+            convolution(torch.zeros(b, 8, 8, 8))
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
@@ -37,6 +49,18 @@ def test_freed_memory_is_kept_for_the_next_step():
     )
     assert plain > 1000  # each of the ten times 64 MB, twice what glibc would come to keep by itself
     assert kept < plain / 10
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="convolutions are not oneDNN's")
+def test_compiled_kernels_are_kept():
+    """Of more shapes than oneDNN keeps by itself."""
+    said = subprocess.run(
+        [sys.executable, "-c", KERNELS], env=os.environ | {"ONEDNN_VERBOSE": "profile_create"},
+        capture_output=True, check=True, text=True,
+    ).stdout  # fmt: skip
+    _, first, second = (turn.count("cache_miss") for turn in said.split("turn\n"))
+    assert first > 1024
+    assert second == 0
 
 
 @pytest.fixture

@@ -219,7 +219,7 @@ def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:
 
 def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
     """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one."""
-    settings = ("debug=default", "logger=jsonl", "trainer.max_steps=150", "evaluation.every=null",
+    settings = ("debug=default", "logger=jsonl", "trainer.max_steps=60", "evaluation.every=null",
                 "trainer.checkpointing_steps=null")  # fmt: skip
     outputs = tmp_path / "outputs"
     process = in_training(*settings, outputs=outputs, cache=shared_cache)
@@ -230,14 +230,14 @@ def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
     assert summary(folder)["status"] == "interrupted"
     assert "resume_from_checkpoint=" in said
     stopped_at = lines(folder)[-1]["step"]
-    assert 0 < stopped_at < 150
+    assert 0 < stopped_at < 60
 
     resumed = command(*settings, "resume_from_checkpoint=latest", outputs=outputs, cache=shared_cache)
     assert resumed.returncode == 0, resumed.stderr
     assert list(outputs.glob("*/*/*")) == [folder], "in the same folder, and no empty one is left"
     assert summary(folder)["status"] == "finished"
     assert "resume_from_checkpoint: null" in (folder / "config.yaml").read_text()
-    assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 151))
+    assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 61))
     other = command(*settings, "resume_from_checkpoint=latest", outputs=tmp_path / "other", cache=shared_cache)
     assert other.returncode == 0, "latest begins anew where there is nothing to resume"
     assert_same_bits(weights_of(folder), weights_of(runs_below(tmp_path / "other")[0]))

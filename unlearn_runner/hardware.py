@@ -14,7 +14,7 @@ from unlearn_runner.graphs import GraphedPasses
 from unlearn_runner.types import Passes
 
 LARGEST_REPLAYED = 200_000_000  # weights
-KERNELS_KEPT = "8192"  # compiled by oneDNN for every shape anew; of its own 1,024, SISS's parts of batches use more
+KERNELS_KEPT = "8192"  # by oneDNN, which compiles for every shape anew: up to 190 for each size of SISS's parts
 PRECISIONS = {"no": None, "bf16": torch.bfloat16}
 
 
@@ -116,6 +116,7 @@ class Hardware:
         if self.threads is not None or self.processes > 1:
             torch.set_num_threads(self.threads or max(1, cores() // self.processes))
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor
         torch.backends.cudnn.benchmark = not self.deterministic
         if self.device.type == "cpu":
             _keep_freed_memory()
@@ -123,7 +124,6 @@ class Hardware:
         else:
             if self.deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
-                torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel for every new tensor
             torch.set_float32_matmul_precision("high")  # TF32
 
     def place(self, module: nn.Module) -> nn.Module:

@@ -148,8 +148,8 @@ def test_mixture_score_asks_the_posterior(monkeypatch):
     ("variant", "settings"),
     [
         ("multi_class", {"beta": 3.0}),
-        ("siss_sfd_labels", {"lambd": ClosedForm(initial=0.3)}),
-        pytest.param("siss_sfd_labels", {"lambd": 0.5}, marks=pytest.mark.slow),  # as long again, and easier
+        pytest.param("siss_sfd_labels", {"lambd": ClosedForm(initial=0.3)}, marks=pytest.mark.slow),
+        pytest.param("siss_sfd_labels", {"lambd": 0.5}, marks=pytest.mark.slow),
     ],
     ids=["multi_class", "labels closed_form", "labels constant"],
 )

@@ -174,7 +174,7 @@ def test_split_batches_give_the_plain_gradients(tiny_network, one_label, predict
         weights.append(torch.cat([w.flatten() for w in siss.model.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=2e-6)
     assert passes[1] == 96
-    assert 96 <= passes[0] <= 110
+    assert 96 <= passes[0] <= 96 * 1.25
 
 
 def test_rows_are_passed_the_cheapest_way():
@@ -190,10 +190,12 @@ def test_rows_are_passed_the_cheapest_way():
     assert way(32, 32, 0) == [(32, (0,)), (32, (1,))]
     assert way(0, 0, 64) == [(64, (0, 1))]
     assert way(64, 0, 0) == [(64, (0,))]
-    assert way(20, 20, 24) == [(20, (0,)), (20, (1,)), (24, (0, 1))], "60 + 60 + 120 units instead of 320 or 264"
-    assert way(31, 31, 2) == [(33, (0,)), (33, (1,))], "two more units are cheaper than three more calls"
+    assert way(24, 24, 16) == [(24, (0,)), (24, (1,)), (16, (0, 1))], "72 + 72 + 80 units instead of 320 or 240"
+    assert way(28, 32, 4) == [(40, (1,)), (32, (0,))], "eight more units are cheaper than a third call"
+    assert way(28, 32, 4, call=0.0) == [(32, (1,)), (24, (0,)), (8, (0, 1))]
     assert way(1, 1, 62) == [(64, (0, 1))]
-    assert way(31, 31, 2, call=0.0) == [(31, (0,)), (31, (1,)), (2, (0, 1))]
+    assert way(20, 20, 24) == [(32, (0, 1)), (16, (0,)), (16, (1,))], "whole eighths, and the most rows first"
+    assert way(4, 3, 2, call=0.0) == [(4, (0,)), (3, (1,)), (2, (0, 1))], "a small batch's by the row"
 
 
 def test_norms_may_be_measured_now_and_then(tiny_network):

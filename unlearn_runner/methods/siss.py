@@ -140,14 +140,28 @@ def shared_passes(
     A pass forward and back costs 3 units a row, a second pass back over the same graph 2, and each of these passes
     what `call` units cost besides. A row whose weight in a term is below rounding needs no pass back for it, which is
     exact to rounding. Rows with weight in both terms go together with two passes back, or once with each of the others.
+
+    Numbers of rows are multiples of an eighth of the batch, for which some rows pass that need not: a CPU compiles
+    kernels for each number, and those of every number that chance makes would fill its memory. The most rows first:
+    what they leave of it is room enough for the others.
     """
-    negligible = torch.finfo(w_retain.dtype).eps / 16
+    negligible, unit = torch.finfo(w_retain.dtype).eps / 16, max(1, len(w_retain) // 8)
     in_retain, in_forget = w_retain > negligible, w_forget > negligible
-    both, every = in_retain & in_forget, torch.ones_like(in_retain)
+
+    def some(rows: Bool[Tensor, "b"]) -> Bool[Tensor, "b"]:
+        """As many of these as make whole units."""
+        return rows & (rows.cumsum(0) <= rows.sum() // unit * unit)
+
+    def filled(rows: Bool[Tensor, "b"]) -> Bool[Tensor, "b"]:
+        """These, and as many others as make whole units."""
+        return rows | (~rows & ((~rows).cumsum(0) <= -rows.sum() % unit))
+
+    only_retain, only_forget = some(in_retain & ~in_forget), some(in_forget & ~in_retain)
+    rest = (in_retain | in_forget) & ~only_retain & ~only_forget
     ways = [
-        [(every, (0, 1))],
-        [(in_retain, (0,)), (in_forget, (1,))],
-        [(in_retain & ~both, (0,)), (in_forget & ~both, (1,)), (both, (0, 1))],
+        [(torch.ones_like(rest), (0, 1))],
+        [(filled(in_retain), (0,)), (filled(in_forget), (1,))],
+        [(only_retain, (0,)), (only_forget, (1,)), (rest, (0, 1))],
     ]
     sums = iter(torch.stack([rows.sum() for way in ways for rows, _ in way]).tolist())  # from the device at once
     counts = [[next(sums) for _ in way] for way in ways]
@@ -157,7 +171,8 @@ def shared_passes(
         return sum(count * (1 + 2 * backward) + call * (1 + backward) for count, backward in passes)
 
     best = min(range(len(ways)), key=cost)
-    return [part for part, count in zip(ways[best], counts[best], strict=True) if count]
+    parts = sorted(zip(counts[best], ways[best], strict=True), key=lambda part: -part[0])
+    return [part for count, part in parts if count]
 
 
 @final
