@@ -51,6 +51,7 @@ OVERRIDES = [
     for name in options("method/override")
 ]
 VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS
+SLOW = {*VARIANTS} - {*LAMBDAS, ("siss", "model=vae"), ("retrain", "model=vae"), HYBRIDS[2], HYBRIDS[-1]}
 METHODS = [(method,) for method in COMPLETE if method not in ASKING_PROMPTS] + VARIANTS
 
 
@@ -89,7 +90,10 @@ def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema
     assert_same_bits(flat_state(trainer), after)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=" ".join)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[pytest.mark.slow] * (method in SLOW), id=" ".join(method)) for method in METHODS],
+)
 def test_resume_is_the_uninterrupted_run(composed, digits, tmp_path, method):
     cfg = composed(*overrides(method, "0.9"), "trainer.max_steps=6", "trainer.init=base")
     whole = build_trainer(cfg, digits, tmp_path / "a")

@@ -80,11 +80,23 @@ def distances(jobs: dict[str, dict], resumed: dict[str, dict], folder: Path) -> 
     return found
 
 
-def test_two_processes_train_as_one_and_resume_to_the_bit(composed, tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("naive_deletion", "siss", "timesteps", "siss_vae", "rl_lambda", "sfd", "labels"),
+        pytest.param(
+            ("neg_grad", "erase_diff", "siss_no_is", "adaptive_siss", "vae", "hybrid", "student"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["some", "others"],
+)
+def test_two_processes_train_as_one_and_resume_to_the_bit(composed, tmp_path, names):
     """A batch of 7 does not divide, nor does what SISS selects of it."""
-    jobs = jobs_of(composed, LOSS_BASED | DISTILLING, "trainer.max_steps=4", "trainer.batch_size=7")
-    methods = {"siss": ("adaptive_siss", "model.network.dropout=0.3"), "sfd": ("sfd",)}
-    found = distances(jobs, jobs_of(composed, methods, "trainer.max_steps=4"), tmp_path)
+    methods = {name: (LOSS_BASED | DISTILLING)[name] for name in names}
+    jobs = jobs_of(composed, methods, "trainer.max_steps=4", "trainer.batch_size=7")
+    resumed = {"siss": ("adaptive_siss", "model.network.dropout=0.3"), "sfd": ("sfd",)}
+    found = distances(jobs, jobs_of(composed, resumed, "trainer.max_steps=4"), tmp_path)
     assert not {name: value for name, value in found.items() if not value < 1e-7}
 
 
