@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import COMPLETE, ROOT, assert_same_bits, options
+from conftest import COMPLETE, ROOT, assert_same_bits, marked, options
 from pipelines import foreign
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
@@ -90,10 +90,7 @@ def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema
     assert_same_bits(flat_state(trainer), after)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(method, marks=[pytest.mark.slow] * (method in SLOW), id=" ".join(method)) for method in METHODS],
-)
+@pytest.mark.parametrize("method", marked(METHODS, SLOW, together=True))
 def test_resume_is_the_uninterrupted_run(composed, digits, tmp_path, method):
     cfg = composed(*overrides(method, "0.9"), "trainer.max_steps=6", "trainer.init=base")
     whole = build_trainer(cfg, digits, tmp_path / "a")

@@ -371,6 +371,7 @@ def test_parallel_jobs_make_one_base(tmp_path):
     assert len(runs_below(outputs)) == 2, "two folders, though begun in the same second"
 
 
+@pytest.mark.slow  # test_sweeps.py has the same of more
 def test_multirun_makes_a_folder_each(tmp_path, shared_cache):
     done = command(
         "-m", "debug=default", "logger=jsonl", "method.lambd=0.3,1.3", "seed=0,1",

@@ -230,6 +230,7 @@ def test_reused_rollouts_carry_bounded_weights(clip, monkeypatch):
     assert 0.5 < second["weights/ess_reuse"] <= 1
 
 
+@pytest.mark.slow
 def test_critic_knows_better_towards_the_picture(clip):
     torch.manual_seed(0)
     method = toy_method(

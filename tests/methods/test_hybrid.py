@@ -167,6 +167,7 @@ def test_known_gaussians_converge(variant, settings):
         assert found[1] == pytest.approx(std, abs=0.08), label
 
 
+@pytest.mark.slow
 def test_a_student_answers_as_the_teacher_does_of_another_class():
     method = build(
         "siss_sfd_student", gaussian_model([-1.0, 1.0, 0.0], [0.6, 0.8, 0.7]), update=adam(2e-2, ema_decay=0.95),

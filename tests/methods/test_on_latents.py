@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_bits, options
+from conftest import ROOT, assert_same_bits, marked, options
 from diffusers import StableDiffusionPipeline
 from pipelines import foreign
 from trainers import build_trainer, flat_state
@@ -21,6 +21,10 @@ DISTILLING = {
     "sfd": (), "sfd_two_stage": (), "hybrid": (),
     "hybrid of mixed labels": ("method.variant=siss_sfd_labels",),
     "hybrid with a student": ("method.variant=siss_sfd_student", "method.distil_share=0.4"),
+}  # fmt: skip
+SLOW = {  # the same kinds of step as others'
+    ("siss_no_is", "full"), ("adaptive_siss", "full"), ("neg_grad", "full"), ("erase_diff", "full"),
+    ("critic_guided", "full"), "sfd", "hybrid of mixed labels", "hybrid with a student",
 }  # fmt: skip
 SMALL = ("method.num_inference_steps=3", "method.num_rollouts=4", "method.critic_steps=1")
 
@@ -52,7 +56,7 @@ def test_every_method_is_looked_at():
 
 @pytest.mark.parametrize(
     ("method", "trainable"),
-    [*((method, "full") for method in METHODS), *((method, "lora") for method in ("siss", "critic_guided"))],
+    marked([*((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora")], SLOW),
 )
 def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, method, trainable):
     cfg = configuration(composed, folder, method, f"model.network.trainable={trainable}", "trainer.max_steps=3")
@@ -89,7 +93,7 @@ def assert_resumed_is(whole, first, second, folder):
     assert_same_bits(flat_state(second), flat_state(whole))
 
 
-@pytest.mark.parametrize("name", DISTILLING)
+@pytest.mark.parametrize("name", marked(DISTILLING, SLOW))
 def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder, tmp_path, name):
     cfg = configuration(composed, folder, name.split()[0], "trainer.max_steps=3", *DISTILLING[name])
     data = dataset_of(cfg).load()
