@@ -149,11 +149,12 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
     )  # fmt: skip
     hardware = make(cfg["hardware"])
     reference = REFERENCES.get(name)
-    if reference is None or reference.tuned:
+    tuned = reference is None or reference.tuned
+    if tuned:
         hardware.apply()
     data = make(cfg["dataset"]).load()
     network = build_model(cfg["model"]["network"], data.spec, 0)
-    network = network.to(hardware.device) if reference and not reference.tuned else hardware.prepare(network)
+    network = hardware.prepare(network) if tuned else network.to(hardware.device)
     if reference:
         from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -246,9 +247,9 @@ class Runner:
 
     def __init__(self, name: str, arguments: argparse.Namespace):
         self.name = name
-        self.connection, other = get_context("spawn").Pipe()
-        self.process = get_context("spawn").Process(target=serve, args=(other, name, arguments), daemon=True)
-        self.process.start()
+        context = get_context("spawn")
+        self.connection, other = context.Pipe()
+        context.Process(target=serve, args=(other, name, arguments), daemon=True).start()
         other.close()
         self.least, self.weights = self._answer()
 
@@ -272,11 +273,7 @@ class Runner:
 
 def serve(connection: Connection, name: str, arguments: argparse.Namespace) -> None:
     """A Runner's other side."""
-    import torch
-
     from unlearn_runner.training.provenance import peak_memory_gb
-
-    device = torch.device("cuda" if torch.cuda.is_available() and arguments.hardware != "cpu" else "cpu")
 
     def timed(steps: int) -> float:
         synchronise(device)
@@ -299,7 +296,9 @@ def serve(connection: Connection, name: str, arguments: argparse.Namespace) -> N
     with tempfile.TemporaryDirectory() as folder:
         subject = make_subject(name, arguments, Path(folder), *arguments.set)
         at_first = peak_memory_gb()
-        connection.send((subject.least, sum(weight.numel() for weight in subject.networks[0].parameters())))
+        weights = list(subject.networks[0].parameters())
+        device = weights[0].device
+        connection.send((subject.least, sum(weight.numel() for weight in weights)))
         while True:
             try:
                 order, steps = connection.recv()

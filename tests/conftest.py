@@ -25,16 +25,9 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def marked(cases, slow, together: bool = False) -> list:
-    """Parameters of a test; those in `slow` are slow ones. `together`: all words of a case are one parameter."""
-    return [
-        pytest.param(
-            *([case] if together or isinstance(case, str) else case),
-            marks=[pytest.mark.slow] * (case in slow),
-            id=case if isinstance(case, str) else (" " if together else "-").join(map(str, case)),
-        )
-        for case in cases
-    ]
+def marked(cases, slow) -> list:
+    """Cases of a test, each the tuple of its parameters; those in `slow` are slow ones."""
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case in slow)) for case in cases]
 
 
 COMPLETE = [method for method in options("method") if method != "given"]  # it wants a folder: methods/test_given.py

@@ -90,7 +90,7 @@ def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema
     assert_same_bits(flat_state(trainer), after)
 
 
-@pytest.mark.parametrize("method", marked(METHODS, SLOW, together=True))
+@pytest.mark.parametrize("method", marked([(m,) for m in METHODS], {(m,) for m in SLOW}), ids=" ".join)
 def test_resume_is_the_uninterrupted_run(composed, digits, tmp_path, method):
     cfg = composed(*overrides(method, "0.9"), "trainer.max_steps=6", "trainer.init=base")
     whole = build_trainer(cfg, digits, tmp_path / "a")

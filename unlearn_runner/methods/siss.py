@@ -148,13 +148,16 @@ def shared_passes(
     negligible, unit = torch.finfo(w_retain.dtype).eps / 16, max(1, len(w_retain) // 8)
     in_retain, in_forget = w_retain > negligible, w_forget > negligible
 
+    def first(rows: Bool[Tensor, "b"], n: Int64[Tensor, ""]) -> Bool[Tensor, "b"]:
+        return rows & (rows.cumsum(0) <= n)
+
     def some(rows: Bool[Tensor, "b"]) -> Bool[Tensor, "b"]:
         """As many of these as make whole units."""
-        return rows & (rows.cumsum(0) <= rows.sum() // unit * unit)
+        return first(rows, rows.sum() // unit * unit)
 
     def filled(rows: Bool[Tensor, "b"]) -> Bool[Tensor, "b"]:
         """These, and as many others as make whole units."""
-        return rows | (~rows & ((~rows).cumsum(0) <= -rows.sum() % unit))
+        return rows | first(~rows, -rows.sum() % unit)
 
     only_retain, only_forget = some(in_retain & ~in_forget), some(in_forget & ~in_retain)
     rest = (in_retain | in_forget) & ~only_retain & ~only_forget
