@@ -29,6 +29,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def cached(root: Path, kind: str, key: dict[str, Any], make: Callable[[Path], None], together: bool = False) -> Path:
     """The folder `<root>/<kind>/<hash of key>`, filled by `make(<folder>.partial)` if it is not there yet.
 
