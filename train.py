@@ -7,9 +7,9 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from unlearn_runner.cli import failure_on_record, one_sentence
+from unlearn_runner.cli import configuration, failure_on_record, one_sentence
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -18,10 +18,11 @@ def main(cfg: DictConfig) -> float | tuple[float, ...] | None:
     fresh_folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         with failure_on_record():
-            return run(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), fresh_folder)
+            return run(configuration(cfg), fresh_folder)
     finally:
-        with suppress(OSError):  # Hydra made it; a mistake or a resumed run leaves it empty
-            fresh_folder.rmdir()
+        with suppress(OSError):  # Hydra made it and the two around it; a mistake or a resumed run leaves them empty
+            for folder in (fresh_folder, *fresh_folder.parents[:2]):
+                folder.rmdir()
 
 
 def run(cfg: dict, fresh_folder: Path) -> float | tuple[float, ...] | None:
@@ -54,11 +55,11 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.distributed import is_first
     from unlearn_runner.errors import folder_or_name
     from unlearn_runner.evaluation.classifier import trained_judge
-    from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
+    from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.loggers import NoLogger
-    from unlearn_runner.training.pretraining import pretrained, require_teachable
+    from unlearn_runner.training.pretraining import pretrained
     from unlearn_runner.training.progress import ProgressBar
     from unlearn_runner.training.recorder import RunRecorder
     from unlearn_runner.training.run_folder import checkpoint_to_resume, open_run_folder
@@ -87,13 +88,9 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     if clip is not None:
         hardware.place(clip)
     method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device), clip)
-    plan.require_a_teacher(method)
     total_steps = driver.total_steps(method, plan)
     evaluation = make(cfg["evaluation"])
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
-    require_threshold(evaluation["threshold"])
-    require_teachable(pretraining, cfg["model"]["weights"], dataset.from_base, evaluation["oracle"])
-    require_clip(evaluation["metrics"], clip)
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"]) if is_first() else NoLogger()
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-import unlearn_runner.cli  # noqa: F401 - its resolvers
+from unlearn_runner.cli import configuration
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script, not a module of the package
@@ -60,7 +60,7 @@ def composed(tmp_path, shared_cache):
         HydraConfig.instance().set_config(cfg)
         OmegaConf.set_readonly(cfg.hydra, False)
         container = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        return OmegaConf.to_container(container, resolve=True, throw_on_missing=True)
+        return configuration(container)
 
     return compose_run
 

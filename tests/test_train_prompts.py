@@ -6,12 +6,11 @@ import pytest
 import torch
 from conftest import COMPLETE
 from diffusers import StableDiffusionPipeline
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from train import build_method, build_model
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.evaluator import require_clip, require_enough_samples
+from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.types import make_generator
 
 SMALL = (
@@ -43,7 +42,6 @@ def test_experiment_composes_with_every_method(composed, method):
     assert built.networks
     evaluation = instantiate(cfg["evaluation"], _convert_="all")
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], 64, network.num_labels)
-    require_clip(evaluation["metrics"], clip)
 
 
 @pytest.mark.parametrize("method", [("method=siss",), ROLLING], ids=" ".join)
@@ -100,7 +98,7 @@ def test_refuses(run):
         run(*SMALL, "method=siss", "evaluation.oracle=true", folder="a")
     with pytest.raises(ConfigurationError, match="would have to draw the images that it learns from"):
         run("dataset=sd_concepts", "dataset.source=base", "method=siss", folder="b")
-    with pytest.raises(InstantiationException, match=r"ConfigurationError.*the dataset's are 17 x 17"):
+    with pytest.raises(ConfigurationError, match=r"the dataset's are 17 x 17"):
         run(*SMALL, "method=siss", "dataset.image_size=17", folder="c")
 
 

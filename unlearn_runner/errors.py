@@ -1,5 +1,7 @@
 """What can end a run early. Imports nothing heavy: a mistyped command must fail at once."""
 
+import re
+import shlex
 from pathlib import Path
 
 
@@ -11,7 +13,7 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient norm stopped being a finite number: the run has diverged."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """What an error says, for a message of one sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -46,3 +48,20 @@ def known_cause(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, KNOWN):
         error = error.__cause__
     return error
+
+
+def as_override(option: str, value: str) -> str:
+    """`option=value` as it can be typed into a shell, whatever is in the value: quoted for the shell and for Hydra."""
+    if not re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./:@%+~-]*", value) or value.lower() in (
+        "null",
+        "true",
+        "false",
+        "nan",
+        "inf",
+    ):
+        # an interpolation's beginning is escaped for OmegaConf, a quote for Hydra; so are backslashes before either
+        value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+        value = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value)
+        trailing = len(value) - len(value.rstrip("\\"))
+        value = f"'{value}{chr(92) * trailing}'"
+    return shlex.quote(f"{option}={value}")

@@ -4,13 +4,16 @@ import ctypes
 import os
 import platform
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Gt, Le
 from torch import nn
 
 from unlearn_runner.distributed import started_outside
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.graphs import GraphedPasses
+from unlearn_runner.options import BatchSize
 from unlearn_runner.types import Passes
 
 LARGEST_REPLAYED = 200_000_000  # weights
@@ -41,29 +44,20 @@ class Hardware:
             torch for deterministic kernels; on the CPU they are so anyway.
     """
 
-    accelerator: str = "auto"
-    threads: int | None = None
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Gt(0), Le(1024)] | None = None
     channels_last: bool | None = False
     deterministic: bool = True
-    num_processes: int | None = 1
-    mixed_precision: str | None = "no"
-    gradient_accumulation_steps: int = 1
+    num_processes: Annotated[int, Gt(0), Le(256)] | None = 1
+    mixed_precision: Literal["no", "bf16"] | None = "no"
+    gradient_accumulation_steps: BatchSize = 1
     compile: bool = False
     cuda_graphs: bool | None = False
 
     def __post_init__(self) -> None:
         gpus = torch.cuda.device_count()
-        if self.accelerator not in ("auto", "cpu", "cuda"):
-            raise ConfigurationError(f"hardware.accelerator must be auto, cpu or cuda, got '{self.accelerator}'.")
         if self.accelerator == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError("hardware: a GPU was asked for, torch finds none here; take hardware=cpu or auto.")
-        for name in ("threads", "num_processes"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigurationError(f"hardware.{name} must be positive or null, got {getattr(self, name)}.")
-        if not self.gradient_accumulation_steps > 0:
-            raise ConfigurationError(
-                f"hardware.gradient_accumulation_steps must be positive, got {self.gradient_accumulation_steps}."
-            )
         if self.cuda_graphs and self.device.type != "cuda":
             raise ConfigurationError("hardware.cuda_graphs must be false or null, got true: there is no GPU to use.")
         if self.device.type == "cuda" and self.processes > gpus:
@@ -76,13 +70,6 @@ class Hardware:
                 f"hardware.num_processes is {self.processes}, but {started_outside()} were started (WORLD_SIZE); give "
                 f"hardware.num_processes={started_outside()}."
             )
-        if self.mixed_precision == "fp16":
-            raise ConfigurationError(
-                "hardware.mixed_precision must be no or bf16, got fp16: its gradients would have to be scaled, and "
-                "methods fix their norms."
-            )
-        if self.mixed_precision not in (None, *PRECISIONS):
-            raise ConfigurationError(f"hardware.mixed_precision must be no or bf16, got '{self.mixed_precision}'.")
         if self.mixed_precision == "bf16" and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ConfigurationError(
                 f"hardware.mixed_precision=bf16: {torch.cuda.get_device_name()} does not have it; take no."

@@ -1,13 +1,14 @@
 """Types of options, with their ranges: what a constructor's annotations say about a value of the configuration.
 
-`unlearn_runner.validation` checks a whole configuration against the annotations of all constructors it names, before any
-of them is imported. Imports nothing heavy. For an option of one constructor alone write `Literal[...]` or `Annotated`
-there.
+`unlearn_runner.validation` checks a whole configuration against the annotations of all constructors it names, before
+any of them is imported. Imports nothing heavy. For an option of one constructor alone write `Literal[...]` or
+`Annotated` there.
 """
 
-from typing import Annotated, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 LARGEST = 2**31 - 1
 
@@ -24,4 +25,46 @@ NumSamples: TypeAlias = Annotated[int, Gt(0), Le(10_000_000)]
 NumInferenceSteps: TypeAlias = Annotated[int, Gt(0), Le(100_000)]
 ImageSize: TypeAlias = Annotated[int, Ge(8), Le(4096)]  # pixels a side
 Width: TypeAlias = Annotated[int, Gt(0), Le(2**14)]  # channels or features of a layer
+Sampler: TypeAlias = Literal["ddim", "ddim_clipped", "ddpm"]
+Bootstrap: TypeAlias = Annotated[int, Ge(20), Le(100_000)]  # resamplings
 Depth: TypeAlias = Annotated[int, Gt(0), Le(256)]  # layers or heads
+
+# What the constructors of other libraries (torch.optim, diffusers.optimization, stable_baselines3) take, where they say
+# less than they accept.
+FOREIGN: dict[str, Any] = {
+    "lr": PositiveFloat,
+    "betas": tuple[Decay, Decay],
+    "eps": PositiveFloat,
+    "weight_decay": NonNegativeFloat,
+    "momentum": Decay,
+    "name": Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+    ],
+    "num_warmup_steps": NonNegativeInt | None,
+    "num_training_steps": PositiveInt | None,
+    "num_cycles": PositiveInt,
+    "power": PositiveFloat,
+    "policy": Literal["MlpPolicy"],
+    "learning_rate": PositiveFloat,
+    "batch_size": BatchSize,
+    "n_steps": PositiveInt,
+    "n_epochs": PositiveInt,
+    "gamma": UnitInterval,
+    "gae_lambda": UnitInterval,
+    "clip_range": PositiveFloat,
+    "ent_coef": NonNegativeFloat | Literal["auto"],
+    "vf_coef": NonNegativeFloat,
+    "max_grad_norm": PositiveFloat,
+    "tau": Annotated[float, Gt(0), Le(1)],
+    "buffer_size": Annotated[int, Gt(0), Le(10_000_000)],
+    "learning_starts": NonNegativeInt,
+    "train_freq": PositiveInt,
+    "gradient_steps": PositiveInt | Literal[-1],
+    "policy_kwargs": Mapping[str, Annotated[Sequence[Width], MinLen(1)]] | None,
+}

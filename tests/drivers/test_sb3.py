@@ -272,7 +272,10 @@ def test_an_update_of_the_policy_is_not_torn(driven, setup):
         ((*PPO, *EPISODIC, "method.episodes=5"), "method.episodes=5 is not a multiple .* 4 or 6 would be"),
         ((*PPO, *EPISODIC, "method.episodes=1"), "method.episodes=1 is not a multiple .* 2 would be"),
         ((*SAC, "trainer.max_steps=6"), "trainer.max_steps=6 is not a multiple of method.agent.train_freq=4; 4 or 8"),
-        ((*SAC, "method.agent.train_freq=[1,episode]"), "must be a number of steps"),
+        (
+            (*SAC, "method.agent.train_freq=[1,episode]"),
+            "train_freq must be a whole number above 0",
+        ),
     ],
 )
 def test_numbers_that_do_not_divide_are_refused(driven, overrides, sentence):

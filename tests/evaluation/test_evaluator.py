@@ -157,11 +157,3 @@ def test_references_are_mirrored_where_training_mirrors(judge, shared_cache):
     assert torch.allclose(references[0], judge(pixels[:1]).features[0], atol=1e-5)
     assert torch.allclose(references[1], judge(pixels[1:2].flip(-1)).features[0], atol=1e-5)
     assert not torch.allclose(references[1], judge(pixels[1:2]).features[0], atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"num_samples": 0}, {"sampler": "euler"}, {"num_inference_steps": -1}, {"bootstrap": 2}]
-)
-def test_sampling_refuses(settings):
-    with pytest.raises(ConfigurationError, match=r"evaluation\."):
-        Sampling(**settings)

@@ -110,8 +110,3 @@ def test_inception_without_network_says_which_file_to_put_where(tmp_path, monkey
         ConfigurationError, match=r"could not be downloaded .* put it at .*checkpoints/weights-inception"
     ):
         feature_extractor("inception")
-
-
-def test_unknown_extractor():
-    with pytest.raises(ConfigurationError, match="one of classifier, inception, open_clip; got 'resnet'"):
-        feature_extractor("resnet")

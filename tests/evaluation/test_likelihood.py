@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.likelihood import (
     NLL,
     bound_bits_per_dim,
@@ -187,15 +186,6 @@ def test_scores_of_a_network_repeat(digits, tiny_network):
     assert metric(metric.measure(network, digits)) == metric(rows)
     assert network.training
     assert all(weight.grad is None for weight in network.parameters())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"num_images": 0}, {"rtol": 0.0}, {"num_timesteps": 1000}, {"num_importance_samples": 0}],
-)
-def test_refuses(settings):
-    with pytest.raises(ConfigurationError, match=r"evaluation\.metrics\.nll"):
-        NLL(**settings)
 
 
 class LinearVAE(GenerativeModel):

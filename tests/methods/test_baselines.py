@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import Denoising, denoising_loss, draw_noise, drawn_loss
 from unlearn_runner.methods.erase_diff import EraseDiff, combine, erase_diff_loss
 from unlearn_runner.methods.method import Update
@@ -106,16 +105,3 @@ def test_gradient_is_that_of_autograd(tiny_network):
     loss = sum(weight.square().sum() for weight in network.parameters())
     flat = sgd(network).gradient(loss)
     torch.testing.assert_close(flat, torch.cat([2 * w.detach().flatten() for w in network.parameters()]))
-
-
-@pytest.mark.parametrize("settings", [{"max_grad_norm": 0.0}, {"max_grad_norm": -1.0}, {"ema_decay": 1.0}])
-def test_update_refuses(tiny_network, settings):
-    with pytest.raises(ConfigurationError):
-        sgd(tiny_network(), **settings)
-
-
-def test_methods_refuse(tiny_network):
-    with pytest.raises(ConfigurationError, match="eta"):
-        EraseDiff(tiny_network(), sgd, make_generator(0, "m"), eta=0.0)
-    with pytest.raises(ConfigurationError, match="population"):
-        Denoising(tiny_network(), sgd, make_generator(0, "m"), population="forget")

@@ -8,7 +8,6 @@ import torch
 from scipy.optimize import minimize_scalar
 from test_siss import method, unit_batch
 
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.lambdas import (
     LEAST,
     LEVELS,
@@ -299,21 +298,3 @@ def test_one_hot_share(tiny_network):
     near = method(tiny_network(), SISS, lambd=0.3).step(unit_batch(one_label=True))
     assert far["weights/one_hot"] > 0.85  # other labels
     assert near["weights/one_hot"] < 0.5
-
-
-@pytest.mark.parametrize(
-    ("settings", "names"),
-    [
-        ({"objective": "elbo"}, "objective"), ({"prior": "beta"}, "prior"), ({"beta": 0.0}, "beta"),
-        ({"prior_std": 0.0}, "prior_std"), ({"ema_decay": 1.0}, "ema_decay"),
-    ],
-)  # fmt: skip
-def test_inferred_refuses(settings, names):
-    with pytest.raises(ConfigurationError, match=f"method.lambd.{names}"):
-        inferred(**settings)
-
-
-@pytest.mark.parametrize("settings", [{"num_levels": 0}, {"ema_decay": -0.1}, {"initial": 1.0}, {"least_samples": -1}])
-def test_closed_form_refuses(settings):
-    with pytest.raises(ConfigurationError, match=f"method.lambd.{next(iter(settings))}"):
-        ClosedForm(**settings)

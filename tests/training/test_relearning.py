@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import assert_same_bits
 
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Update
 from unlearn_runner.training.relearning import Relearning
 
@@ -40,8 +39,3 @@ def test_relearning_says_when_it_did_not_come_back(digits, tiny_network):
     assert {key for key in scores if key.startswith("per_step")} == {
         f"per_step/relearn_forget_rate/{step}" for step in (0, 2, 3)
     }
-
-
-def test_refuses():
-    with pytest.raises(ConfigurationError, match=r"evaluation\.relearning\.every"):
-        Relearning(UPDATE, every=0)

@@ -21,6 +21,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from unlearn_runner import rules
 from unlearn_runner.cache import atomic, write_json
 from unlearn_runner.distributed import is_first
 from unlearn_runner.drivers.driver import Driver
@@ -69,39 +70,15 @@ def rollout_steps(method: RLLambda, plan: Plan) -> int:
     algorithm, settings = method.agent.func, method.agent.keywords
     if issubclass(algorithm, OffPolicyAlgorithm):
         name, steps, total = "method.agent.train_freq", settings.get("train_freq", 1), plan.max_steps
-        if not isinstance(steps, int):
-            raise ConfigurationError(f"{name} must be a number of steps, got {steps}.")
     elif method.training == "episodic":
-        if method.episodes % method.episodes_per_update:
-            raise ConfigurationError(
-                f"method.episodes={method.episodes} is not a multiple of method.episodes_per_update="
-                f"{method.episodes_per_update}; {multiples(method.episodes, method.episodes_per_update)} would be."
-            )
+        rules.whole_episodes(method.training, method.episodes, method.episodes_per_update)
         name, steps, total = "method.episodes_per_update", plan.max_steps * method.episodes_per_update, 0
     else:
         name, steps, total = "method.update_every", method.update_every, plan.max_steps
-    if total % steps:
-        raise ConfigurationError(
-            f"trainer.max_steps={total} is not a multiple of {name}={steps}; {multiples(total, steps)} would be: "
-            "the agent makes whole rollouts only."
-        )
-    if issubclass(algorithm, OnPolicyAlgorithm) and (batch := settings.get("batch_size")) and steps % batch:
-        raise ConfigurationError(
-            f"a rollout of {steps} steps ({name}) does not divide into batches of method.agent.batch_size={batch}; "
-            f"one of {divisors(steps)} would do."
-        )
+    rules.divides(total, name, steps)
+    if issubclass(algorithm, OnPolicyAlgorithm):
+        rules.batches_of(steps, name, settings.get("batch_size"))
     return steps
-
-
-def multiples(value: int, of: int) -> str:
-    """The nearest multiples, for a sentence."""
-    below = value // of * of
-    return f"{below} or {below + of}" if below else str(of)
-
-
-def divisors(value: int) -> str:
-    """All but 1, for a sentence."""
-    return ", ".join(str(number) for number in range(2, value + 1) if value % number == 0)
 
 
 @final

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le, MultipleOf
 from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,8 +18,8 @@ from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_range
 from unlearn_runner.distributed import in_shares
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.features import FeatureExtractor
+from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed, Width
 from unlearn_runner.types import make_generator
 
 
@@ -52,18 +53,13 @@ class Judged:
 class ClassifierRecipe:
     """How the classifier is trained. It decides what the weights are, so all of it enters the cache key."""
 
-    width: int = 16
-    num_features: int = 64
-    max_steps: int = 300
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    max_shift: int = 1  # pixels of random translation; mirrored too where the dataset mirrors
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("width", "num_features", "max_steps", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"evaluation.classifier.{name} must be positive, got {getattr(self, name)}.")
+    width: Annotated[int, Gt(0), Le(2048), MultipleOf(8)] = 16
+    num_features: Width = 64
+    max_steps: PositiveInt = 300
+    batch_size: BatchSize = 128
+    learning_rate: PositiveFloat = 2e-3
+    max_shift: Annotated[int, Ge(0), Le(1024)] = 1  # pixels of random translation; mirrored where the dataset mirrors
+    seed: Seed = 0
 
 
 @final

@@ -23,7 +23,7 @@ from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, PromptMetric, Samples
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
-from unlearn_runner.models.sampling import SAMPLERS
+from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, Sampler, Seed
 from unlearn_runner.types import make_generator
 
 
@@ -37,22 +37,13 @@ class Sampling:
     there are conditions.
     """
 
-    num_samples: int = 200
-    sampler: str = "ddim"
-    num_inference_steps: int = 25
-    batch_size: int = 200
-    seed: int = 0
-    bootstrap: int | None = None
+    num_samples: NumSamples = 200
+    sampler: Sampler = "ddim"
+    num_inference_steps: NumInferenceSteps = 25
+    batch_size: BatchSize = 200
+    seed: Seed = 0
+    bootstrap: Bootstrap | None = None
     forget_only: bool = False
-
-    def __post_init__(self) -> None:
-        if self.bootstrap is not None and self.bootstrap < 20:
-            raise ConfigurationError(f"evaluation.bootstrap must be at least 20 or null, got {self.bootstrap}.")
-        if self.sampler not in SAMPLERS:
-            raise ConfigurationError(f"evaluation.sampler must be one of {', '.join(SAMPLERS)}, got '{self.sampler}'.")
-        for name in ("num_samples", "num_inference_steps", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"evaluation.{name} must be positive, got {getattr(self, name)}.")
 
 
 class Evaluation(NamedTuple):
@@ -114,22 +105,6 @@ def require_enough_samples(
                     f"{num_features} features); evaluation.num_samples={sampling.num_samples} gives {count}: "
                     f"draw more, or leave it out with {mend}."
                 )
-
-
-def require_clip(metrics: dict[str, Metric | ImageMetric | PromptMetric], clip: Clip | None) -> None:
-    """Raise ConfigurationError if a metric asks a CLIP that is not there."""
-    for name, metric in metrics.items():
-        if isinstance(metric, PromptMetric) and metric.needs_clip and clip is None:
-            raise ConfigurationError(
-                f"evaluation.metrics.{name} asks CLIP; say which with clip=tiny or clip=vit_b_32, or leave it "
-                f"out with evaluation.metrics.{name}=null."
-            )
-
-
-def require_threshold(threshold: float | None) -> None:
-    """Raise ConfigurationError unless it is a share, or None for no threshold."""
-    if threshold is not None and (isinstance(threshold, str) or not 0 <= threshold <= 1):
-        raise ConfigurationError(f"evaluation.threshold must lie in [0, 1] or be null, got {threshold}.")
 
 
 @final

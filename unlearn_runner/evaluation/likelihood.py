@@ -10,17 +10,18 @@ evidence lower bound.
 
 import math
 from functools import partial
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 import torch
+from annotated_types import Gt, Le, Lt
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
+from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
 LEVELS = 255  # a pixel is one of 0..255, in [-1, 1] one of 256 values 2/255 apart
@@ -173,25 +174,15 @@ class NLL(ImageMetric):
 
     def __init__(
         self,
-        num_images: int = 16,
-        num_bound_images: int = 64,
-        num_timesteps: int = 20,
-        num_importance_samples: int = 64,
-        rtol: float = 1e-3,
-        atol: float = 1e-3,
-        batch_size: int = 64,
-        seed: int = 0,
+        num_images: PositiveInt = 16,
+        num_bound_images: PositiveInt = 64,
+        num_timesteps: Annotated[int, Gt(0), Lt(1000)] = 20,
+        num_importance_samples: Annotated[int, Gt(0), Le(100_000)] = 64,
+        rtol: PositiveFloat = 1e-3,
+        atol: PositiveFloat = 1e-3,
+        batch_size: BatchSize = 64,
+        seed: Seed = 0,
     ):
-        for name, value in (
-            ("num_images", num_images),
-            ("num_bound_images", num_bound_images),
-            ("num_importance_samples", num_importance_samples),
-            ("rtol", rtol),
-        ):
-            if not value > 0:
-                raise ConfigurationError(f"evaluation.metrics.nll.{name} must be positive, got {value}.")
-        if not 0 < num_timesteps < 1000:
-            raise ConfigurationError(f"evaluation.metrics.nll.num_timesteps must lie in 1..999, got {num_timesteps}.")
         self.num_images, self.num_bound_images, self.num_timesteps = num_images, num_bound_images, num_timesteps
         self.num_importance_samples = num_importance_samples
         self.rtol, self.atol, self.batch_size, self.seed = rtol, atol, batch_size, seed

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.likelihood import latent_costs
 from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
+from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
 POPULATIONS = ("forget", "unseen")
@@ -64,17 +65,23 @@ class Membership(ImageMetric):
 
     def __init__(
         self,
-        num_images: int = 200,
-        timesteps: Sequence[int] = (50, 150, 250, 350, 450, 550, 650, 750, 850, 950),
-        num_draws: int = 10,
-        batch_size: int = 200,
-        seed: int = 0,
+        num_images: PositiveInt = 200,
+        timesteps: Annotated[Sequence[Annotated[int, Ge(0), Lt(1000)]], MinLen(1)] = (
+            50,
+            150,
+            250,
+            350,
+            450,
+            550,
+            650,
+            750,
+            850,
+            950,
+        ),
+        num_draws: Annotated[int, Gt(0), Le(10_000)] = 10,
+        batch_size: BatchSize = 200,
+        seed: Seed = 0,
     ):
-        for name, value in (("num_images", num_images), ("num_draws", num_draws)):
-            if not value > 0:
-                raise ConfigurationError(f"evaluation.metrics.mia.{name} must be positive, got {value}.")
-        if not timesteps or not all(0 <= t < 1000 for t in timesteps):
-            raise ConfigurationError(f"evaluation.metrics.mia.timesteps must lie in 0..999, got {list(timesteps)}.")
         self.num_images, self.timesteps, self.num_draws = num_images, list(timesteps), num_draws
         self.batch_size, self.seed = batch_size, seed
 

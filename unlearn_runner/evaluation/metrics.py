@@ -4,20 +4,23 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.options import PositiveInt, Seed
 
+MinSamples: TypeAlias = Annotated[int, Ge(2), Le(10_000_000)]
 ALONE = {"sync_on_compute": False}  # torchmetrics would add up what several processes have, and here all have all
 
 
@@ -182,10 +185,10 @@ class FID(Metric):
     model that was not changed, whatever the base is worth, and lower than it would be from other noise.
     """
 
-    def __init__(self, per_class: bool = False, min_samples: int = 100, against: str = "images"):
-        if against not in ("images", "base"):
-            raise ConfigurationError(f"evaluation.metrics.fid.against must be images or base, got '{against}'.")
-        self.per_class, self.min_samples = per_class, _at_least_two("fid", min_samples)
+    def __init__(
+        self, per_class: bool = False, min_samples: MinSamples = 100, against: Literal["images", "base"] = "images"
+    ):
+        self.per_class, self.min_samples = per_class, min_samples
         self.needs_references = against == "images"
         self._by_reference: dict[int, tuple[Judged, Any]] = {}  # the statistics of real images are taken once
 
@@ -241,17 +244,13 @@ class KID(Metric):
     def __init__(
         self,
         per_class: bool = False,
-        min_samples: int = 100,
-        subset_size: int = 100,
-        subsets: int = 20,
-        seed: int = 0,
+        min_samples: MinSamples = 100,
+        subset_size: MinSamples = 100,
+        subsets: Annotated[int, Ge(1), Le(10_000)] = 20,
+        seed: Seed = 0,
     ):
-        if subset_size > min_samples:
-            raise ConfigurationError(
-                f"evaluation.metrics.kid.subset_size must be at most its min_samples ({min_samples}), "
-                f"got {subset_size}."
-            )
-        self.per_class, self.min_samples = per_class, _at_least_two("kid", min_samples)
+        rules.size_of_subsets(subset_size, min_samples)
+        self.per_class, self.min_samples = per_class, min_samples
         self.subset_size, self.subsets, self.seed = subset_size, subsets, seed
 
     def least(self, num_features: int) -> int:
@@ -297,13 +296,8 @@ class PrecisionRecall(Metric):
     needs_references = True
     per_class = False
 
-    def __init__(self, min_samples: int = 100, neighbours: int = 3, seed: int = 0):
-        if neighbours < 1:
-            raise ConfigurationError(f"evaluation.metrics.prc.neighbours must be at least 1, got {neighbours}.")
-        if neighbours >= min_samples:
-            raise ConfigurationError(
-                f"evaluation.metrics.prc.min_samples must be above its neighbours ({neighbours}), got {min_samples}."
-            )
+    def __init__(self, min_samples: MinSamples = 100, neighbours: PositiveInt = 3, seed: Seed = 0):
+        rules.number_of_neighbours(neighbours, min_samples)
         self.min_samples, self.neighbours, self.seed = min_samples, neighbours, seed
 
     def least(self, num_features: int) -> int:
@@ -341,9 +335,7 @@ class IS(Metric):
 
     needs_references = False
 
-    def __init__(self, per_class: bool = False, splits: int = 1, seed: int = 0):
-        if splits < 1:
-            raise ConfigurationError(f"evaluation.metrics.is.splits must be at least 1, got {splits}.")
+    def __init__(self, per_class: bool = False, splits: PositiveInt = 1, seed: Seed = 0):
         self.per_class, self.splits, self.seed = per_class, splits, seed
 
     def least(self, num_features: int) -> int:
@@ -377,9 +369,7 @@ class SSIM(Metric):
 
     needs_references = False
 
-    def __init__(self, per_class: bool = False, sigma: float = 1.0):
-        if not sigma > 0:
-            raise ConfigurationError(f"evaluation.metrics.ssim.sigma must be positive, got {sigma}.")
+    def __init__(self, per_class: bool = False, sigma: Annotated[float, Ge(0.1), Le(10)] = 1.0):
         self.per_class, self.sigma = per_class, sigma
 
     def least(self, num_features: int) -> int:
@@ -426,12 +416,6 @@ def compared(samples: Samples, metric: Metric) -> list[tuple[str, Group]]:
         for name, group in samples.groups(metric.per_class).items()
         if group.reference is not None and len(group.reference) >= least
     ]
-
-
-def _at_least_two(metric: str, min_samples: int) -> int:
-    if min_samples < 2:
-        raise ConfigurationError(f"evaluation.metrics.{metric}.min_samples must be at least 2, got {min_samples}.")
-    return min_samples
 
 
 @final

@@ -1,9 +1,10 @@
 """What a text-to-image model still draws under texts that no method has seen, and under none a person would write."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,14 +15,8 @@ from unlearn_runner.evaluation.classifier import Judge
 from unlearn_runner.evaluation.metrics import PromptMetric, share
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
+from unlearn_runner.options import BatchSize, NumInferenceSteps, NumSamples, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
-
-
-def require_positive(metric: str, **values: int | float) -> None:
-    """Raise ConfigurationError unless all values are."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigurationError(f"evaluation.metrics.{metric}.{name} must be positive, got {value}.")
 
 
 @final
@@ -36,12 +31,11 @@ class Paraphrases(PromptMetric):
         self,
         concept: str,
         templates: Sequence[str],
-        num_samples: int = 40,
-        num_inference_steps: int = 25,
-        batch_size: int = 200,
-        seed: int = 0,
+        num_samples: NumSamples = 40,
+        num_inference_steps: NumInferenceSteps = 25,
+        batch_size: BatchSize = 200,
+        seed: Seed = 0,
     ):
-        require_positive("paraphrases", num_samples=num_samples, num_inference_steps=num_inference_steps)
         if not templates:
             raise ConfigurationError(
                 "evaluation.metrics.paraphrases has none: give dataset.paraphrases, or leave it out with "
@@ -78,8 +72,13 @@ class ClipScore(PromptMetric):
 
     needs_clip = True
 
-    def __init__(self, num_samples: int = 10, num_inference_steps: int = 25, batch_size: int = 200, seed: int = 0):
-        require_positive("clip_score", num_samples=num_samples, num_inference_steps=num_inference_steps)
+    def __init__(
+        self,
+        num_samples: NumSamples = 10,
+        num_inference_steps: NumInferenceSteps = 25,
+        batch_size: BatchSize = 200,
+        seed: Seed = 0,
+    ):
         self.num_samples, self.num_inference_steps = num_samples, num_inference_steps
         self.batch_size, self.seed = batch_size, seed
 
@@ -118,18 +117,14 @@ class Robustness(PromptMetric):
 
     def __init__(
         self,
-        num_restarts: int = 2,
-        num_steps: int = 60,
-        batch_size: int = 16,
-        learning_rate: float = 0.05,
-        num_samples: int = 40,
-        num_inference_steps: int = 25,
-        seed: int = 0,
+        num_restarts: Annotated[int, Gt(0), Le(1000)] = 2,
+        num_steps: PositiveInt = 60,
+        batch_size: BatchSize = 16,
+        learning_rate: PositiveFloat = 0.05,
+        num_samples: NumSamples = 40,
+        num_inference_steps: NumInferenceSteps = 25,
+        seed: Seed = 0,
     ):
-        require_positive(
-            "robustness", num_restarts=num_restarts, num_steps=num_steps, batch_size=batch_size,
-            learning_rate=learning_rate, num_samples=num_samples, num_inference_steps=num_inference_steps,
-        )  # fmt: skip
         self.num_restarts, self.num_steps, self.batch_size = num_restarts, num_steps, batch_size
         self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
         self.num_inference_steps = num_inference_steps

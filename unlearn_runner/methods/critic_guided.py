@@ -10,24 +10,31 @@ import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import torch
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.distributed import in_shares
-from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
 from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.options import (
+    BatchSize,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    UnitInterval,
+)
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
-
-SIGHTS = ("noisy", "clean")
-KL_PROMPTS = ("retain", "all")
-REWARDS = ("probability", "similarity")
 
 
 def policy_loss(
@@ -122,14 +129,10 @@ class Reward:
         self,
         clip: Clip,
         labels: Labels,
-        kind: str = "similarity",
+        kind: Literal["probability", "similarity"] = "similarity",
         override: str | None = None,
         temperature: float | None = None,
     ):
-        if kind not in REWARDS:
-            raise ConfigurationError(f"method.reward must be one of {', '.join(REWARDS)}; got '{kind}'.")
-        if temperature is not None and not temperature > 0:
-            raise ConfigurationError(f"method.temperature must be positive, or null, got {temperature}.")
         self.clip, self.kind, self.override, self.temperature = clip, kind, override, temperature
         self.labels = labels
         self._texts: Tensor | None = None
@@ -258,67 +261,37 @@ class CriticGuided(Method):
         labels: Labels | None,
         clip: Clip,
         critic_update: Callable[[nn.Module], Update] | None = None,
-        num_rollouts: int = 32,
-        forget_share: float = 0.5,
-        num_inference_steps: int = 10,
-        eta: float = 1.0,
-        timestep_share: float = 1.0,
-        minibatches: int = 4,
-        microbatch: int = 64,
-        clip_range: float = 1e-4,
-        max_advantage: float = 5.0,
-        min_std: float = 0.005,
-        trace: float = 0.9,
-        critic_sees: str = "noisy",
-        critic_steps: int = 8,
-        critic_batch: int = 64,
-        critic_warmup: int = 1,
-        reuse: int = 1,
-        max_staleness: int = 2,
-        max_weight: float = 2.0,
-        kl_weight: float = 0.0,
-        kl_prompts: str = "retain",
-        history: int = 32,
-        least_history: int = 8,
-        reward: str = "similarity",
-        temperature: float | None = None,
+        num_rollouts: BatchSize = 32,
+        forget_share: Annotated[float, Gt(0), Le(1)] = 0.5,
+        num_inference_steps: Annotated[int, Ge(2), Le(100_000)] = 10,
+        eta: Annotated[float, Gt(0), Le(1)] = 1.0,
+        timestep_share: Annotated[float, Gt(0), Le(1)] = 1.0,
+        minibatches: PositiveInt = 4,
+        microbatch: BatchSize = 64,
+        clip_range: PositiveFloat = 1e-4,
+        max_advantage: PositiveFloat = 5.0,
+        min_std: PositiveFloat = 0.005,
+        trace: UnitInterval = 0.9,
+        critic_sees: Literal["noisy", "clean"] = "noisy",
+        critic_steps: PositiveInt = 8,
+        critic_batch: BatchSize = 64,
+        critic_warmup: NonNegativeInt = 1,
+        reuse: NonNegativeInt = 1,
+        max_staleness: PositiveInt = 2,
+        max_weight: PositiveFloat = 2.0,
+        kl_weight: NonNegativeFloat = 0.0,
+        kl_prompts: Literal["retain", "all"] = "retain",
+        history: Annotated[int, Gt(0), Le(100_000)] = 32,
+        least_history: PositiveInt = 8,
+        reward: Literal["similarity", "probability"] = "similarity",
+        temperature: PositiveFloat | None = None,
         override: str | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
-        if not isinstance(model, DiffusionModel) or labels is None or not labels.names:
-            raise ConfigurationError(
-                "method=critic_guided and ddpo need a diffusion model that draws under labels or prompts; take "
-                "model=sd_tiny dataset=sd_concepts, or another method."
-            )
-        for name, value in (
-            ("num_rollouts", num_rollouts), ("minibatches", minibatches), ("microbatch", microbatch),
-            ("critic_steps", critic_steps), ("critic_batch", critic_batch), ("history", history),
-            ("eta", eta), ("clip_range", clip_range), ("max_advantage", max_advantage), ("min_std", min_std),
-            ("max_staleness", max_staleness), ("max_weight", max_weight),
-        ):  # fmt: skip
-            if not value > 0:
-                raise ConfigurationError(f"method.{name} must be positive, got {value}.")
-        for name, value in (("forget_share", forget_share), ("trace", trace)):
-            if not 0 <= value <= 1:
-                raise ConfigurationError(f"method.{name} must lie in [0, 1], got {value}.")
-        if not 0 < timestep_share <= 1:
-            raise ConfigurationError(f"method.timestep_share must lie in (0, 1], got {timestep_share}.")
-        if not 2 <= num_inference_steps <= model.num_train_timesteps:
-            raise ConfigurationError(
-                f"method.num_inference_steps must lie in 2..{model.num_train_timesteps}: the last step is no choice; "
-                f"got {num_inference_steps}."
-            )
-        for name, value in (("reuse", reuse), ("kl_weight", kl_weight), ("critic_warmup", critic_warmup)):
-            if value < 0:
-                raise ConfigurationError(f"method.{name} must not be negative, got {value}.")
-        if minibatches > num_rollouts * self._kept(timestep_share, num_inference_steps - 1):
-            raise ConfigurationError(
-                f"method.minibatches must be at most the steps that a round learns from, got {minibatches} for "
-                f"num_rollouts={num_rollouts} of num_inference_steps={num_inference_steps}."
-            )
-        for name, value, known in (("critic_sees", critic_sees, SIGHTS), ("kl_prompts", kl_prompts, KL_PROMPTS)):
-            if value not in known:
-                raise ConfigurationError(f"method.{name} must be one of {', '.join(known)}; got '{value}'.")
+        named = labels is not None and len(labels.names) > 0
+        rules.fits("CriticGuided", isinstance(model, DiffusionModel), named, prompts=named)
+        rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
+        rules.enough_steps_to_learn_from(minibatches, num_rollouts, timestep_share, num_inference_steps)
         self.reads = Streams(retain=None, forget=False)
         self.trained, self.clip, self.labels = model, clip, labels
         self.reward = Reward(clip, labels, reward, override, temperature)

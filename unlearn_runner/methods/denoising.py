@@ -5,13 +5,12 @@ retain images from the base, the retain images from scratch.
 """
 
 from collections.abc import Callable
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
@@ -68,10 +67,8 @@ class Denoising(Method):
         model: GenerativeModel,
         update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
-        population: str = "retain",
+        population: Literal["retain", "all"] = "retain",
     ):
-        if population not in ("retain", "all"):
-            raise ConfigurationError(f"method.population must be retain or all, got '{population}'.")
         self.reads = Streams(retain=population, forget=False)
         self.networks = (model,)
         self.trained = model

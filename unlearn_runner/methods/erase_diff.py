@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner import rules
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, predict_eps, squared_error
+from unlearn_runner.options import PositiveFloat
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -45,14 +46,9 @@ class EraseDiff(Method):
         model: GenerativeModel,
         update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
-        eta: float = 0.1,
+        eta: PositiveFloat = 0.1,
     ):
-        if not isinstance(model, DiffusionModel):
-            raise ConfigurationError(
-                "method=erase_diff speaks of a diffusion model's noise; take model=ddpm_tiny, or another method."
-            )
-        if not eta > 0:
-            raise ConfigurationError(f"method.eta must be positive, got {eta}.")
+        rules.fits("EraseDiff", isinstance(model, DiffusionModel), labels=False, prompts=False)
         self.reads = Streams(retain="retain", forget=True)
         self.networks = (model,)
         self.trained = model

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner import rules
 from unlearn_runner.methods.method import FirstWeights, Method, Update
 from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, squared_error
 from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.options import BatchSize, NumInferenceSteps, PositiveFloat
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
 
 
@@ -55,21 +56,12 @@ class ESD(Method):
         update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
         labels: Labels | None,
-        batch_size: int,
-        num_inference_steps: int = 50,
-        eta: float = 1.0,
+        batch_size: BatchSize,
+        num_inference_steps: NumInferenceSteps = 50,
+        eta: PositiveFloat = 1.0,
     ):
-        if not isinstance(model, DiffusionModel) or model.prompts is None:
-            raise ConfigurationError(
-                "method=esd leads away from a prompt, towards what is drawn under none; take model=sd_tiny "
-                "dataset=sd_concepts, or another method."
-            )
-        if not eta > 0:
-            raise ConfigurationError(f"method.eta must be positive, got {eta}.")
-        if not 1 <= num_inference_steps <= model.num_train_timesteps:
-            raise ConfigurationError(
-                f"method.num_inference_steps must lie in 1..{model.num_train_timesteps}, got {num_inference_steps}."
-            )
+        rules.fits("ESD", isinstance(model, DiffusionModel), labels is not None, model.prompts is not None)
+        rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
         self.reads = Streams(retain=None, forget=False)
         self.trained, self.labels = model, labels
         self.batch_size, self.eta = batch_size, eta

@@ -15,12 +15,14 @@ The paper has prose only for the latter two. The fake score is never pushed up i
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Annotated, Any, Literal, final
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_noise
@@ -35,14 +37,18 @@ from unlearn_runner.methods.sfd import (
     distil_steps,
     distillation_state,
     generator_loss,
-    require_forget_weight,
     split_losses,
 )
 from unlearn_runner.methods.siss import importance_weights, mix, siss_loss
 from unlearn_runner.models.model import GenerativeModel, predict_x0, squared_error
+from unlearn_runner.options import (
+    BatchSize,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    UnitInterval,
+)
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
-
-TARGETS = ("drawn", "mixture_score")
 
 
 def mixture_costs(
@@ -98,34 +104,24 @@ class MultiClass(Method):
         fake_update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
         labels: Labels | None,
-        batch_size: int,
-        forget_samples: float,
-        forget_weight: float,
+        batch_size: BatchSize,
+        forget_samples: Annotated[float, Gt(0), Le(1)],
+        forget_weight: PositiveFloat,
         alpha: float,
         noise: NoiseRange,
-        beta: float,
-        prior: Sequence[float] | None = None,
-        target: str = "drawn",
-        num_draws: int = 1,
+        beta: PositiveFloat,
+        prior: Sequence[PositiveFloat] | None = None,
+        target: Literal["drawn", "mixture_score"] = "drawn",
+        num_draws: PositiveInt = 1,
     ):
         self.trio = Trio(model, "hybrid", noise)
-        if not beta > 0:
-            raise ConfigurationError(f"method.beta must be positive, got {beta}.")
-        if target not in TARGETS:
-            raise ConfigurationError(f"method.target must be one of {', '.join(TARGETS)}, got '{target}'.")
-        if not num_draws > 0:
-            raise ConfigurationError(f"method.num_draws must be positive, got {num_draws}.")
         count = len(labels.retain)
         if prior is None:
             prior = [1 / count] * count
-        if (
-            len(prior) != count
-            or not all(share > 0 for share in prior)
-            or not math.isclose(sum(prior), 1, rel_tol=1e-6)
-        ):
+        rules.shares_that_sum_to_one(prior)
+        if len(prior) != count:
             raise ConfigurationError(
-                f"method.prior must be null or {count} positive shares that sum to 1, one for each class that is kept; "
-                f"got {list(prior)}."
+                f"method.prior must be null or {count} shares, one for each class that is kept; got {list(prior)}."
             )
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
@@ -225,14 +221,13 @@ class MixedLabels(Method):
         generator: torch.Generator,
         labels: Labels | None,
         override: Callable[[Labels], Override],
-        batch_size: int,
-        forget_weight: float,
+        batch_size: BatchSize,
+        forget_weight: PositiveFloat,
         alpha: float,
         noise: NoiseRange,
-        lambd: float | LambdaController,
+        lambd: UnitInterval | LambdaController,
     ):
         self.trio = Trio(model, "hybrid", noise)
-        require_forget_weight(forget_weight)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
         self.labels = labels
@@ -326,22 +321,15 @@ class Student(Method):
         generator: torch.Generator,
         labels: Labels | None,
         override: Callable[[Labels], Override],
-        batch_size: int,
-        max_steps: int,
-        distil_share: float,
+        batch_size: BatchSize,
+        max_steps: PositiveInt,
+        distil_share: OpenUnitInterval,
         alpha: float,
         noise: NoiseRange,
-        eta: float,
-        lambd: float | LambdaController,
+        eta: PositiveFloat,
+        lambd: UnitInterval | LambdaController,
     ):
         self.trio = Trio(model, "hybrid", noise)
-        if not 0 < distil_share < 1:
-            raise ConfigurationError(
-                f"method.distil_share must lie strictly between 0 and 1, got {distil_share}: the student learns from "
-                "what was distilled."
-            )
-        if not eta > 0:
-            raise ConfigurationError(f"method.eta must be positive, got {eta}.")
         self.student = copy.deepcopy(self.trio.fake)
         self.begin_student = FirstWeights((self.student, self.trio.teacher))
         self.reads = Streams(retain=None, forget=False)
@@ -496,10 +484,19 @@ VARIANTS: dict[str, tuple[type[Method], tuple[str, ...]]] = {
 }
 
 
-def hybrid(variant: str, model: GenerativeModel, **settings: Any) -> Method:
+FURTHER_OPTIONS = {
+    "hybrid": (
+        "unlearn_runner.methods.hybrid.MultiClass",
+        "unlearn_runner.methods.hybrid.MixedLabels",
+        "unlearn_runner.methods.hybrid.Student",
+    )
+}
+
+
+def hybrid(
+    variant: Literal["multi_class", "siss_sfd_labels", "siss_sfd_student"], model: GenerativeModel, **settings: Any
+) -> Method:
     """The method of `method.variant`, given those of the settings that it has; `settings` are those of all variants."""
-    if variant not in VARIANTS:
-        raise ConfigurationError(f"method.variant must be one of {', '.join(VARIANTS)}, got '{variant}'.")
     cls, own = VARIANTS[variant]
     others = {name for _, names in VARIANTS.values() for name in names} - set(own)
     return cls(model, **{name: value for name, value in settings.items() if name not in others})

@@ -15,15 +15,23 @@ second moment, how strongly a step forgets.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.timesteps import range_of
+from unlearn_runner.options import (
+    Decay,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    Seed,
+    UnitInterval,
+    Width,
+)
 from unlearn_runner.types import GeneratorState, Metrics, make_generator, moved
 
 LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
@@ -140,14 +148,7 @@ class LambdaController(ABC):
 class Constant(LambdaController):
     """The same lambda in [0, 1] at every step: static SISS."""
 
-    def __init__(self, value: float):
-        if isinstance(value, str):
-            raise ConfigurationError(
-                f"method.lambd must be a number, got '{value}'; or did you mean method=adaptive_siss "
-                f"method/lambd={value}?"
-            )
-        if not 0 <= value <= 1:
-            raise ConfigurationError(f"method.lambd must lie in [0, 1], got {value}.")
+    def __init__(self, value: UnitInterval):
         self.value = float(value)
 
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
@@ -211,29 +212,17 @@ class Inferred(LambdaController):
 
     def __init__(
         self,
-        objective: str,
+        objective: Literal["pathwise", "variance", "blend"],
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-        beta: float = 0.1,
-        prior: str = "gaussian",
+        beta: PositiveFloat = 0.1,
+        prior: Literal["gaussian", "uniform"] = "gaussian",
         prior_mean: float = 0.0,
-        prior_std: float = 1.0,
+        prior_std: PositiveFloat = 1.0,
         per_sample: bool = False,
-        hidden: int = 32,
-        ema_decay: float = 0.9,
-        seed: int = 0,
+        hidden: Width = 32,
+        ema_decay: Decay = 0.9,
+        seed: Seed = 0,
     ):
-        if objective not in OBJECTIVES:
-            raise ConfigurationError(
-                f"method.lambd.objective must be one of {', '.join(OBJECTIVES)}, got '{objective}'."
-            )
-        if prior not in ("gaussian", "uniform"):
-            raise ConfigurationError(f"method.lambd.prior must be gaussian or uniform, got '{prior}'.")
-        if not beta > 0:
-            raise ConfigurationError(f"method.lambd.beta must be positive, got {beta}: only the prior holds lambda.")
-        if not prior_std > 0:
-            raise ConfigurationError(f"method.lambd.prior_std must be positive, got {prior_std}.")
-        if not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
         self.objective = objective
         self.slope = OBJECTIVES[objective]
         self.beta = beta
@@ -347,19 +336,11 @@ class ClosedForm(LambdaController):
     def __init__(
         self,
         per_sample: bool = False,
-        num_levels: int = 10,
-        ema_decay: float = 0.9,
-        initial: float = 0.1,
-        least_samples: int = 2,
+        num_levels: Width = 10,
+        ema_decay: Decay = 0.9,
+        initial: OpenUnitInterval = 0.1,
+        least_samples: NonNegativeInt = 2,
     ):
-        if not num_levels > 0:
-            raise ConfigurationError(f"method.lambd.num_levels must be positive, got {num_levels}.")
-        if not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"method.lambd.ema_decay must lie in [0, 1), got {ema_decay}.")
-        if not 0 < initial < 1:
-            raise ConfigurationError(f"method.lambd.initial must lie strictly between 0 and 1, got {initial}.")
-        if not least_samples >= 0:
-            raise ConfigurationError(f"method.lambd.least_samples must not be negative, got {least_samples}.")
         self.num_levels = num_levels if per_sample else 1
         self.ema_decay = ema_decay
         self.initial = initial

@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unlearn_runner.distributed import averaged
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.gradients import as_vector, gradients, in_parts
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.options import Decay, PositiveFloat
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
 
@@ -59,16 +59,11 @@ class Update:
         self,
         model: nn.Module,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-        max_grad_norm: float | None = None,
+        max_grad_norm: PositiveFloat | None = None,
         lr_schedule: Callable[..., Any] | None = None,
-        ema_decay: float | None = None,
-        max_grad_value: float | None = None,
+        ema_decay: Decay | None = None,
+        max_grad_value: PositiveFloat | None = None,
     ):
-        for name, value in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
-            if value is not None and not value > 0:
-                raise ConfigurationError(f"{name} must be positive or null, got {value}.")
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"ema_decay must lie in [0, 1) or be null, got {ema_decay}.")
         self.trained = model
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer = optimizer(self.weights, **in_one_kernel(optimizer, self.weights))

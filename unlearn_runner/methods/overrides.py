@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.model import DiffusionModel, predict_x0
+from unlearn_runner.options import NonNegativeInt, PositiveInt
 from unlearn_runner.types import Labels
 
 
@@ -36,7 +37,7 @@ class Override(ABC):
 class Fixed(Override):
     """The same label for all."""
 
-    def __init__(self, labels: Labels, label: int):
+    def __init__(self, labels: Labels, label: NonNegativeInt):
         if label not in labels.retain:
             raise ConfigurationError(
                 f"method.override.label must be one of the labels that are kept, {_listed(labels.retain)}; got {label}."
@@ -69,9 +70,7 @@ class Classifier(Override):
         num_draws: noises that a picture is judged by.
     """
 
-    def __init__(self, labels: Labels, num_draws: int = 1):
-        if not num_draws > 0:
-            raise ConfigurationError(f"method.override.num_draws must be positive, got {num_draws}.")
+    def __init__(self, labels: Labels, num_draws: PositiveInt = 1):
         self.labels, self.num_draws = labels, num_draws
 
     def __call__(self, asked: Asked) -> Int64[Tensor, "b"]:

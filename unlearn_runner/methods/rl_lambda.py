@@ -9,19 +9,25 @@ trains it `drivers/sb3.py`.
 """
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner import rules
 from unlearn_runner.methods.denoising import denoising_loss, draw_eps
 from unlearn_runner.methods.lambdas import Chosen
 from unlearn_runner.methods.method import Method
 from unlearn_runner.methods.siss import SISS
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.options import BatchSize, NonNegativeFloat, OpenUnitInterval, PositiveInt, Seed
 from unlearn_runner.types import Batch, Metrics, Stateful, make_generator
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+FURTHER_OPTIONS = {"RLLambda": ("unlearn_runner.methods.siss.SISS",)}
 
 
 def paper_reward(loss: Float[Tensor, ""], lambd: float, previous: float, omega: float) -> Float[Tensor, ""]:
@@ -106,36 +112,23 @@ class RLLambda(Method):
         self,
         model: GenerativeModel,
         generator: torch.Generator,
-        agent: Callable[..., Any],
-        training: str = "online",
+        agent: Callable[..., "BaseAlgorithm"],
+        training: Literal["online", "episodic"] = "online",
         policy: str | None = None,
-        low: float = 0.01,
-        high: float = 0.99,
-        reward: str = "paper",
-        omega: float = 0.1,
+        low: OpenUnitInterval = 0.01,
+        high: OpenUnitInterval = 0.99,
+        reward: Literal["paper", "probe"] = "paper",
+        omega: NonNegativeFloat = 0.1,
         observe_gradient_norms: bool = True,
-        update_every: int = 25,
-        episodes: int = 8,
-        episodes_per_update: int = 2,
-        probe_size: int = 4,
-        seed: int = 0,
-        lambd: float = 0.5,
+        update_every: PositiveInt = 25,
+        episodes: PositiveInt = 8,
+        episodes_per_update: PositiveInt = 2,
+        probe_size: BatchSize = 4,
+        seed: Seed = 0,
+        lambd: OpenUnitInterval = 0.5,
         **siss: Any,
     ):
-        if training not in ("online", "episodic"):
-            raise ConfigurationError(f"method.training must be online or episodic, got '{training}'.")
-        if reward not in ("paper", "probe"):
-            raise ConfigurationError(f"method.reward must be paper or probe, got '{reward}'.")
-        if not 0 < low < high < 1:
-            raise ConfigurationError(f"method.low and method.high must be 0 < low < high < 1, got {low} and {high}.")
-        if not low <= lambd <= high:
-            raise ConfigurationError(f"method.lambd must lie in [method.low, method.high], got {lambd}.")
-        if not omega >= 0:
-            raise ConfigurationError(f"method.omega must not be negative, got {omega}.")
-        for name, value in (("update_every", update_every), ("episodes", episodes), ("probe_size", probe_size),
-                            ("episodes_per_update", episodes_per_update)):  # fmt: skip
-            if not value > 0:
-                raise ConfigurationError(f"method.{name} must be positive, got {value}.")
+        rules.range_of_lambda(low, high, lambd)
         self.agent = agent
         self.training = training
         self.policy = policy

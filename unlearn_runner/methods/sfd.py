@@ -9,13 +9,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Annotated, NamedTuple, final
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner import rules
 from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
 from unlearn_runner.models.model import (
@@ -27,6 +28,7 @@ from unlearn_runner.models.model import (
     timestep_with_ratio,
 )
 from unlearn_runner.models.one_step import OneStep
+from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, UnitInterval
 from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
 
 
@@ -72,9 +74,6 @@ class LabelSampler:
     """
 
     def __init__(self, labels: Labels, batch_size: int, forget_samples: float, forget_weight: float):
-        if not 0 < forget_samples <= 1:
-            raise ConfigurationError(f"method.forget_samples must lie in (0, 1], got {forget_samples}.")
-        require_forget_weight(forget_weight)
         self.labels, self.num_retain, self.forget_weight = labels, batch_size, forget_weight
         self.num_forget = max(1, round(forget_samples * batch_size)) if forget_weight else 0
 
@@ -90,11 +89,6 @@ class LabelSampler:
         weights = torch.full((len(chosen),), 1 / self.num_retain, device=device)
         weights[self.num_retain :] = self.forget_weight / max(num_forget, 1)
         return Drawn(chosen, weights, self.num_retain)
-
-
-def require_forget_weight(weight: float) -> None:
-    if not weight >= 0:
-        raise ConfigurationError(f"method.forget_weight must not be negative, got {weight}.")
 
 
 class Noised(NamedTuple):
@@ -116,15 +110,12 @@ class NoiseRange:
     on CIFAR-10's linear schedule.
     """
 
-    init: float = 2.502
-    least: float = 0.137
-    most: float = 13.01
+    init: PositiveFloat = 2.502
+    least: PositiveFloat = 0.137
+    most: PositiveFloat = 13.01
 
     def __post_init__(self) -> None:
-        if not self.least < self.most:
-            raise ConfigurationError(
-                f"method.noise.least must be less than method.noise.most, got {self.least} and {self.most}."
-            )
+        rules.range_of_noise(self.least, self.most)
 
 
 @final
@@ -132,14 +123,10 @@ class Trio:
     """Teacher, fake score and generator. The latter two begin with the weights that the teacher has at first use."""
 
     def __init__(self, model: GenerativeModel, name: str, noise: NoiseRange):
-        if not isinstance(model, DiffusionModel) or model.num_labels is None:
-            raise ConfigurationError(
-                f"method={name} distils a diffusion model that draws under labels or prompts; take model=ddpm_tiny and "
-                "a dataset with labels (dataset.conditional=true), or another method."
-            )
+        rules.fits(name, isinstance(model, DiffusionModel), model.num_labels is not None, model.prompts is not None)
         self.first, self.last, start = (
-            timestep_with_ratio(model, getattr(noise, name), f"method.noise.{name}")
-            for name in ("least", "most", "init")
+            timestep_with_ratio(model, getattr(noise, part), f"method.noise.{part}")
+            for part in ("least", "most", "init")
         )
         self.fake = copy.deepcopy(model)
         self.generator = OneStep(copy.deepcopy(model), start)
@@ -192,7 +179,7 @@ class Trio:
 
 
 def two_stage_rate(
-    optimizer: torch.optim.Optimizer, distil_share: float, max_steps: int, factor: float
+    optimizer: torch.optim.Optimizer, distil_share: UnitInterval, max_steps: PositiveInt, factor: PositiveFloat
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """An lr_schedule: the rate while distilling, and `factor` times it while forgetting."""
     stage = distil_steps(distil_share, max_steps)
@@ -231,17 +218,15 @@ class SFD(Method):
         generator: torch.Generator,
         labels: Labels | None,
         override: Callable[[Labels], Override],
-        batch_size: int,
-        max_steps: int,
+        batch_size: BatchSize,
+        max_steps: PositiveInt,
         noise: NoiseRange,
-        forget_samples: float = 0.125,
-        forget_weight: float = 0.01,
+        forget_samples: Annotated[float, Gt(0), Le(1)] = 0.125,
+        forget_weight: PositiveFloat = 0.01,
         alpha: float = 1.2,
-        distil_share: float = 0.0,
+        distil_share: Annotated[float, Ge(0), Lt(1)] = 0.0,  # at 1 nothing would be forgotten
     ):
-        self.trio = Trio(model, "sfd", noise)
-        if not 0 <= distil_share <= 1:
-            raise ConfigurationError(f"method.distil_share must lie in [0, 1], got {distil_share}.")
+        self.trio = Trio(model, "SFD", noise)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
         self.labels = LabelSampler(labels, batch_size, forget_samples, forget_weight)

@@ -9,19 +9,21 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import torch
+from annotated_types import Gt
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner import rules
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising
+from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -194,11 +196,7 @@ class NormFix:
         ema_decay: float = 0.9,
         max_scale: float = 1e4,
     ):
-        if tau is not None and rho is not None:
-            raise ConfigurationError(f"give method.tau or method.rho, not both; got tau={tau} and rho={rho}.")
-        for name, value in (("tau", tau), ("rho", rho)):
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigurationError(f"method.{name} must be positive or null, got {value}.")
+        rules.tau_or_rho(tau, rho)
         self.tau, self.rho, self.ema_decay, self.max_scale = tau, rho, ema_decay, max_scale
         self.average: Tensor | None = None
 
@@ -307,27 +305,17 @@ class SISS(Method):
         model: GenerativeModel,
         update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
-        lambd: float | LambdaController = 0.5,
-        tau: float | None = None,
-        rho: float | None = None,
-        population: str = "retain",
-        superfactor: float = 0.0,
+        lambd: UnitInterval | LambdaController = 0.5,
+        tau: PositiveFloat | None = None,
+        rho: PositiveFloat | None = None,
+        population: Literal["retain", "all"] = "retain",
+        superfactor: Annotated[float, Gt(-1)] = 0.0,
         split: bool | None = None,
-        norm_every: int = 1,
+        norm_every: PositiveInt = 1,
         timesteps: TimestepSampler | None = None,
         gradient_variance: bool = False,
     ):
-        if population not in ("retain", "all"):
-            raise ConfigurationError(f"method.population must be retain or all, got '{population}'.")
-        if not superfactor > -1:
-            raise ConfigurationError(f"method.superfactor must be greater than -1, got {superfactor}.")
-        if not norm_every > 0:
-            raise ConfigurationError(f"method.norm_every must be positive, got {norm_every}.")
-        if norm_every > 1 and gradient_variance:
-            raise ConfigurationError(
-                f"method.norm_every={norm_every} does not know both gradients at every step; add "
-                "method.gradient_variance=false, or leave it at 1."
-            )
+        rules.variance_of_gradients(norm_every, gradient_variance)
         self.reads = Streams(retain=population, forget=True)
         self.networks = (model,)
         self.trained = model
@@ -493,8 +481,8 @@ class SISSNoIS(Method):
         model: GenerativeModel,
         update: Callable[[GenerativeModel], Update],
         generator: torch.Generator,
-        tau: float | None = None,
-        rho: float | None = None,
+        tau: PositiveFloat | None = None,
+        rho: PositiveFloat | None = None,
     ):
         self.reads = Streams(retain="retain", forget=True)
         self.networks = (model,)

@@ -1,13 +1,14 @@
 """Which timesteps a step looks at."""
 
 from abc import ABC, abstractmethod
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
+from annotated_types import Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.options import Decay, Width
 
 
 def range_of(level: Float[Tensor, "b"], num_ranges: int) -> Int64[Tensor, "b"]:
@@ -67,13 +68,9 @@ class SecondMoment(TimestepSampler):
         uniform_share: of the mixture, in (0, 1]; it bounds the weights by 1 / uniform_share. The paper has 0.001.
     """
 
-    def __init__(self, num_levels: int = 20, ema_decay: float = 0.9, uniform_share: float = 0.1):
-        if not num_levels > 0:
-            raise ConfigurationError(f"method.timesteps.num_levels must be positive, got {num_levels}.")
-        if not 0 <= ema_decay < 1:
-            raise ConfigurationError(f"method.timesteps.ema_decay must lie in [0, 1), got {ema_decay}.")
-        if not 0 < uniform_share <= 1:
-            raise ConfigurationError(f"method.timesteps.uniform_share must lie in (0, 1], got {uniform_share}.")
+    def __init__(
+        self, num_levels: Width = 20, ema_decay: Decay = 0.9, uniform_share: Annotated[float, Gt(0), Le(1)] = 0.1
+    ):
         self.num_levels, self.ema_decay, self.uniform_share = num_levels, ema_decay, uniform_share
         self.sums = torch.zeros(2, num_levels)  # samples, and their squared losses
 

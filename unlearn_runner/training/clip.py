@@ -14,8 +14,8 @@ from torch import Tensor
 from unlearn_runner.cache import cached, write_json
 from unlearn_runner.data.forget_retain import Dataset, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.clip import Clip
+from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
 
@@ -29,16 +29,11 @@ class ClipTraining:
     """
 
     corpus: Dataset
-    max_steps: int = 600
-    groups: int = 8
-    learning_rate: float = 1e-3
+    max_steps: PositiveInt = 600
+    groups: BatchSize = 8
+    learning_rate: PositiveFloat = 1e-3
     corrupt: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "groups", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"clip.training.{name} must be positive, got {getattr(self, name)}.")
+    seed: Seed = 0
 
 
 def trained_clip(

@@ -17,11 +17,12 @@ from rich.console import Console
 from unlearn_runner.cache import cached
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain
 from unlearn_runner.data.streams import BatchStream, to_unit_range
-from unlearn_runner.errors import ConfigurationError, Interrupted
+from unlearn_runner.errors import Interrupted
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Update
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.models.stable_diffusion import Autoencoder
+from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
@@ -45,30 +46,11 @@ class Pretraining:
     """
 
     update: Callable[[GenerativeModel], Update]
-    max_steps: int
-    batch_size: int
-    seed: int = 0
+    max_steps: PositiveInt
+    batch_size: BatchSize
+    seed: Seed = 0
     corpus: Dataset | None = None
     autoencoder: "Pretraining | None" = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"model.pretraining.{name} must be positive, got {getattr(self, name)}.")
-
-
-def require_teachable(recipe: Pretraining | None, weights: str, from_base: bool, oracle: bool) -> None:
-    """Raise ConfigurationError if the base would have to draw what it learns from, or an oracle has no recipe."""
-    if from_base and weights == "auto" and recipe.corpus is None:
-        raise ConfigurationError(
-            "dataset.source=base: this model's base would have to draw the images that it learns from; give "
-            "model.weights, or another source."
-        )
-    if oracle and (recipe is None or recipe.corpus is not None):
-        raise ConfigurationError(
-            "evaluation.oracle must be false, got true: this model's base does not learn from the dataset, so there is "
-            "no oracle that would learn from it without the forget set."
-        )
 
 
 def pretrained(

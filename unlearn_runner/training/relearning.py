@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from annotated_types import Gt, Le
 
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import BatchStream
-from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Update
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
 
@@ -21,16 +24,11 @@ class Relearning:
     """
 
     update: Callable[[GenerativeModel], Update]
-    max_steps: int = 50
-    every: int = 5  # steps between two looks at the forget rate
-    batch_size: int = 64
-    threshold: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "every", "batch_size", "threshold"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"evaluation.relearning.{name} must be positive, got {getattr(self, name)}.")
+    max_steps: PositiveInt = 50
+    every: PositiveInt = 5  # steps between two looks at the forget rate
+    batch_size: BatchSize = 64
+    threshold: Annotated[float, Gt(0), Le(1)] = 0.5
+    seed: Seed = 0
 
     def __call__(
         self,

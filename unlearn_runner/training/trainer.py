@@ -7,19 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.forget_retain import DataSpec
 from unlearn_runner.data.streams import BatchStream
-from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.options import BatchSize, PositiveInt
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import Metrics, Stateful, Streams
+from unlearn_runner.types import Metrics, Stateful
 
 
 @dataclass(frozen=True)
@@ -36,29 +37,13 @@ class Plan:
         init: where the weights start, "base" or "scratch".
     """
 
-    max_steps: int
-    batch_size: int
-    log_every: int = 1
-    evaluate_every: int | None = None
-    checkpointing_steps: int | None = None
-    checkpoints_total_limit: int | None = None
-    init: str = "base"
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "log_every"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"trainer.{name} must be positive, got {getattr(self, name)}.")
-        for name in ("evaluate_every", "checkpointing_steps", "checkpoints_total_limit"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigurationError(f"trainer.{name} must be positive or null, got {value}.")
-        if self.init not in ("base", "scratch"):
-            raise ConfigurationError(f"trainer.init must be base or scratch, got '{self.init}'.")
-
-    def require_a_teacher(self, method: Method) -> None:
-        """Raise ConfigurationError if a method that learns from the base alone is not given it."""
-        if self.init == "scratch" and method.reads == Streams(retain=None, forget=False):
-            raise ConfigurationError("trainer.init must be base, got 'scratch': this method reads no image.")
+    max_steps: PositiveInt
+    batch_size: BatchSize
+    log_every: PositiveInt = 1
+    evaluate_every: PositiveInt | None = None
+    checkpointing_steps: PositiveInt | None = None
+    checkpoints_total_limit: PositiveInt | None = None
+    init: Literal["base", "scratch"] = "base"
 
 
 class Recorder(ABC):

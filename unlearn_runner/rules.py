@@ -1,0 +1,571 @@
+"""Combinations of options that cannot work, or that would learn or forget nothing: one sentence each.
+
+Functions of plain values. A constructor calls those that are about its own arguments; `check` calls them, too, for a
+configuration whose constructors are not imported yet, and those that are about several groups. Imports nothing heavy.
+All raise ConfigurationError.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from inspect import signature
+from math import isclose
+from typing import Any
+
+from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
+
+# 1. About the arguments of one constructor
+
+
+def tau_or_rho(tau: float | None, rho: float | None) -> None:
+    if tau is not None and rho is not None:
+        raise ConfigurationError(f"give method.tau or method.rho, not both; got tau={tau} and rho={rho}.")
+
+
+def variance_of_gradients(norm_every: int, gradient_variance: bool) -> None:
+    if norm_every > 1 and gradient_variance:
+        raise ConfigurationError(
+            f"method.norm_every={norm_every} does not know both gradients at every step; add "
+            "method.gradient_variance=false, or leave it at 1."
+        )
+
+
+def range_of_lambda(low: float, high: float, lambd: float) -> None:
+    if not low < high:
+        raise ConfigurationError(f"method.low must be below method.high, got {low} and {high}.")
+    if not low <= lambd <= high:
+        raise ConfigurationError(f"method.lambd must lie in [method.low, method.high], got {lambd}.")
+
+
+def whole_episodes(training: str, episodes: int, episodes_per_update: int, policy: str | None = None) -> None:
+    if training == "episodic" and policy is None and episodes % episodes_per_update:
+        raise ConfigurationError(
+            f"method.episodes={episodes} is not a multiple of method.episodes_per_update={episodes_per_update}; "
+            f"{multiples(episodes, episodes_per_update)} would be."
+        )
+
+
+def range_of_noise(least: float, most: float) -> None:
+    if not least < most:
+        raise ConfigurationError(f"method.noise.least must be less than method.noise.most, got {least} and {most}.")
+
+
+def enough_steps_to_learn_from(
+    minibatches: int, num_rollouts: int, timestep_share: float, num_inference_steps: int
+) -> None:
+    if minibatches > num_rollouts * max(1, round(timestep_share * (num_inference_steps - 1))):
+        raise ConfigurationError(
+            f"method.minibatches must be at most the steps that a round learns from, got {minibatches} for "
+            f"num_rollouts={num_rollouts} of num_inference_steps={num_inference_steps}."
+        )
+
+
+def prompts_of_both_kinds(forget_share: float, num_rollouts: int) -> None:
+    if round(forget_share * num_rollouts) == 0:
+        raise ConfigurationError(
+            f"method.forget_share={forget_share} of method.num_rollouts={num_rollouts} is no roll-out at all, so "
+            "nothing would be forgotten; give more of either."
+        )
+
+
+def history_of_rewards(history: int, least_history: int) -> None:
+    if least_history > history:
+        raise ConfigurationError(
+            f"method.least_history must be at most method.history={history}, got {least_history}: no prompt would ever "
+            "have as many."
+        )
+
+
+def something_to_forget(distil_share: float, max_steps: int) -> None:
+    if distil_share > 0 and round(distil_share * max_steps) >= max_steps:
+        raise ConfigurationError(
+            f"method.distil_share={distil_share} leaves none of {max_steps} steps to forget in; give less of it, or "
+            "more trainer.max_steps."
+        )
+
+
+def something_distilled(distil_share: float, max_steps: int, variant: str = "siss_sfd_student") -> None:
+    if variant == "siss_sfd_student" and round(distil_share * max_steps) == 0:
+        raise ConfigurationError(
+            f"method.distil_share={distil_share} leaves none of {max_steps} steps to distil in, and the student learns "
+            "from what was distilled; give more of it, or more trainer.max_steps."
+        )
+
+
+def shares_that_sum_to_one(prior: Sequence[float] | None) -> None:
+    if prior is not None and not isclose(sum(prior), 1, rel_tol=1e-6):
+        raise ConfigurationError(f"method.prior must be shares that sum to 1, or null; got {list(prior)}.")
+
+
+def size_of_subsets(subset_size: int, min_samples: int) -> None:
+    if subset_size > min_samples:
+        raise ConfigurationError(
+            f"evaluation.metrics.kid.subset_size must be at most its min_samples ({min_samples}), got {subset_size}."
+        )
+
+
+def number_of_neighbours(neighbours: int, min_samples: int) -> None:
+    if neighbours >= min_samples:
+        raise ConfigurationError(
+            f"evaluation.metrics.prc.min_samples must be above its neighbours ({neighbours}), got {min_samples}."
+        )
+
+
+def levels_of_attention(weights: str, attention: Sequence[bool], block_out_channels: Sequence[int]) -> None:
+    if weights == "auto" and len(attention) != len(block_out_channels):
+        raise ConfigurationError(
+            f"model.network.attention must have one entry for each of the {len(block_out_channels)} "
+            f"block_out_channels, got {len(attention)}."
+        )
+
+
+def groups_of_channels(weights: str, block_out_channels: Sequence[int], norm_num_groups: int) -> None:
+    if weights == "auto" and any(channels % norm_num_groups for channels in block_out_channels):
+        raise ConfigurationError(
+            "model.network.block_out_channels must be one or more numbers that divide by norm_num_groups="
+            f"{norm_num_groups}, got {list(block_out_channels)}."
+        )
+
+
+def heads_of_channels(
+    weights: str, block_out_channels: Sequence[int], attention: Sequence[bool], attention_head_dim: int
+) -> None:
+    # diffusers attends in the middle of the UNet, whose channels are the last, whatever `attention` says
+    attended = [channels for channels, wanted in zip(block_out_channels, attention, strict=False) if wanted]
+    if weights == "auto" and any(channels % attention_head_dim for channels in (*attended, block_out_channels[-1])):
+        raise ConfigurationError(
+            f"model.network.attention_head_dim must divide the channels that are attended to, got {attention_head_dim} "
+            f"for block_out_channels={list(block_out_channels)}."
+        )
+
+
+def heads_of_latents(weights: str, block_out_channels: Sequence[int], attention_heads: int) -> None:
+    if weights == "auto" and any(channels % attention_heads for channels in block_out_channels):
+        raise ConfigurationError(
+            f"model.network.attention_heads must divide block_out_channels={list(block_out_channels)}, got "
+            f"{attention_heads}."
+        )
+
+
+def heads_of_texts(weights: str, text_width: int) -> None:
+    if weights == "auto" and text_width % 4:
+        raise ConfigurationError(f"model.network.text_width must divide by 4, got {text_width}.")
+
+
+def channels_of_autoencoder(weights: str, vae: Mapping[str, Any] | None) -> None:
+    if weights == "auto" and vae is not None:
+        channels, groups = vae.get("block_out_channels", (16, 32)), vae.get("norm_num_groups", 8)
+        if any(width % groups for width in channels):
+            raise ConfigurationError(
+                f"model.network.vae.block_out_channels must divide by norm_num_groups={groups}, got {list(channels)}."
+            )
+
+
+def range_of_betas(weights: str, beta_start: float, beta_end: float, beta_schedule: str) -> None:
+    if weights == "auto" and beta_schedule != "squaredcos_cap_v2" and not beta_start <= beta_end:
+        raise ConfigurationError(f"model.network.beta_start must be at most beta_end, got {beta_start} and {beta_end}.")
+
+
+def heads_of_clip(width: int, text_width: int, heads: int) -> None:
+    for name, value in (("width", width), ("text_width", text_width)):
+        if value % heads:
+            raise ConfigurationError(f"clip.network.{name} must divide by heads={heads}, got {value}.")
+
+
+def patches_of_clip(image_size: int, patch_size: int) -> None:
+    if image_size % patch_size:
+        raise ConfigurationError(f"clip.network.image_size must divide by patch_size={patch_size}, got {image_size}.")
+
+
+def amount_of_garments(contamination: float | None, garments: int | None) -> None:
+    if (contamination is None) == (garments is None):
+        raise ConfigurationError(
+            "give dataset.contamination or dataset.garments and set the other to null; "
+            f"got contamination={contamination} and garments={garments}."
+        )
+
+
+OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
+    "methods.siss.SISS": (tau_or_rho, variance_of_gradients),
+    "methods.siss.SISSNoIS": (tau_or_rho,),
+    "methods.rl_lambda.RLLambda": (tau_or_rho, variance_of_gradients, range_of_lambda, whole_episodes),
+    "methods.sfd.NoiseRange": (range_of_noise,),
+    "methods.sfd.SFD": (something_to_forget,),
+    "methods.hybrid.hybrid": (something_to_forget, something_distilled, shares_that_sum_to_one),
+    "methods.critic_guided.CriticGuided": (enough_steps_to_learn_from, prompts_of_both_kinds, history_of_rewards),
+    "evaluation.metrics.KID": (size_of_subsets,),
+    "evaluation.metrics.PrecisionRecall": (number_of_neighbours,),
+    "models.ddpm.build_ddpm": (levels_of_attention, groups_of_channels, heads_of_channels, range_of_betas),
+    "models.vae.build_vae": (groups_of_channels,),
+    "models.stable_diffusion.build_stable_diffusion": (
+        groups_of_channels, heads_of_latents, heads_of_texts, channels_of_autoencoder,
+    ),
+    "models.clip.small_clip": (heads_of_clip, patches_of_clip),
+    "data.mnist_trousers.MnistTrousers": (amount_of_garments,),
+}  # fmt: skip
+
+
+# 2. About a model, a dataset and a method together
+
+DISTILS = (
+    "distils a diffusion model that draws under labels or prompts; take model=ddpm_tiny and a dataset with labels "
+    "(dataset.conditional=true), or another method."
+)
+NEEDS = {  # of a method, by the name of its constructor, and what is said where it is not there
+    "EraseDiff": (
+        "noise",
+        "method=erase_diff speaks of a diffusion model's noise; take model=ddpm_tiny, or another method.",
+    ),
+    "SFD": ("labels", f"method=sfd {DISTILS}"),
+    "hybrid": ("labels", f"method=hybrid {DISTILS}"),
+    "CriticGuided": (
+        "labels",
+        "method=critic_guided and ddpo need a diffusion model that draws under labels or prompts; take model=sd_tiny "
+        "dataset=sd_concepts, or another method.",
+    ),
+    "ESD": (
+        "prompts",
+        "method=esd leads away from a prompt, towards what is drawn under none; take model=sd_tiny "
+        "dataset=sd_concepts, or another method.",
+    ),
+}
+READ_NO_IMAGE = ("SFD", "hybrid", "CriticGuided", "ESD", "Given")
+
+
+def fits(method: str, diffusion: bool, labels: bool, prompts: bool) -> None:
+    """Whether a method finds in model and dataset what it needs."""
+    need, sentence = NEEDS.get(method, (None, ""))
+    there = {None: True, "noise": diffusion, "labels": diffusion and labels, "prompts": diffusion and prompts}
+    if not there[need]:
+        raise ConfigurationError(sentence)
+
+
+def a_teacher(init: str, reads_no_image: bool) -> None:
+    if init == "scratch" and reads_no_image:
+        raise ConfigurationError("trainer.init must be base, got 'scratch': this method reads no image.")
+
+
+def prompts_for_texts(prompts: bool) -> None:
+    if not prompts:
+        raise ConfigurationError(
+            "model: Stable Diffusion draws under prompts, and the dataset has none; take dataset=sd_concepts."
+        )
+
+
+def require_steps(num_inference_steps: int, num_train_timesteps: int, option: str) -> None:
+    """No more steps of sampling than the schedule has."""
+    if num_inference_steps > num_train_timesteps:
+        raise ConfigurationError(
+            f"{option} must be at most {num_train_timesteps}, the timesteps of the model's schedule; got "
+            f"{num_inference_steps}."
+        )
+
+
+def sides_that_halve(height: int, width: int, halvings: int, blocks: int) -> None:
+    if height % 2**halvings or width % 2**halvings:
+        raise ConfigurationError(
+            f"model.network: {blocks} blocks halve the image {halvings} times, so its sides must divide by "
+            f"{2**halvings}; the dataset's are {height} x {width}. Choose another dataset.image_size or fewer blocks."
+        )
+
+
+def sides_of_latents(height: int, width: int, sides: int) -> None:
+    if height % sides or width % sides:
+        raise ConfigurationError(
+            f"model: this Stable Diffusion draws images whose sides divide by {sides}; the dataset's are "
+            f"{height} x {width}, choose another dataset.image_size."
+        )
+
+
+def teachable(has_recipe: bool, has_corpus: bool, weights: str, from_base: bool, oracle: bool) -> None:
+    """Whether base and oracle can be had."""
+    if weights == "auto" and not has_recipe:
+        raise ConfigurationError(
+            "model.weights must be a folder or a hub id, got 'auto': model.pretraining is null, so there is no recipe "
+            "to train a base by."
+        )
+    if from_base and weights == "auto" and not has_corpus:
+        raise ConfigurationError(
+            "dataset.source=base: this model's base would have to draw the images that it learns from; give "
+            "model.weights, or another source."
+        )
+    if oracle and (not has_recipe or has_corpus):
+        raise ConfigurationError(
+            "evaluation.oracle must be false, got true: this model's base does not learn from the dataset, so there is "
+            "no oracle that would learn from it without the forget set."
+        )
+
+
+def a_clip(option: str, there: bool) -> None:
+    if not there:
+        raise ConfigurationError(
+            f"{option} asks CLIP; say which with clip=tiny or clip=vit_b_32, or leave it out with {option}=null."
+        )
+
+
+# 3. Of a whole configuration
+
+
+def check(cfg: Mapping[str, Any]) -> None:
+    """All of the above, and what else is known of a configuration before anything is built."""
+    for path, node in parts(cfg):
+        of_constructor(node)
+        if "num_inference_steps" in node and (timesteps := _timesteps(cfg)) is not None:
+            require_steps(node["num_inference_steps"], timesteps, f"{path}.num_inference_steps")
+    _folders(cfg)
+    _models_and_methods(cfg)
+    _evaluation(cfg)
+    _objective(cfg)
+
+
+def parts(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every group of options that has a `_target_`, with its path."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node
+        for key, part in node.items():
+            yield from parts(part, f"{path}.{key}".strip("."))
+    elif isinstance(node, (list, tuple)):
+        for index, part in enumerate(node):
+            yield from parts(part, f"{path}[{index}]")
+
+
+def of_constructor(node: Mapping[str, Any]) -> None:
+    """The rules for the arguments of one constructor, where all that they ask for is given."""
+    for rule in OF_CONSTRUCTORS.get(node["_target_"].removeprefix("unlearn_runner."), ()):
+        wanted = signature(rule).parameters
+        given = {name: node[name] for name in wanted if name in node}
+        if all(name in given or option.default is not option.empty for name, option in wanted.items()):
+            rule(**given)
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return node["_target_"].rpartition(".")[2]
+
+
+def _is_diffusion(cfg: Mapping[str, Any]) -> bool:
+    from unlearn_runner.validation import makes
+
+    return makes(cfg["model"]["network"]["_target_"], "models.model.DiffusionModel")
+
+
+def _timesteps(cfg: Mapping[str, Any]) -> int | None:
+    """Of the schedule of a model that is built here; None of another's, which is asked when it is read."""
+    network = cfg["model"]["network"]
+    if network.get("weights") != "auto" or not _is_diffusion(cfg):
+        return None
+    return network.get("num_train_timesteps", 1000)
+
+
+FOLDERS = ("dataset.forget_dir", "dataset.retain_dir")
+FOLDERS_OR_NAMES = ("dataset.source", "dataset.garment_source", "model.weights", "method.weights", "method.policy")
+WORDS = ("auto", "embedded", "base")  # that are no folder
+
+
+def _folders(cfg: Mapping[str, Any]) -> None:
+    """Folders that are not there."""
+    for options, require in ((FOLDERS, existing_folder), (FOLDERS_OR_NAMES, folder_or_name)):
+        for option in options:
+            group, name = option.split(".")
+            value = cfg[group].get(name)
+            if isinstance(value, str) and value not in WORDS:
+                require(value, option)
+
+
+def _models_and_methods(cfg: Mapping[str, Any]) -> None:
+    network, dataset, method, trainer = cfg["model"]["network"], cfg["dataset"], cfg["method"], cfg["trainer"]
+    recipe, weights, clip = cfg["model"]["pretraining"], cfg["model"]["weights"], cfg["clip"]["network"]
+    prompted = "concept" in dataset
+    labelled = prompted or dataset.get("conditional", "forget_dir" not in dataset)
+    draws_texts = "prompts" in network
+    if draws_texts:
+        prompts_for_texts(prompted)
+    fits(_name(method), _is_diffusion(cfg), bool(labelled), draws_texts and prompted)
+    a_teacher(trainer["init"], _name(method) in READ_NO_IMAGE)
+    teachable(
+        recipe is not None, bool((recipe or {}).get("corpus")), weights, dataset.get("source") == "base",
+        cfg["evaluation"]["oracle"],
+    )  # fmt: skip
+    if weights == "auto" and draws_texts and recipe.get("autoencoder") is None:
+        raise ConfigurationError(
+            "model.pretraining.autoencoder must be a recipe, got null: there is no other to encode by."
+        )
+    if _name(method) == "CriticGuided":
+        if clip is None:
+            raise ConfigurationError(
+                "method=critic_guided and ddpo ask CLIP; say which with clip=tiny or clip=vit_b_32."
+            )
+        if method.get("critic_update") is not None and method["critic_warmup"] >= trainer["max_steps"]:
+            raise ConfigurationError(
+                f"method.critic_warmup must be below trainer.max_steps={trainer['max_steps']}, got "
+                f"{method['critic_warmup']}: in these rounds the critic alone learns, so nothing would be forgotten."
+            )
+    if _name(method) == "RLLambda" and "LambdaDriver" not in cfg["driver"]["_target_"]:
+        raise ConfigurationError(
+            "driver must be that of method=rl_lambda, got another: choose the method by its group."
+        )
+    if _name(cfg["driver"]) == "LambdaDriver":
+        if _name(method) != "RLLambda":
+            raise ConfigurationError(f"driver: this one is for method=rl_lambda, got {_name(method)}.")
+        whole_rollouts(method, trainer["max_steps"])
+    if cfg["hardware"].get("compile") and not (_is_diffusion(cfg)):
+        raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
+    processes, most = cfg["hardware"].get("num_processes"), max(8, os.cpu_count() or 1)
+    if cfg["hardware"].get("accelerator") == "cpu" and processes is not None and processes > most:
+        raise ConfigurationError(
+            f"hardware.num_processes must be at most {most} on this machine's CPU, got {processes}."
+        )
+    size = dataset.get("image_size")
+    if weights == "auto" and size is not None:
+        blocks = len(network.get("block_out_channels", ()))
+        if draws_texts:
+            halvings = len((network.get("vae") or {}).get("block_out_channels", (16, 32))) + blocks - 2
+            sides_of_latents(size, size, 2**halvings)
+        elif blocks:
+            halvings = blocks - 1 if _is_diffusion(cfg) else blocks
+            sides_that_halve(size, size, halvings, blocks)
+
+
+def whole_rollouts(method: Mapping[str, Any], max_steps: int) -> None:
+    """Whether an agent's rollouts, of the lengths that the options of method=rl_lambda say, make up the run."""
+    if method.get("policy") is not None:
+        return
+    agent = method["agent"]
+    on_policy = _name(agent) == "PPO"
+    if not on_policy:
+        divides(max_steps, "method.agent.train_freq", agent.get("train_freq", 1))
+    elif method["training"] == "online":
+        divides(max_steps, "method.update_every", method["update_every"])
+        batches_of(method["update_every"], "method.update_every", agent.get("batch_size"))
+    else:
+        steps = max_steps * method["episodes_per_update"]
+        batches_of(steps, "method.episodes_per_update", agent.get("batch_size"))
+
+
+def divides(total: int, name: str, steps: int) -> None:
+    if total % steps:
+        raise ConfigurationError(
+            f"trainer.max_steps={total} is not a multiple of {name}={steps}; {multiples(total, steps)} would be: "
+            "the agent makes whole rollouts only."
+        )
+
+
+def batches_of(steps: int, name: str, batch: int | None) -> None:
+    if batch and steps % batch:
+        divisors = ", ".join(str(number) for number in range(2, steps + 1) if steps % number == 0)
+        raise ConfigurationError(
+            f"a rollout of {steps} steps ({name}) does not divide into batches of method.agent.batch_size={batch}; "
+            f"one of {divisors} would do."
+        )
+
+
+def multiples(value: int, of: int) -> str:
+    """The nearest multiples, for a sentence."""
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+def _evaluation(cfg: Mapping[str, Any]) -> None:
+    evaluation, clip = cfg["evaluation"], cfg["clip"]["network"]
+    looks = {
+        "evaluation": evaluation,
+        "evaluation.probe": evaluation["probe"],
+        "evaluation.at_threshold": evaluation["at_threshold"],
+    }
+    for path, look in looks.items():
+        metrics = {} if look is None else {name: node for name, node in look["metrics"].items() if node is not None}
+        for name, node in metrics.items():
+            if _name(node) == "ClipScore":
+                a_clip(f"{path}.metrics.{name}", clip is not None)
+            if _name(node) == "Paraphrases" and not node["templates"]:
+                raise ConfigurationError(
+                    f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
+                    f"{path}.metrics.{name}=null."
+                )
+            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, clip)
+        needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
+        asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
+        if asked and "Rates" not in map(_name, metrics.values()):
+            raise ConfigurationError(f"{path}.metrics.rates must not be null: {needed} asks for its forget_rate.")
+
+
+def enough_samples(
+    path: str,
+    metric: str,
+    node: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    clip: Any,
+) -> None:
+    """Whether there are as many samples as a metric splits, or compares; for each class it is asked again later."""
+    features = {"classifier": evaluation["classifier"]["num_features"], "inception": 2048}.get(
+        evaluation["features"], 0
+    )
+    if metric == "FID":
+        least, why = (
+            max(node.get("min_samples", 100), features + 1),
+            f"its min_samples, and more than {features} features",
+        )
+    elif metric in ("KID", "PrecisionRecall"):
+        least, why = node.get("min_samples", 100), "its min_samples"
+    elif metric == "IS":
+        least, why = node.get("splits", 1), "its splits"
+    else:
+        return
+    count = sampling["num_samples"]
+    if count < least:
+        raise ConfigurationError(
+            f"{path} needs at least {least} samples ({why}); evaluation.num_samples={count} gives {count}: "
+            f"draw more, or leave it out with {path}=null."
+        )
+
+
+SCORES = {  # the keys that a metric makes, without prefix
+    "Rates": ("forget_rate", "restored_rate", "retain_accuracy", "per_class/accuracy/*"),
+    "FID": (
+        "fid_forget",
+        "fid_retain",
+        "fid_base_forget",
+        "fid_base_retain",
+        "per_class/fid/*",
+        "per_class/fid_base/*",
+    ),
+    "KID": ("kid_forget", "kid_retain", "per_class/kid/*"),
+    "PrecisionRecall": ("precision_retain", "recall_retain"),
+    "IS": ("is_forget", "is_retain", "per_class/is/*"),
+    "SSIM": ("ssim_forget", "ssim_retain", "per_class/ssim/*"),
+    "NLL": ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"),
+    "Membership": ("mia_auc", "mia_tpr_at_1pct_fpr", "per_timestep/mia_*"),
+    "Paraphrases": ("forget_rate_paraphrases",),
+    "ClipScore": ("clip_score_retain",),
+    "Robustness": ("attack_success",),
+}
+RELEARNT = ("relearn_steps", "relearn_reached", "per_step/relearn_forget_rate/*")
+DELETED = ("deletion_steps", "lasting_deletion_steps")
+
+
+def _objective(cfg: Mapping[str, Any]) -> None:
+    """A score that a sweeper is to look at and that no metric of this run makes."""
+    wanted = cfg["objective"]
+    if wanted is None:
+        return
+    evaluation = cfg["evaluation"]
+
+    def of(look: Mapping[str, Any] | None) -> list[str]:
+        nodes = [] if look is None else [node for node in look["metrics"].values() if node is not None]
+        return [key for node in nodes for key in SCORES.get(_name(node), ("*",))]
+
+    scores, relearnt = of(evaluation), RELEARNT if evaluation["relearning"] is not None else ()
+    known = [f"base/{key}" for key in scores]
+    known += [f"eval/{key}" for key in (*scores, *relearnt, *(DELETED if evaluation["every"] else ()))]
+    if evaluation["oracle"]:
+        known += [f"{prefix}/{key}" for prefix in ("oracle", "oracle_gap") for key in (*scores, *relearnt)]
+    if evaluation["threshold"] is not None and evaluation["every"]:
+        known += [
+            f"reached/{key}" for key in ("steps", "seconds", "network_evaluations", *of(evaluation["at_threshold"]))
+        ]
+    known += ["cost/*", "mean/*"]
+    for name in [wanted] if isinstance(wanted, str) else wanted:
+        if not any(fnmatchcase(name, pattern) for pattern in known):
+            plain = sorted(key for key in known if key.startswith("eval/") and "*" not in key)
+            raise ConfigurationError(f"objective: no metric of this run makes '{name}'; there are {', '.join(plain)}.")
