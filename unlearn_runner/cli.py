@@ -58,7 +58,7 @@ OmegaConf.register_new_resolver("choice", choice, replace=True)
 def sweep(otherwise: str | int | float, *, _root_: DictConfig) -> str:
     """`${sweep:${name}}`: what all jobs of a sweep have in common; for a run on its own, `otherwise`."""
     in_sweep = _hydra(_root_).mode == RunMode.MULTIRUN
-    return os.environ.get("WANDB_SWEEP_ID") or (os.environ[SWEEP] if in_sweep else otherwise)
+    return os.environ.get("WANDB_SWEEP_ID") or (os.environ[SWEEP] if in_sweep else str(otherwise))
 
 
 # conf/hydra/launcher has options by the names that the plugins themselves give them

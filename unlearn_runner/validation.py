@@ -323,6 +323,17 @@ NUMBERS = {int: ("a whole number", "whole numbers"), float: ("a number", "number
            str: ("a text", "texts")}  # fmt: skip
 
 
+def _as_meant(value: Any, kinds: Sequence[Any]) -> Any:
+    """A whole number as text where a name is meant that looks like one, and as float where any number is meant."""
+    bare = [_bare(kind) for kind in kinds]
+    if not isinstance(value, int) or isinstance(value, bool) or int in bare:
+        return value
+    if float in bare:
+        return float(value)
+    named = str in bare or any(get_origin(kind) is Literal and str(value) in get_args(kind) for kind in kinds)
+    return str(value) if named else value
+
+
 def in_words(kind: Any, value: Any = None) -> str:
     """What a type expects, for a sentence; `value` is what came, whose bounds are then named even if they are huge."""
     arms = [arm for arm in _arms(kind) if arm is not type(None)]
@@ -429,19 +440,7 @@ class _Check:
                 if _is_list(arm):
                     return self._list(value, arm, kind, path)
         plain = [arm for arm in arms if not (_is_part(arm) or _is_list(arm) or _is_table(arm) or arm is type(None))]
-        if (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and not any(_bare(arm) in (int, float) for arm in plain)
-        ):
-            text = [
-                arm
-                for arm in plain
-                if _bare(arm) is str or (get_origin(arm) is Literal and str(value) in get_args(arm))
-            ]
-            value = str(value) if text else value  # a name that looks like a number
-        elif isinstance(value, int) and not isinstance(value, bool) and int not in map(_bare, plain):
-            value = float(value) if any(_bare(arm) is float for arm in plain) else value
+        value = _as_meant(value, plain)
         if not any(_fits(value, arm) for arm in plain):
             raise ConfigurationError(
                 f"{path} must be {in_words(kind, value)}, got {shown(value)}{self._meant(path, value)}."
