@@ -64,7 +64,7 @@ def failure_on_record() -> Iterator[None]:
             with suppress(OSError):  # the job's own failure is what counts
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / "failures.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**line, "error": why}) + "\n")
+                    file.write(json.dumps({**line, "error": why}, allow_nan=False) + "\n")
         known = known_cause(error)
         if known is not None and known is not error:  # a job's exception loses its cause on the way to the launcher
             raise known from error
