@@ -56,6 +56,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.errors import folder_or_name
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
+    from unlearn_runner.models.model import require_usable
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.loggers import NoLogger
@@ -110,10 +111,12 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         if dataset.from_base:
             data = None
             network.load(weights_of("all"))
+            require_usable(network, cfg["model"]["weights"])
             data = drawn_by(network, dataset, hardware.device)
         else:
             data = dataset.load()
             network.load(weights_of("all"))
+            require_usable(network, cfg["model"]["weights"])
         if clip_training is not None:
             with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:
                 clip.load(trained_clip(clip, clip_training, cfg["clip"]["network"], cache_dir, progress.update))
@@ -170,7 +173,6 @@ def build_model(node, spec, seed):
 
 def drawn_by(network, dataset, device):
     """The images that the base draws of a dataset's prompts, drawn once for all runs."""
-    from unlearn_runner.cache import digest
     from unlearn_runner.types import make_generator
 
     def draw(labels):
@@ -178,8 +180,7 @@ def drawn_by(network, dataset, device):
         steps, batch = dataset.num_inference_steps, dataset.batch_size
         return network.sample(len(labels), labels.to(device), generator, steps, batch_size=batch)
 
-    base = {"weights": digest(network.state_dict()), "guidance": str(network.guidance_scale)}
-    return dataset.load_from(draw, base)
+    return dataset.load_from(draw, {"model": network.fingerprint(), "device": device.type})
 
 
 def build_method(node, network, spec, generator, clip=None):

@@ -148,7 +148,7 @@ def failure_on_record() -> Iterator[None]:
             with suppress(OSError):  # the job's own failure is what counts
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / "failures.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**line, "error": why}) + "\n")
+                    file.write(json.dumps({**line, "error": why}, allow_nan=False) + "\n")
         elif _mistake(error) is not None:
             raise _Through from error
         known = known_cause(error)

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -166,11 +166,6 @@ def any_of(value: int | None) -> int | None:
     found = torch.tensor(-1 if value is None else value)
     dist.all_reduce(found, dist.ReduceOp.MAX, group=_agreement)
     return None if found < 0 else int(found)
-
-
-def first_only(lock: Any) -> Any:
-    """A context manager that only the first process enters."""
-    return lock if is_first() else nullcontext()
 
 
 @contextmanager

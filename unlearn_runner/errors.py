@@ -10,7 +10,7 @@ class ConfigurationError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm stopped being a finite number: the run has diverged."""
+    """A loss, a gradient norm, a weight or a picture stopped being finite numbers: the run has diverged."""
 
 
 def first_line(error: Exception | str) -> str:

@@ -183,7 +183,8 @@ class SDConcepts(Dataset):
         labels = torch.tensor(prompts).repeat_interleave(self.num_images)
 
         def make(folder: Path) -> None:
-            save_file({"pixels": to_uint8(draw(labels)).cpu()}, folder / "images.safetensors")
+            pixels = to_uint8(draw(labels), "images of dataset.source=base")
+            save_file({"pixels": pixels.cpu()}, folder / "images.safetensors")
 
         key = {
             "base": base,
@@ -194,8 +195,11 @@ class SDConcepts(Dataset):
             "batch_size": self.batch_size,
             "seed": self.seed,
         }
-        folder = cached(self.cache_dir, "drawn", key, make, together=True)
-        pixels = load_file(folder / "images.safetensors")["pixels"]
+
+        def read(folder: Path) -> UInt8[Tensor, "n c h w"]:
+            return load_file(folder / "images.safetensors")["pixels"]
+
+        pixels = read(cached(self.cache_dir, "drawn", key, make, read, together=True))
         images = LabelledImages(pixels, labels, self.spec.contents_of(labels))
         return split_content(self.spec, images, self.test_fraction, self.seed)
 

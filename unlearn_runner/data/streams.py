@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
+from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.types import Batch, Streams, make_generator, moved
 
 
@@ -144,6 +145,12 @@ def to_unit_range(pixels: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     return pixels.float().div_(127.5).sub_(1)
 
 
-def to_uint8(images: Float[Tensor, "b c h w"]) -> UInt8[Tensor, "b c h w"]:
-    """[-1, 1] to uint8; what lies outside is cut off, as a picture file must."""
+def to_uint8(images: Float[Tensor, "b c h w"], name: str = "pictures") -> UInt8[Tensor, "b c h w"]:
+    """[-1, 1] to uint8; what lies outside is cut off, as a picture file must.
+
+    Raises NonFiniteError, which calls them `name`, if some are not finite: they would become black.
+    """
+    broken = int((~images.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise NonFiniteError(f"{broken} of {len(images)} {name} hold values that are not finite numbers")
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -14,11 +15,13 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner.cache import cached, digest, write_json
-from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.cache import cached, digest, fingerprint, write_json
+from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_range
 from unlearn_runner.distributed import in_shares
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.features import FeatureExtractor
+from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed, Width
 from unlearn_runner.types import make_generator
 
@@ -92,7 +95,8 @@ class Classifier(nn.Module):
 
 @final
 class Judge:
-    """A trained classifier with the accuracies it reached on held-out images and the name of its weights.
+    """A trained classifier, the name of its weights, and the accuracies that it reached on held-out images; where there
+    are none, on its training images.
 
     Features come from the classifier, or from `extractor` if there is one.
     """
@@ -104,9 +108,11 @@ class Judge:
         weights: str,
         device: torch.device,
         extractor: FeatureExtractor | None = None,
+        train_accuracy: dict[str, float] | None = None,
     ):
         self.classifier = classifier.to(device).eval().requires_grad_(False)
         self.test_accuracy = test_accuracy
+        self.train_accuracy = train_accuracy or {}
         self.weights = weights
         self.device = device
         self.extractor = None if extractor is None else extractor.to(device)
@@ -129,6 +135,27 @@ class Judge:
     def num_features(self) -> int:
         return self.classifier.head.in_features if self.extractor is None else self.extractor.num_features
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that what it sees depends on: the weights and layers of the classifier and of the extractor."""
+        networks = [self.classifier] if self.extractor is None else [self.classifier, self.extractor]
+        return fingerprint([[str(network), digest(network.state_dict())] for network in networks])
+
+    def doubts(self) -> list[str]:
+        """A sentence for each set of images of which it knows less than half of what guessing leaves to know."""
+        chance = 1 / self.classifier.head.out_features
+        sentences = []
+        for name in ("retain", "forget"):
+            kind = "held-out" if name in self.test_accuracy else "training"
+            accuracy = {**self.train_accuracy, **self.test_accuracy}.get(name, 1.0)
+            if accuracy < (1 + chance) / 2:
+                sentences.append(
+                    f"WARNING: the classifier recognises {accuracy:.0%} of the {kind} {name} images, guessing would "
+                    f"{chance:.0%}: forget_rate and all else that it judges say little. Train it longer "
+                    "(evaluation.classifier.max_steps) or on more images."
+                )
+        return sentences
+
     def provenance(self) -> dict[str, Any]:
         own = f"features ({self.classifier.head.in_features})"
         return {
@@ -137,6 +164,7 @@ class Judge:
             "layer": own if self.extractor is None else self.extractor.layer,
             "classifier": self.weights,
             "classifier_test_accuracy": self.test_accuracy,
+            "classifier_learnt": not self.doubts(),
         }
 
 
@@ -153,11 +181,16 @@ def trained_judge(
     `show`, if given, is called on the way with a step and its loss, images so far and seconds so far.
     """
     key = {"version": 3, "data": data.fingerprint, "recipe": asdict(recipe)}
-    folder = cached(cache_dir, "classifiers", key, lambda partial: _train(data, recipe, partial, device, show))
-    classifier = _build(data, recipe)
-    classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
-    report = json.loads((folder / "report.json").read_text())
-    return Judge(classifier, report["test_accuracy"], f"classifiers/{folder.name}", device, extractor)
+
+    def read(folder: Path) -> Judge:
+        classifier = _build(data, recipe)
+        classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
+        require_finite(classifier, "the classifier")
+        report = json.loads((folder / "report.json").read_text())
+        weights, train_accuracy = f"classifiers/{folder.name}", report.get("train_accuracy")
+        return Judge(classifier, report["test_accuracy"], weights, device, extractor, train_accuracy)
+
+    return read(cached(cache_dir, "classifiers", key, lambda place: _train(data, recipe, place, device, show), read))
 
 
 def _build(data: ForgetRetain, recipe: ClassifierRecipe) -> Classifier:
@@ -197,16 +230,34 @@ def _train(
             seconds = time.perf_counter() - started
             show(step, {"loss/classifier": loss.item(), "images": step * recipe.batch_size, "seconds": seconds})
 
+    try:
+        require_finite(classifier, "the classifier")
+    except NonFiniteError as error:
+        raise ConfigurationError(
+            f"training the classifier diverged ({error}); evaluation.classifier.learning_rate must be lower, it is "
+            f"{recipe.learning_rate}."
+        ) from error
     judge = Judge(classifier, {}, "", device)
     seen = pool.take(rows[order.draw(min(len(rows), 5000))]).pixels
     classifier.feature_scale.copy_(judge(seen).features.square().mean().sqrt())
-    right = {
-        name: (judge(part.pixels).contents == part.contents).double().mean().item()
-        for name, part in (("retain", data.retain_test), ("forget", data.forget_test))
-        if len(part)
-    }
+    report: dict[str, dict[str, float]] = {"test_accuracy": {}, "train_accuracy": {}}
+    for name, trained_on, held_out in (("retain", data.retain, data.retain_test), ("forget", forget, data.forget_test)):
+        if len(held_out):
+            report["test_accuracy"][name] = _accuracy(judge, held_out)
+        else:
+            report["train_accuracy"][name] = _accuracy(judge, _some(trained_on))
     save_file(classifier.state_dict(), folder / "classifier.safetensors")
-    write_json(folder / "report.json", {"test_accuracy": right})
+    write_json(folder / "report.json", report)
+
+
+def _accuracy(judge: Judge, images: LabelledImages) -> float:
+    """The share of images that it recognises."""
+    return (judge(images.pixels).contents == images.contents).double().mean().item()
+
+
+def _some(images: LabelledImages, count: int = 2000) -> LabelledImages:
+    """At most `count` of the images, from first to last."""
+    return images.select(torch.linspace(0, len(images) - 1, min(len(images), count)).long())
 
 
 def _balanced(contents: Int64[Tensor, "n"], at_most: int = 20) -> Int64[Tensor, "m"]:

@@ -1,10 +1,12 @@
 """Draws samples once, has them judged once, and hands them to every metric."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -25,6 +27,12 @@ from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, Sampler, Seed
 from unlearn_runner.types import make_generator
+
+LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
+NOT_HELD_OUT = {
+    "forget_test": "no image of the forgotten content is held out, there are too few for dataset.test_fraction",
+    "retain_test": "no retained image is held out, there are too few for dataset.test_fraction",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,8 @@ class Sampling:
 class Evaluation(NamedTuple):
     """What one evaluation found."""
 
-    scores: dict[str, float]  # without the prefix `eval/`
+    scores: dict[str, float]  # without the prefix `eval/`; finite
+    not_finite: list[str]  # keys of scores that came to be no finite numbers, and are left out
     intervals: dict[str, list[float]]  # of those scores, low and high ends; empty without a bootstrap
     seconds: dict[str, float]  # what it cost: "sampling", "judging", each metric, "bootstrap"
     evaluations_per_sample: float  # of the network, in drawing
@@ -142,7 +151,10 @@ class Evaluator:
         self.references = self._references() if needed else {}
 
     def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
-        """Score `model`; `before` are the base model's samples, for the metrics that compare with them."""
+        """Score `model`; `before` are the base model's samples, for the metrics that compare with them.
+
+        Raises NonFiniteError if it draws pictures that are not finite.
+        """
         clock = _Clock()
         judged, evaluations = {}, 0
         for name in self.conditions:
@@ -151,7 +163,7 @@ class Evaluator:
                 images = self._draw(model, name)
             evaluations += model.network_evaluations
             with clock("judging"):
-                judged[name] = self.judge(to_uint8(images))
+                judged[name] = self.judge(to_uint8(images, f"pictures drawn under the {name} conditions"))
         for name, metric in self.on_samples.items():
             if isinstance(metric, SSIM):
                 with clock(name):
@@ -168,26 +180,35 @@ class Evaluator:
                 continue
             with clock(name):
                 rows[name] = metric.measure(model, self.data, self.judge, self.clip)
-        scores = from_first(lambda: self._score(judged, rows, clock, before))
+        found = from_first(lambda: self._score(judged, rows, clock, before))
+        scores = {key: value for key, value in found.items() if math.isfinite(value)}
         with clock("bootstrap"):
             redrawn = self.sampling.bootstrap is not None
             intervals = from_first(lambda: self._intervals(scores, judged, rows, before)) if redrawn else {}
         evaluations /= self.sampling.num_samples * len(self.conditions)
-        return Evaluation(scores, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
+        not_finite = sorted(found.keys() - scores.keys())
+        return Evaluation(scores, not_finite, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
 
     def once(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
+        metrics = [*self.on_samples.values(), *self.on_rows.values()]
         key = {
-            "weights": digest(model.state_dict()),
+            "model": model.fingerprint(),
             "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
             "data": self.data.fingerprint,
+            "judge": self.judge.fingerprint,
+            "clip": None if self.clip is None else self.clip.fingerprint(),
             "settings": self.provenance(model),
+            "metrics": [f"{type(metric).__module__}.{type(metric).__qualname__}" for metric in metrics],
             "code": _code(),
+            "libraries": {name: metadata.version(name) for name in LIBRARIES},
             "device": str(self.judge.device.type),
-            "precision": str(model.passes.precision),
         }
-        folder = cached(self.cache_dir, "evaluations", key, lambda partial: self(model, before).save(partial), True)
-        return open_evaluation(folder)
+
+        def make(folder: Path) -> None:
+            self(model, before).save(folder)
+
+        return open_evaluation(cached(self.cache_dir, "evaluations", key, make, open_evaluation, together=True))
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         """What scores depend on besides the weights: what all metrics have in common, then metric by metric."""
@@ -211,8 +232,13 @@ class Evaluator:
         }
 
     def left_out(self) -> list[str]:
-        """A sentence for each group whose references are too few for a metric."""
-        sentences = []
+        """A sentence for each metric without the images that it needs, for each group with too few of them."""
+        sentences = [
+            f"{score} is left out: {NOT_HELD_OUT[part]}."
+            for metric in self.on_images.values()
+            for score, part in metric.needs.items()
+            if not len(getattr(self.data, part))
+        ]
         for name, metric in self.on_samples.items():
             if not metric.needs_references:
                 continue
@@ -270,7 +296,7 @@ class Evaluator:
         def again(n: int) -> Int64[Tensor, "{n}"]:
             return torch.randint(n, (n,), generator=generator)
 
-        drawn: dict[str, list[float]] = {key: [] for key in scores}
+        drawn: dict[str, list[float]] = {}
         for _ in range(self.sampling.bootstrap):
             chosen = {}
             for name, labels in self.conditions.items():
@@ -281,12 +307,13 @@ class Evaluator:
                 for name, tables in rows.items()
             }
             for key, value in self._score(chosen, redrawn, _Clock(), before).items():
-                drawn[key].append(value)
+                drawn.setdefault(key, []).append(value)
         intervals = {}
-        for key, values in drawn.items():
-            values = np.array(values)
-            low, high = np.quantile(values, [0.025, 0.975]) + (scores[key] - values.mean())
-            intervals[key] = [float(low), float(high)]
+        for key, score in scores.items():
+            values = np.array(drawn[key])
+            if np.isfinite(values).all():
+                low, high = np.quantile(values, [0.025, 0.975]) + (score - values.mean())
+                intervals[key] = [float(low), float(high)]
         return intervals
 
     def _conditions(self) -> dict[str, Int64[Tensor, "n"] | None]:
@@ -315,7 +342,7 @@ class Evaluator:
     def _judged_once(self, name: str, images: LabelledImages) -> Judged:
         """As the model saw them in training: every second one mirrored, if it saw them mirrored. No picture is kept."""
         key = {
-            "judge": [digest(self.judge.classifier.state_dict()), self.judge.extractor_digest],
+            "judge": self.judge.fingerprint,
             "data": self.data.fingerprint,
             "images": name,
             "code": _code(),
@@ -330,7 +357,10 @@ class Evaluator:
             tensors = replace(self.judge(pixels), images=pixels[:, :0]).tensors()
             save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
 
-        return Judged(**load_file(cached(self.cache_dir, "references", key, make, True) / "judged.safetensors"))
+        def read(folder: Path) -> Judged:
+            return Judged(**load_file(folder / "judged.safetensors"))
+
+        return read(cached(self.cache_dir, "references", key, make, read, together=True))
 
     def _grouped(self, judged: dict[str, Judged], before: dict[str, Judged] | None) -> Samples:
         def group(name: str, rows: Tensor, reference: str) -> Group:

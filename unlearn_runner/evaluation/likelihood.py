@@ -10,7 +10,7 @@ evidence lower bound.
 
 import math
 from functools import partial
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def flow_bits_per_dim(
     In tau = log(sigma/gamma) the ODE is dx/dtau = sigma (eps_theta(x, t(tau)) - sigma x), from the schedule's first
     timestep, where x = gamma x0, to its last, where x is taken for standard normal. The divergence is estimated with
     one Rademacher vector `probe` an image (Hutchinson), the same along the way. Solved by scipy's adaptive
-    Runge-Kutta 4(5), all images with one step size. Between timesteps, t is linear in tau.
+    Runge-Kutta 4(5), all images with one step size. Between timesteps, t is linear in tau. NaN where the solver fails.
     """
     from scipy.integrate import solve_ivp
 
@@ -66,6 +66,8 @@ def flow_bits_per_dim(
         solution = solve_ivp(
             slope, (log_ratios[0], log_ratios[-1]), start, rtol=rtol, atol=atol, t_eval=log_ratios[-1:]
         )
+    if not solution.success:  # the flow cannot be followed to its end
+        return torch.full((b,), torch.nan, dtype=torch.float64)
     end, divergence = solution.y[: b * d, -1].reshape(b, d), solution.y[b * d :, -1]
     log_prior = -0.5 * (end**2).sum(1) - 0.5 * d * math.log(2 * math.pi)
     log_density = log_prior + divergence + d * math.log(gammas[0])
@@ -171,6 +173,8 @@ class NLL(ImageMetric):
     A VAE's are `evidence_bits_per_dim`'s two bounds, both on `num_bound_images` images with `num_importance_samples`
     latents each, pixels made continuous likewise.
     """
+
+    needs: ClassVar = {"nll_retain": "retain_test"}
 
     def __init__(
         self,

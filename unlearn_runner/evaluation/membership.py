@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -62,6 +62,8 @@ class Membership(ImageMetric):
 
     A VAE has no timesteps: its score is minus the evidence lower bound, a mean over `num_draws` latents an image.
     """
+
+    needs: ClassVar = {"mia": "forget_test"}
 
     def __init__(
         self,

@@ -74,6 +74,8 @@ class Metric(ABC):
 class ImageMetric(ABC):
     """Scores by key, without the prefix `eval/`, from what a model answers to real images."""
 
+    needs: dict[str, str]  # by score, the set of images without which it is left out
+
     @abstractmethod
     def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
         """Tables with a row for each image, by the set of images."""
@@ -120,11 +122,13 @@ def measure_images(
 ) -> Tensor | None:
     """A row of `measure(x0, cond)` for each of up to `count` different images, batch by batch; None without images."""
     chosen = first_distinct(images, count, seed)
+    if not len(chosen):
+        return None
     rows = []
     for part in torch.arange(len(chosen)).split(batch_size):
         pixels, labels, _ = chosen.select(part)
         rows.append(measure(to_unit_range(pixels.to(device)), labels.to(device) if conditional else None))
-    return torch.cat(rows).cpu() if len(chosen) else None
+    return torch.cat(rows).cpu()
 
 
 def first_distinct(images: LabelledImages, count: int, seed: int) -> LabelledImages:

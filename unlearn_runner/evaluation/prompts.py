@@ -50,7 +50,9 @@ class Paraphrases(PromptMetric):
         cond = model.embed(self.prompts).repeat_interleave(self.num_samples, dim=0)
         generator = make_generator(self.seed, "paraphrases", judge.device)
         images = model.sample(len(cond), cond, generator, self.num_inference_steps, batch_size=self.batch_size)
-        return {"paraphrases": judge(to_uint8(images)).contents == data.spec.forget_content}
+        return {
+            "paraphrases": judge(to_uint8(images, "pictures under paraphrases")).contents == data.spec.forget_content
+        }
 
     def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
         return {"forget_rate_paraphrases": share(rows["paraphrases"])}
@@ -142,7 +144,8 @@ class Robustness(PromptMetric):
                 embedding = self._sought(model, data, start.to(judge.device), generator)
                 cond = embedding.expand(self.num_samples, -1, -1)
                 images = model.sample(self.num_samples, cond, generator, self.num_inference_steps)
-                found.append(judge(to_uint8(images)).contents == data.spec.forget_content)
+                pictures = to_uint8(images, "pictures under an embedding sought for the concept")
+                found.append(judge(pictures).contents == data.spec.forget_content)
         return {"attack": max(found, key=lambda part: int(part.sum()))}
 
     def _sought(

@@ -21,6 +21,7 @@ from unlearn_runner import rules
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
+from unlearn_runner.methods.siss import effective_sample_size
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
@@ -459,8 +460,7 @@ class CriticGuided(Method):
             found["grad_variance/policy"] = (squares - mean.square().sum()) * self.minibatches / (self.minibatches - 1)
         reused = rows >= fresh
         if reused.any():
-            of_reused = weights[rows[reused], steps[reused]]
-            found["weights/ess_reuse"] = of_reused.sum().square() / (len(of_reused) * of_reused.square().sum())
+            found["weights/ess_reuse"] = effective_sample_size(weights[rows[reused], steps[reused]])
         return found
 
     def _divergence(

@@ -7,7 +7,7 @@ import torch
 
 from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
 from unlearn_runner.methods.method import Method
-from unlearn_runner.models.model import GenerativeModel, pipeline_name
+from unlearn_runner.models.model import GenerativeModel, pipeline_name, require_finite
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
@@ -30,7 +30,8 @@ class Given(Method):
         try:
             if pipeline_name(self.weights) == OneStepPipeline.__name__:
                 model = OneStep(model, OneStepPipeline.load_config(self.weights)["timestep"])
-            copy.deepcopy(model).load(self.weights)
+            (trial := copy.deepcopy(model)).load(self.weights)
+            require_finite(trial, "it")
         except Exception as error:  # what diffusers, torch, the hub's client and its HTTP library raise
             raise ConfigurationError(
                 f"method.weights={weights}: expected a model of the base's architecture, its folder or a hub id that "

@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.errors import ConfigurationError, first_line
 
 WEIGHTS = "clip.safetensors"
@@ -73,6 +74,12 @@ class Clip(nn.Module):
     def of_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """As `of_images`, of images in bytes."""
         return self.of_images(images.float() / 127.5 - 1)
+
+    def fingerprint(self) -> str:
+        """A hash of all that its embeddings depend on, but for rounding."""
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        length = getattr(self.tokenizer, "context_length", None)
+        return fingerprint([self.name, digest(tensors), str(self.network), type(self.tokenizer).__name__, length])
 
     def save(self, folder: Path) -> None:
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}  # a GPU's may not be

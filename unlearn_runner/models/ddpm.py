@@ -13,6 +13,7 @@ from unlearn_runner.models.model import (
     DiffusionModel,
     Noising,
     amplitudes,
+    clipped,
     evaluating,
     first_noises,
     in_words,
@@ -132,7 +133,7 @@ class DDPM(DiffusionModel):
         return self.predict(x_t, timesteps, cond)
 
     def picture(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return x0.clamp(-1, 1)
+        return clipped(x0)
 
     @torch.inference_mode()
     def sample(

@@ -3,21 +3,25 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.distributed import in_shares
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.types import Passes
 
 PREDICTIONS = ("epsilon", "v_prediction")
+NO_RESULT = ("training", "network_evaluations", "passes", "tuning", "seed")  # attributes of models that change none
+BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of configurations of libraries
 
 
 class Noising(NamedTuple):
@@ -57,6 +61,22 @@ class GenerativeModel(nn.Module, ABC):
     def num_entries(self) -> int:
         """How many numbers `loss` sums over: pixels, or entries of a latent."""
         return math.prod(self.answer_shape)
+
+    def fingerprint(self) -> str:
+        """A hash of all that its samples and losses depend on, but for rounding: its weights and their precision, and
+        every setting of it and of its parts, such as the noise schedule, what is predicted, clipping, scaling factors,
+        guidance, the tokenizer, and prompts. What is kept of a model is kept under this.
+        """
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        settings = {name: described(part) for name, part in _parts(self).items() if name not in NO_RESULT}
+        return fingerprint(
+            {
+                "kind": type(self).__name__,
+                "weights": digest(tensors),
+                "precision": str(self.passes.precision),
+                "settings": settings,
+            }
+        )
 
     def encode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
         """What can stand for images wherever this face takes them, and costs nothing more then: of a latent model their
@@ -315,6 +335,70 @@ def passed(model: GenerativeModel, network: Callable[..., Any], *rows: Tensor | 
         return torch.cat(found)
 
     return in_shares(in_parts, *rows)
+
+
+def described(part: Any) -> Any:
+    """What a part of a model does, apart from its weights, as JSON: its kind, configuration, vocabulary, settings."""
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, Mapping):
+        return {
+            str(key): described(value)
+            for key, value in part.items()
+            if not str(key).startswith("_") and key not in BOOKKEEPING
+        }
+    if isinstance(part, Sequence):
+        return [described(value) for value in part]
+    if isinstance(part, Tensor | np.ndarray):
+        return part.tolist()
+    if isinstance(part, GenerativeModel):
+        return part.fingerprint()
+    found = {"kind": type(part).__name__}
+    if hasattr(part, "get_vocab"):  # a tokenizer; how it pads and cuts is what it was last called with
+        pieces = json.loads(part.backend_tokenizer.to_str()) if hasattr(part, "backend_tokenizer") else {}
+        state = {key: value for key, value in pieces.items() if key not in ("padding", "truncation")}
+        special = {key: str(token) for key, token in part.special_tokens_map.items()}
+        return found | {"vocabulary": part.get_vocab(), "length": part.model_max_length, **special, "state": state}
+    config = getattr(part, "config", None)
+    if config is not None:
+        return found | {"config": described(config.to_dict() if hasattr(config, "to_dict") else config)}
+    if isinstance(part, nn.Module):
+        return found | {"layers": str(part)}
+    plain = (bool, int, float, str, tuple, type(None))
+    return found | {name: described(value) for name, value in _parts(part).items() if isinstance(value, plain)}
+
+
+def _parts(whole: Any) -> dict[str, Any]:
+    """Attributes by name, and of a module its modules; in alphabetical order."""
+    found = dict(getattr(whole, "__dict__", {})) | dict(getattr(whole, "_modules", {}))
+    return {name: found[name] for name in sorted(found) if not name.startswith("_")}
+
+
+def require_finite(network: nn.Module, name: str) -> None:
+    """Raise NonFiniteError, which calls the network `name`, if a weight is not a finite number."""
+    counts = {
+        key: (~weight.isfinite()).sum()
+        for key, weight in network.state_dict().items()
+        if weight.is_floating_point() and weight.numel() > 0
+    }
+    bad = {key: int(count) for key, count in counts.items() if count > 0}
+    if bad:
+        raise NonFiniteError(
+            f"{name} has {sum(bad.values())} weights that are not finite numbers (in {', '.join(list(bad)[:3])})"
+        )
+
+
+def require_usable(base: GenerativeModel, source: str) -> None:
+    """Raise ConfigurationError if a weight of the base, which came from model.weights=`source`, is not finite."""
+    try:
+        require_finite(base, "it")
+    except NonFiniteError as error:
+        raise ConfigurationError(f"model.weights={source}: {error}; give others, or have them trained anew.") from error
+
+
+def clipped(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Images cut to [-1, 1]. What is infinite becomes NaN, or it would be taken for black or white."""
+    return torch.where(images.isinf(), torch.nan, images.clamp(-1, 1))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from unlearn_runner.models.model import (
     GenerativeModel,
     Noising,
     amplitudes,
+    clipped,
     evaluating,
     first_noises,
     noise_in,
@@ -159,7 +160,7 @@ class StableDiffusion(DiffusionModel):
     def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
         with torch.no_grad():
             latents = x0 / self.vae.config.scaling_factor
-            return in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents).clamp(-1, 1)
+            return clipped(in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents))
 
     def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
         return amplitudes(self.alphas_cumprod, timesteps)

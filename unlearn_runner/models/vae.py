@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError, existing_folder, first_line
-from unlearn_runner.models.model import GenerativeModel, Noising, evaluating, first_noises, in_words, passed
+from unlearn_runner.models.model import GenerativeModel, Noising, clipped, evaluating, first_noises, in_words, passed
 
 SUBFOLDER = "vae"
 
@@ -178,7 +178,7 @@ class VAE(GenerativeModel):
         with evaluating(self):
             for z, part in first_noises(self, n, cond, generator, batch_size):
                 timesteps = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-                images.append(self.predict(z, timesteps, part).clamp(-1, 1))
+                images.append(clipped(self.predict(z, timesteps, part)))
         return torch.cat(images)
 
     def freeze_for_unlearning(self) -> None:

@@ -1,5 +1,6 @@
 """A small CLIP, trained once on captioned pictures with open_clip's own loss, and cached."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 from unlearn_runner.cache import cached, write_json
 from unlearn_runner.data.forget_retain import Dataset, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.models.clip import Clip
+from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
@@ -50,9 +53,11 @@ def trained_clip(
     data = recipe.corpus.load()
     settings = {name: value for name, value in asdict(recipe).items() if name != "corpus"}
     key = {"version": 1, "network": key, "recipe": settings, "data": data.fingerprint}
-    return cached(
-        cache_dir, "clips", key, lambda folder: _train(clip, recipe, data.spec.label_names, _pool(data), folder, show)
-    )
+
+    def make(folder: Path) -> None:
+        _train(clip, recipe, data.spec.label_names, _pool(data), folder, show)
+
+    return cached(cache_dir, "clips", key, make, lambda folder: copy.deepcopy(clip).load(folder))
 
 
 def _pool(data: Any) -> LabelledImages:
@@ -107,6 +112,13 @@ def _train(
             seconds = time.perf_counter() - started
             show(step, {"loss/clip": loss.item(), "images": step * rows.numel(), "seconds": seconds})
     network.requires_grad_(False).eval()
+    try:
+        require_finite(network, "CLIP")
+    except NonFiniteError as error:
+        raise ConfigurationError(
+            f"training CLIP diverged ({error}); clip.training.learning_rate must be lower, it is "
+            f"{recipe.learning_rate}."
+        ) from error
     clip.save(folder)
     seen = pool.select(torch.randperm(len(pool), generator=generator)[:2000])
     write_json(folder / "report.json", {"zero_shot_accuracy": _zero_shot(clip, captions, pool, seen)})

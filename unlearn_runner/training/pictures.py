@@ -25,7 +25,7 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     axes = figure.subplots(1, 2 if levels else 1, squeeze=False)[0]
     steps = [line["step"] for line in logged]
     axes[0].plot(steps, values, ".", markersize=2.5, label="lambda, mean of the batch")
-    inferred = [line for line in logged if "lambda/posterior_mean" in line]
+    inferred = [line for line in logged if {"lambda/posterior_mean", "lambda/posterior_std"} <= line.keys()]
     if inferred:
         ends = [
             [1 / (1 + exp(-line["lambda/posterior_mean"] - sign * line["lambda/posterior_std"])) for line in inferred]
@@ -39,8 +39,8 @@ def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:
     if levels:
         chosen = sorted({round(share * (len(logged) - 1)) for share in (0, 0.25, 0.5, 1)})
         for row in chosen:
-            over_t = [logged[row][key] for key in levels.values()]
-            axes[1].plot(list(levels), over_t, ".-", label=f"step {logged[row]['step']}")
+            over_t = {level: logged[row][key] for level, key in levels.items() if key in logged[row]}
+            axes[1].plot(list(over_t), list(over_t.values()), ".-", label=f"step {logged[row]['step']}")
         axes[1].set(xlabel="t / T", ylabel="lambda", xlim=(0, 1), ylim=(0, 1))
         axes[1].legend(fontsize=7)
     FigureCanvasAgg(figure).print_png(str(path))

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unlearn_runner.cache import cached
+from unlearn_runner.cache import cached, set_aside
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain
 from unlearn_runner.data.streams import BatchStream, to_unit_range
-from unlearn_runner.errors import Interrupted
+from unlearn_runner.distributed import is_first
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Update
-from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.models.stable_diffusion import Autoencoder
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
-from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
+from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
@@ -31,6 +32,7 @@ from unlearn_runner.training.trainer import Plan, Trainer, identity_of
 from unlearn_runner.types import make_generator
 
 VERSION = 1  # raise it when the same recipe comes to give other weights
+CHECKPOINTS = "checkpoints"  # of a training that was interrupted, in its cache entry to be
 AFTER_THE_BASE = ("trainable", "lora_rank", "gradient_checkpointing", "guidance_scale")  # leave its weights as they are
 TITLES = {"all": "training the base model", "retain": "training the oracle, which never sees the forget set"}
 
@@ -83,7 +85,13 @@ def pretrained(
     kind = {"all": "bases", "retain": "oracles"}[population]
     learnt = {name: value for name, value in key["network"].items() if name not in AFTER_THE_BASE}
     key = {**key, "network": learnt, "version": VERSION, "data": data.fingerprint, "population": population}
-    return cached(cache_dir, kind, key, make, together=True) / "model"
+
+    def read(folder: Path) -> None:
+        network = build(recipe.seed, data.spec)
+        network.load(folder / "model")
+        require_finite(network, "it")
+
+    return cached(cache_dir, kind, key, make, read, together=True, continues=CHECKPOINTS) / "model"
 
 
 def _pretrained_autoencoder(
@@ -104,8 +112,11 @@ def _pretrained_autoencoder(
         learn(autoencoder, recipe, "all", folder, "training the autoencoder", keep)
 
     key = {**key, "version": VERSION, "data": learn.data.fingerprint}
-    folder = cached(cache_dir, "autoencoders", key, make, together=True)
-    return network.vae.from_pretrained(folder / "model", subfolder="vae")
+
+    def read(folder: Path) -> Any:
+        return network.vae.from_pretrained(folder / "model", subfolder="vae")
+
+    return read(cached(cache_dir, "autoencoders", key, make, read, together=True, continues=CHECKPOINTS))
 
 
 class _Learning:
@@ -139,18 +150,43 @@ class _Learning:
             BatchStream(self.data, method.reads, recipe.batch_size, recipe.seed, device, network.encode),
             plan,
             ProgressRecorder(progress),
-            Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
+            Checkpoints(folder / CHECKPOINTS, plan.checkpoints_total_limit),
             self.interrupts,
             identity_of(method, self.data.spec),
         )
-        if trainer.checkpoints.all():
-            trainer.resume(open_checkpoint(folder))
+        if (begun := _begun(trainer, folder, title)) is not None:
+            trainer.resume(begun)
         try:
             with closing(progress):
                 while not trainer.done:
                     trainer.step()
+            require_finite(method.model, "the model")
         except Interrupted:
             trainer.save()
             raise
+        except NonFiniteError as error:
+            raise ConfigurationError(
+                f"{title} diverged ({error}): its recipe, model.pretraining, must be another, e.g. a lower learning "
+                "rate or a model.pretraining.update.max_grad_norm."
+            ) from error
         keep(method.model)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # there are some in the first process only
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # there are some in the first process only
+
+
+def _begun(trainer: Trainer, folder: Path, title: str) -> Checkpoint | None:
+    """The checkpoint in `folder` of this training, if there is one. One that cannot be used is set aside."""
+    if not trainer.checkpoints.all():
+        return None
+    try:
+        checkpoint = open_checkpoint(folder)
+        checkpoint.require(trainer.identity)
+    except Exception:  # whatever a damaged file makes torch raise
+        aside = set_aside(trainer.checkpoints.folder, name=folder)
+        if is_first():
+            print(
+                f"the cache holds a part of {title}, which was interrupted, and it is damaged: set aside as {aside}, "
+                "the training begins anew",
+                flush=True,
+            )
+        return None
+    return checkpoint

@@ -1,13 +1,16 @@
 """What a run leaves: lines, pictures, scores, the model and the summary, in its folder and its dashboard."""
 
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import mean
 from types import TracebackType
 from typing import Any, final
 
 from rich.console import Console
 
-from unlearn_runner.errors import Interrupted, NonFiniteError
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.loggers import Logger
@@ -71,7 +74,8 @@ class ProgressRecorder(Recorder):
 @final
 class RunRecorder(Recorder):
     """The record of one run. As a context it opens the dashboard and, however the run ends, closes all with
-    its status: finished, diverged (a non-finite loss), interrupted (a signal) or failed (anything else).
+    its status: finished, diverged (a loss, a picture or a headline score that is not finite), interrupted (a signal) or
+    failed (anything else). What is not a finite number is left out of the record, and said.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class RunRecorder(Recorder):
         self.deletion_steps: dict[str, int] = {}
         self.reached: dict[str, float] = {}  # empty until a look finds at most `threshold`
         self.provenance: dict[str, Any] = {}
+        self.not_finite: dict[str, None] = {}  # keys of what was left out, in the order of their first time
         self.trainer: Trainer | None = None
 
     def __enter__(self) -> "RunRecorder":
@@ -116,6 +121,8 @@ class RunRecorder(Recorder):
         metrics = self.scores | self._costs()
         if self.intervals:
             more["intervals"] = self.intervals
+        if self.not_finite:
+            more["not_finite"] = list(self.not_finite)
         self.folder.write_summary(
             status, metrics, **more, provenance={"environment": environment(), "evaluation": self.provenance}
         )
@@ -138,10 +145,16 @@ class RunRecorder(Recorder):
         self.evaluator, self.probe, self.at_threshold, self.threshold = evaluator, probe, at_threshold, threshold
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
         self.provenance = {"data": data, **evaluator.provenance(base)}
-        for sentence in evaluator.left_out():
-            self.console.print(sentence, soft_wrap=True)
+        for sentence in (*evaluator.judge.doubts(), *evaluator.left_out()):
+            self.console.print(sentence, soft_wrap=True, markup=False)
         self.console.print("measuring the base model")
-        self.before = evaluator.once(base)
+        try:
+            self.before = evaluator.once(base)
+        except NonFiniteError as error:
+            raise ConfigurationError(
+                f"model.weights={self.config['model']['weights']}: the base cannot be unlearned, for of what it draws "
+                f"{error}; mend its weights or its noise schedule, or give others."
+            ) from error
         self._record(0, "base", self.before, "before")
 
     def relearn(self, prefix: str, model: GenerativeModel, relearning: Relearning) -> None:
@@ -155,14 +168,18 @@ class RunRecorder(Recorder):
         def forget_rate_of(model: GenerativeModel) -> float:
             return self.probe(model).scores["forget_rate"]
 
-        scores = relearning(model, self.evaluator.data, forget_rate_of, self.scores["base/forget_rate"])
+        try:
+            scores = relearning(model, self.evaluator.data, forget_rate_of, self.scores["base/forget_rate"])
+        except NonFiniteError:  # it is relearning that diverged
+            scores = {"relearn_steps": math.nan}
         self._write(self.trainer.total_steps, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.costs.setdefault("cost/relearning_seconds", time.perf_counter() - started)  # the unlearned model's
 
     def compare_with_oracle(self, model: GenerativeModel) -> None:
         """Score the model that never saw the forget set."""
         self.console.print("measuring the oracle")
-        oracle = self.evaluator.once(model, self.before.judged)
+        with _named("the oracle"):
+            oracle = self.evaluator.once(model, self.before.judged)
         self._record(self.trainer.total_steps, "oracle", oracle, "oracle")
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -170,11 +187,13 @@ class RunRecorder(Recorder):
         self.progress.update(step, values)
 
     def note(self, step: int, values: dict[str, float]) -> None:
-        self.folder.append(step, values)
-        self.logger.log(step, values)
+        finite = self._finite(step, values)
+        self.folder.append(step, finite)
+        self.logger.log(step, finite)
 
     def evaluate(self, model: GenerativeModel, step: int) -> None:
-        evaluation = self.probe(model)
+        with _named(f"the model after step {step}"):
+            evaluation = self.probe(model)
         self.progress.forget_rate = evaluation.scores["forget_rate"]
         self._record(step, "eval", evaluation, f"step_{step:06d}")
         if evaluation.scores["forget_rate"] == 0:
@@ -191,9 +210,9 @@ class RunRecorder(Recorder):
         for name in ("seconds", "network_evaluations"):
             reached[name] = float(getattr(self.trainer, name))
         if self.at_threshold is not None:
-            reached |= self.at_threshold(model, self.before.judged).scores
-        self.reached = {f"reached/{key}": value for key, value in reached.items()}
-        self._write(step, self.reached)
+            evaluation = self.at_threshold(model, self.before.judged)
+            reached |= evaluation.scores | dict.fromkeys(evaluation.not_finite, math.nan)
+        self.reached = self._write(step, {f"reached/{key}": value for key, value in reached.items()})
 
     def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
@@ -201,7 +220,8 @@ class RunRecorder(Recorder):
         if self.evaluator.on_images and not model.has_likelihood:
             self.console.print(f"{', '.join(self.evaluator.on_images)} left out: this model has no likelihood.")
         self.console.print("measuring the unlearned model")
-        after = self.evaluator(model, self.before.judged)
+        with _named("the unlearned model"):
+            after = self.evaluator(model, self.before.judged)
         self._record(step, "eval", after, "after")
         self._write(step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
         rehearsals = self.trainer.total_steps - self.trainer.run_step
@@ -216,7 +236,10 @@ class RunRecorder(Recorder):
         self.provenance["seconds"] = after.seconds
 
     def report(self) -> None:
-        """The distances from the oracle, if there is one, and the short table at the end."""
+        """The distances from the oracle, if there is one, and the short table at the end.
+
+        Raises NonFiniteError if a headline score of the unlearned model is not a finite number.
+        """
         after, oracle = (
             {key.removeprefix(prefix): value for key, value in self.scores.items() if key.startswith(prefix)}
             for prefix in ("eval/", "oracle/")
@@ -234,6 +257,10 @@ class RunRecorder(Recorder):
         self.logger.table("results", ["metric", "before", "after", "change"], rows)
         seconds = time.perf_counter() - self.started
         self.console.print(f"{seconds:.0f} s; everything is in {self.folder.path}", soft_wrap=True)
+        if lost := [f"eval/{name}" for name in HEADLINES if f"eval/{name}" in self.not_finite]:
+            raise NonFiniteError(
+                f"{', '.join(lost)}: not a finite number, all else that was measured is in {self.folder.path}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -248,15 +275,28 @@ class RunRecorder(Recorder):
         self.progress.forget_rate = state_dict["forget_rate"]
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
 
+    def _finite(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Without those that are not finite numbers; of each key that is said once."""
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        if new := [key for key in values if key not in finite and key not in self.not_finite]:
+            self.not_finite |= dict.fromkeys(new)
+            text = f"{', '.join(new)}: not a finite number at step {step}, left out wherever it is none"
+            self.console.print(text, soft_wrap=True, markup=False)
+        return finite
+
     def _record(self, step: int, prefix: str, evaluation: Evaluation, picture: str) -> None:
-        self._write(step, {f"{prefix}/{key}": value for key, value in evaluation.scores.items()})
+        scores = evaluation.scores | dict.fromkeys(evaluation.not_finite, math.nan)
+        self._write(step, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.intervals |= {f"{prefix}/{key}": interval for key, interval in evaluation.intervals.items()}
         path = self.folder.save_grid(picture, evaluation.grid, evaluation.grid_columns)
         self.logger.image(step, f"samples/{prefix}", path)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        self.scores |= values
-        self.note(step, values)
+    def _write(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """Scores, of which the finite ones are returned."""
+        finite = self._finite(step, values)
+        self.scores |= finite
+        self.note(step, finite)
+        return finite
 
     def _costs(self) -> dict[str, float]:
         costs = {"cost/peak_memory_gb": peak_memory_gb(), **self.costs}
@@ -264,6 +304,15 @@ class RunRecorder(Recorder):
             costs |= {f"cost/{name}": getattr(self.trainer, name) for name in COSTS}
             costs |= {f"cost/policy_{name}": spent for name, spent in self.trainer.rehearsed.items()}
         return costs
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Of what has come to be not finite in here, it is said whose it is."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name} has diverged: {error}") from error
 
 
 def means_of(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -54,7 +54,7 @@ class RunFolder:
 
     def append(self, step: int, values: dict[str, float | int]) -> None:
         """One line of metrics.jsonl."""
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._lines.flush()
 
     def lines(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from unlearn_runner.data.forget_retain import DataSpec
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.methods.method import Method
-from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
 from unlearn_runner.training.signals import Interrupts
@@ -73,6 +73,7 @@ class Recorder(ABC):
 
 
 COSTS = ("seconds", "images", "network_evaluations")
+DECIDING = ("loss/", "grad_norm/", "agent/reward")  # a run whose values here are not finite has diverged
 
 
 def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
@@ -91,7 +92,8 @@ class Trainer:
     steps are logged and counted, but what comes of them is not the result: nothing is evaluated or finished.
 
     Raises:
-        NonFiniteError: from `step`, when a logged value of any step so far is not finite.
+        NonFiniteError: from `step`, when a loss or a gradient's norm of any step so far is not finite, or, before a
+            checkpoint is written, a weight.
         Interrupted: from `step`, after SIGINT or SIGTERM, when the step is finished and a checkpoint written.
     """
 
@@ -154,7 +156,10 @@ class Trainer:
         return metrics
 
     def flush(self, started: float | None = None) -> None:
-        """Move the waiting metrics to the host in one transfer, check all of them, log the newest."""
+        """Move the waiting metrics to the host in one transfer, check those that decide, log the newest.
+
+        What is a diagnostic alone, such as weights/* or lambda/*, ends no run: 0 / 0 may be its right value.
+        """
         if not self._unlogged:
             return
         steps = [step for step, metrics in self._unlogged for _ in metrics]
@@ -166,7 +171,7 @@ class Trainer:
         newest = self._unlogged[-1][0]
         self._unlogged.clear()
         for step, key, value in zip(steps, keys, values, strict=True):
-            if not math.isfinite(value):
+            if key.startswith(DECIDING) and not math.isfinite(value):
                 raise NonFiniteError(f"{key} became {value} at step {step}")
         line = {key: value for step, key, value in zip(steps, keys, values, strict=True) if step == newest}
         self.recorder.log(newest, {"seconds": self.seconds, "images": self.images, **line})
@@ -187,6 +192,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self.flush()
+        require_finite(self.method.networks[0], f"after step {self.total_steps} the model")
         return self.checkpoints.save(self.total_steps, self.state_dict(), self.identity)
 
     def resume(self, checkpoint: Checkpoint) -> None:
