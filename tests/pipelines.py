@@ -15,7 +15,7 @@ TINY = {
     "text_width": 16,
     "text_layers": 1,
     "num_tokens": 12,
-    "words": ["seven", "trousers"],
+    "words": ["a", "picture", "of", "seven", "trousers"],
 }
 
 

@@ -4,15 +4,18 @@ Nothing but safetensors is ever opened. Imports nothing heavy.
 """
 
 import hashlib
+import logging
 import re
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, folder_or_name
 
-PARTS = (".", "unet", "vae", "text_encoder", "tokenizer", "scheduler")  # of a pipeline; a network alone lies at the top
+NETWORKS = (".", "unet", "vae", "text_encoder")  # of a pipeline; one alone lies at the top
+PARTS = (*NETWORKS, "tokenizer", "scheduler")
+STEMS = ("diffusion_pytorch_model", "model")
 CONFIGS = (".json", ".txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FILE = re.compile(  # <stem>[.<variant>][-<shard>-of-<shards>][.<variant>].safetensors
@@ -52,10 +55,49 @@ def weights_identity(source: str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def weight_files(folder: Path, option: str) -> list[Path]:
+def located(source: str, option: str) -> Path | str:
+    """The folder of weights that `source` is, or else its name on the hub.
+
+    Raises ConfigurationError, naming the option to change, if it is neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir()) or "://" in source:
+        raise ConfigurationError(
+            f"{option}={source}: expected a folder as diffusers' save_pretrained writes it, or a hub id, got a single "
+            "file; if it is a whole pipeline, write it as a folder once, with diffusers' "
+            "StableDiffusionPipeline.from_single_file(<file>, config=<folder of a pipeline like it>)"
+            ".save_pretrained(<folder>)."
+        )
+    return folder_or_name(source, option)
+
+
+def fetched(source: Path | str, weights: bool) -> Path:
+    """The folder with a model's config files and, if asked for, its weights: `source`, or that of the hub's cache, into
+    which they are fetched first.
+
+    Raises whatever the hub's client does.
+    """
+    if isinstance(source, Path):
+        return source
+    from huggingface_hub import snapshot_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the caller's sentence says it once
+    wanted = [f"*{suffix}" for suffix in CONFIGS]
+    if weights:
+        plain = (".safetensors", "-?????-of-?????.safetensors")
+        wanted += [f"{_prefix(part)}{stem}{end}" for part in NETWORKS for stem in STEMS for end in plain]
+    folder = Path(snapshot_download(source, allow_patterns=wanted))
+    lacking = [part for part in NETWORKS if (folder / part / "config.json").is_file() and not _variants(folder / part)]
+    if weights and lacking:  # it has variants alone
+        wanted = [f"{_prefix(part)}{stem}*.safetensors" for part in lacking for stem in STEMS]
+        snapshot_download(source, allow_patterns=wanted)
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a network's folder: one file or all its shards; a variant (fp16) where there is nothing else.
 
-    Raises ConfigurationError, naming the option to change, if there are none, not all, or more than one choice.
+    Raises ConfigurationError if there are none, not all, or more than one choice.
     """
     variants = _variants(folder)
     if not variants:
@@ -64,33 +106,32 @@ def weight_files(folder: Path, option: str) -> list[Path]:
         )
         found = f"only {others[0]}, a pickle, which can run code and is not read" if others else "none"
         raise ConfigurationError(
-            f"{option}: expected weights as safetensors in {folder}, found {found}; save the model again with "
+            f"there must be weights as safetensors in {folder}, found {found}; save the model again with "
             "save_pretrained(<folder>, safe_serialization=True)."
         )
     files = _chosen(folder)
     if not files:
         raise ConfigurationError(
-            f"{option}: {folder} holds weights in several variants ({', '.join(sorted(variants))}) and no plain ones; "
+            f"{folder} holds weights in several variants ({', '.join(sorted(variants))}) and no plain ones; "
             "keep one variant."
         )
     shards = FILE.fullmatch(files[0].name)["shards"]
     if shards is not None and len(files) != int(shards):
         raise ConfigurationError(
-            f"{option}: {folder} holds {len(files)} of the {int(shards)} files that its weights are split into; "
-            "fetch them again."
+            f"{folder} holds {len(files)} of the {int(shards)} files that its weights are split into; fetch them again."
         )
     return files
 
 
-def stored_tensors(folder: Path, option: str) -> dict[str, Stored]:
+def stored_tensors(folder: Path) -> dict[str, Stored]:
     """What a network's folder holds, by name, read from the files' headers alone.
 
-    Raises ConfigurationError, naming the option to change and the file, if one is damaged.
+    Raises ConfigurationError, naming the file, if one is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
     found = {}
-    for file in weight_files(folder, option):
+    for file in weight_files(folder):
         try:
             with safe_open(file, "np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
@@ -98,9 +139,13 @@ def stored_tensors(folder: Path, option: str) -> dict[str, Stored]:
                     found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(
-                f"{option}: {file} is no whole safetensors file ({error}); fetch or save it again."
+                f"{file} is no whole safetensors file ({error}); fetch or save it again."
             ) from error
     return found
+
+
+def _prefix(part: str) -> str:
+    return "" if part == "." else f"{part}/"
 
 
 def _variants(folder: Path) -> dict[str, list[Path]]:
