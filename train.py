@@ -55,6 +55,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.errors import folder_or_name
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_clip, require_enough_samples, require_threshold
+    from unlearn_runner.models.stable_diffusion import require_told_apart
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.loggers import NoLogger
@@ -79,6 +80,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         return hardware.prepare(build_model(cfg["model"]["network"], spec, seed))
 
     network = build_network(seed)
+    if network.prompts is not None:
+        require_told_apart(network, dataset.spec.labels)
     pretraining = make(cfg["model"]["pretraining"])
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     if plan.init == "base":

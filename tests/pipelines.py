@@ -15,7 +15,7 @@ TINY = {
     "text_width": 16,
     "text_layers": 1,
     "num_tokens": 12,
-    "words": ["a", "picture", "of", "seven", "trousers"],
+    "words": ["seven", "trousers"],
 }
 
 

@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -43,6 +43,7 @@ from unlearn_runner.models.model import (
 )
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
 from unlearn_runner.models.words import build_tokenizer
+from unlearn_runner.types import Labels
 from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:
@@ -157,26 +158,26 @@ class StableDiffusion(DiffusionModel):
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
-    def tokens(self, prompts: Sequence[str]) -> tuple[Int64[Tensor, "n s"], list[str]]:
-        """What the text encoder reads of any texts, and which of them are longer than that, with their lengths."""
+    def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
+        """What the text encoder reads of any texts. It is said which are longer than that, and which read the same."""
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         tokenizer, texts = self._called_tokenizer, list(prompts)
-        sizes = [len(ids) for ids in tokenizer(texts, truncation=False, padding=False, verbose=False).input_ids]
+        whole = tokenizer(texts, truncation=False, padding=False, verbose=False).input_ids
+        cut = [f"'{text}'" for text, row in zip(texts, whole, strict=True) if len(row) > length]
+        if cut:
+            _say(f"only the first {length} tokens of a prompt are read; these are longer: {', '.join(cut)}")
         ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        cut = [f"'{text}' ({size} tokens)" for text, size in zip(texts, sizes, strict=True) if size > length]
-        return ids, cut
+        alike: dict[tuple[int, ...], set[str]] = {}
+        for text, row in zip(texts, ids.tolist(), strict=True):
+            alike.setdefault(tuple(row), set()).add(text)
+        for same in alike.values():
+            if len(same) > 1:
+                _say(f"these prompts are one condition to the text encoder: {', '.join(map(repr, sorted(same)))}")
+        return ids
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them.
-
-        What is longer than the encoder reads is cut, which is said.
-        """
-        ids, cut = self.tokens(prompts)
-        if cut:
-            logging.getLogger(__name__).warning(
-                "only the first %d tokens of a prompt are read, of these not all: %s", ids.shape[1], ", ".join(cut)
-            )
-        return self.text_encoder(ids.to(self.alphas_cumprod.device), return_dict=False)[0]
+        """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them."""
+        return self.text_encoder(self.tokens(prompts).to(self.alphas_cumprod.device), return_dict=False)[0]
 
     def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
         """Of prompts given by index, -1 being the empty one, or by embedding."""
@@ -608,7 +609,7 @@ def build_stable_diffusion(
         )
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
     model = StableDiffusion(parts, tuple(image_shape), tuple(prompts), guidance_scale, tuning, seed)
-    _require_readable(model)
+    model.tokens(model.prompts)  # says what is not read of them
     return model
 
 
@@ -701,22 +702,24 @@ def require_vocabulary(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel"
         )
 
 
-def _require_readable(model: StableDiffusion) -> None:
-    """Raise ConfigurationError if the text encoder does not read a prompt to its end, or takes two for the same."""
-    ids, cut = model.tokens((*model.prompts, ""))
-    if cut:
-        raise ConfigurationError(
-            f"model: the text encoder reads {ids.shape[1]} tokens, and prompts of the dataset have more: "
-            f"{', '.join(cut)}; choose shorter ones (a tiny model reads model.network.num_tokens)."
-        )
-    seen: dict[tuple[int, ...], str] = {}
-    for prompt, row in zip((*model.prompts, ""), ids.tolist(), strict=True):
-        other = seen.setdefault(tuple(row), prompt)
-        if other != prompt:
+def require_told_apart(model: StableDiffusion, labels: Labels) -> None:
+    """Raise ConfigurationError if the text encoder reads a prompt to forget and one to retain as the same tokens."""
+    rows = [tuple(row) for row in model.tokens(model.prompts).tolist()]
+    kept = {rows[label]: label for label in labels.retain}
+    for label in labels.forget:
+        other = kept.get(rows[label])
+        if other is not None and other != label:
             raise ConfigurationError(
-                f"model: the text encoder reads the prompts '{other}' and '{prompt}' as the same tokens, so that one "
-                "cannot be forgotten without the other; choose prompts that differ in more than their spelling."
+                f"dataset: the model's text encoder reads the prompts '{model.prompts[label]}', to forget, and "
+                f"'{model.prompts[other]}', to retain, as the same tokens; choose prompts that differ in more than "
+                "case, or than what follows the last token that it reads."
             )
+
+
+@lru_cache
+def _say(message: str) -> None:
+    """Once, on standard error: a run builds its model several times."""
+    logging.getLogger(__name__).warning(message)
 
 
 def _keep_libraries_quiet() -> None:
