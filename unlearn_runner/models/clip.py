@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -196,7 +197,9 @@ def _plain_weights(path: Path, option: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other formats, which end in the error below
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a wrong file makes them raise
         raise ConfigurationError(
             f"{option}={path}: expected safetensors, or a state dict saved by torch, got a damaged file or one with "
