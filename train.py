@@ -57,6 +57,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
     from unlearn_runner.models.model import require_usable
+    from unlearn_runner.models.stable_diffusion import require_told_apart
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.loggers import NoLogger
@@ -81,6 +82,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         return hardware.prepare(build_model(cfg["model"]["network"], spec, seed))
 
     network = build_network(seed)
+    if network.prompts is not None:
+        require_told_apart(network, dataset.spec.labels)
     pretraining = make(cfg["model"]["pretraining"])
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     if plan.init == "base":

@@ -14,8 +14,14 @@ class NonFiniteError(RuntimeError):
 
 
 def first_line(error: Exception | str) -> str:
-    """What an error says, for a message of one sentence; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, for a message of one sentence; its type where it says nothing.
+
+    torch's advice to load a file without weights_only, which would run what is in it, is not passed on.
+    """
+    says = str(error).strip()
+    if "weights_only" in says or says.startswith("Weights only"):
+        return "it is damaged, or holds objects, which could run code and are not read"
+    return (says.splitlines() or [type(error).__name__])[0]
 
 
 def folder_or_name(source: str, option: str) -> Path | str:

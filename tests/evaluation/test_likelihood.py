@@ -67,7 +67,7 @@ class GaussianModel(DiffusionModel):
     def sample(self, *_, **__):
         raise NotImplementedError
 
-    save = load = loss = freeze_for_unlearning = sample
+    save = load = fits = x0_of = loss = freeze_for_unlearning = sample
     components = None
 
 
@@ -219,7 +219,7 @@ class LinearVAE(GenerativeModel):
     def sample(self, *_, **__):
         raise NotImplementedError
 
-    save = load = freeze_for_unlearning = sample
+    save = load = fits = freeze_for_unlearning = sample
 
 
 def test_evidence_of_a_linear_vae():

@@ -1,10 +1,12 @@
 """A model that was unlearned elsewhere: what its folder holds is what is measured."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import weights_of
+from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import foreign, tiny
 from trainers import build_trainer, flat_state
 
@@ -69,6 +71,49 @@ def test_every_part_of_a_pipeline_is_the_given_ones(tmp_path):
     assert not torch.equal(before, after)
     wanted = tiny(seed=1).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in method.model.state_dict().items())
+
+
+def test_the_given_models_schedule_and_prediction_are_its_own(composed, digits, tiny_network, tmp_path):
+    """An epsilon model under a base that predicts v, on another schedule; also after a resumption."""
+    cfg = composed("method=siss", "model.network.prediction_type=v_prediction")
+    build_trainer(cfg, digits, tmp_path).method.networks[0].save(tmp_path / "base")
+    other = composed("method=siss", "model.network.beta_schedule=linear")
+    unlearned = build_trainer(other, digits, tmp_path).method.networks[0]
+    unlearned.save(tmp_path / "unlearned")
+    cfg["method"], cfg["trainer"]["max_steps"] = (
+        composed("method=given", f"method.weights={tmp_path / 'unlearned'}")["method"],
+        1,
+    )
+    given = build_trainer(cfg, digits, tmp_path / "given", base=tmp_path / "base")
+    assert given.method.model.scheduler.config.prediction_type == "v_prediction"
+
+    def drawn(model):
+        return model.sample(2, torch.tensor([0, 1]), torch.Generator().manual_seed(0), 3)
+
+    given.step()
+    assert torch.equal(drawn(given.method.model), drawn(unlearned))
+    given.save()
+    resumed = build_trainer(cfg, digits, tmp_path / "given", base=tmp_path / "base")
+    resumed.resume(open_checkpoint(tmp_path / "given"))
+    assert torch.equal(drawn(resumed.method.model), drawn(unlearned))
+    given.method.model.save(tmp_path / "saved")
+    again = build_trainer(other, digits, tmp_path).method.networks[0]
+    again.load(tmp_path / "saved")
+    assert torch.equal(drawn(again), drawn(unlearned))
+
+
+def test_what_shapes_do_not_tell_is_compared_too(tiny_network, tmp_path):
+    """The number of attention heads, and a schedule of no diffusion model."""
+    attending = {"attention": [False, True], "block_out_channels": [8, 16]}
+    tiny_network(**attending, attention_head_dim=4).save(tmp_path / "heads")
+    with pytest.raises(ConfigurationError, match="describes another network: attention_head_dim is 4, not 8"):
+        Given(tiny_network(**attending), str(tmp_path / "heads"), make_generator(0, "method"))
+    tiny_network().save(tmp_path / "flow")
+    shutil.rmtree(tmp_path / "flow" / "scheduler")
+    (tmp_path / "flow" / "model_index.json").unlink()
+    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow" / "scheduler")
+    with pytest.raises(ConfigurationError, match=r"method\.weights=.*holds a FlowMatchEulerDiscreteScheduler"):
+        Given(tiny_network(), str(tmp_path / "flow"), make_generator(0, "method"))
 
 
 def test_a_generator_keeps_its_timestep(tiny_network, tmp_path):

@@ -220,7 +220,7 @@ class Evaluator:
             "num_inference_steps": sampling.num_inference_steps,
             "batch_size": sampling.batch_size,
             "guidance_scale": float(model.guidance_scale),
-            **({} if self.clip is None else {"clip": self.clip.name, "clip_digest": digest(self.clip.state_dict())}),
+            **({} if self.clip is None else {**self.clip.provenance, "clip_digest": digest(self.clip.state_dict())}),
             "seed": sampling.seed,
             "bootstrap": self.sampling.bootstrap,
             "num_references": {name: len(reference) for name, reference in self.references.items()},

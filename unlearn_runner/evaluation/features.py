@@ -1,6 +1,5 @@
 """Feature extractors beside the dataset's own classifier: what FID, KID and their kin measure distances in."""
 
-import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, final
@@ -11,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.models.clip import activation_of, open_clip_network
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -83,16 +83,9 @@ class OpenClip(FeatureExtractor):
         super().__init__()
         import open_clip
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; ours is the one sentence below
-        try:
-            self.network = open_clip.create_model(model, pretrained=pretrained, require_pretrained=True).visual
-        except Exception as error:  # what open_clip, the hub's client and torch raise, for one mistake
-            known = [tag for name, tag in open_clip.list_pretrained() if name == model]
-            raise ConfigurationError(
-                f"evaluation.features=open_clip needs the weights '{pretrained}' of {model} ({first_line(error)}); "
-                "put them into a file and give evaluation.extractor.open_clip_pretrained=<file>"
-                + (f", or take one of {', '.join(known)}." if known else ".")
-            ) from error
+        options = ("evaluation.extractor.open_clip_model", "evaluation.extractor.open_clip_pretrained")
+        network = open_clip_network(model, pretrained, *options)
+        self.network = network.visual
         self.network.requires_grad_(False).eval()
         size = self.network.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -107,7 +100,7 @@ class OpenClip(FeatureExtractor):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.layer = f"image embedding ({self.network.output_dim})"
         self.num_features = self.network.output_dim
-        self.name = f"open_clip {model} {Path(pretrained).name}"
+        self.name = f"open_clip {model} {Path(pretrained).name} ({activation_of(network)})"
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"] | None]:
         pixels = _three_channels(images).float() / 255

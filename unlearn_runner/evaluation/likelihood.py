@@ -127,10 +127,14 @@ def _log_probability_of_level(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _schedule(model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
-    """gamma and sigma at every timestep, in double precision."""
+    """gamma and sigma, in double precision, at every timestep at which there is some of x0 in x_t.
+
+    With zero terminal SNR there is none at the last, which is standard normal as the prior is.
+    """
     device = next(model.parameters()).device
     gamma, _ = model.gamma_sigma(torch.arange(model.num_train_timesteps, device=device))
     gamma = gamma.double().cpu().numpy().ravel()
+    gamma = gamma[gamma > 0]
     return gamma, np.sqrt(1 - gamma**2)
 
 
@@ -270,7 +274,7 @@ class NLL(ImageMetric):
         x0: Float[Tensor, "b c h w"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b 2"]:
-        edges = strata(model.num_train_timesteps, self.num_timesteps).to(x0.device)
+        edges = strata(len(_schedule(model)[0]), self.num_timesteps).to(x0.device)
         sizes = edges.diff()
         uniform = torch.rand((len(sizes), len(x0)), generator=generator, device=x0.device)
         timesteps = edges[:-1, None] + (uniform * sizes[:, None]).long()

@@ -1,20 +1,20 @@
 """A model that was unlearned elsewhere, measured like one of ours: nothing is trained."""
 
-import copy
 from typing import final
 
 import torch
 
-from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
 from unlearn_runner.methods.method import Method
-from unlearn_runner.models.model import GenerativeModel, pipeline_name, require_finite
+from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
+from unlearn_runner.models.model import GenerativeModel, pipeline_name
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
+from unlearn_runner.weights import fetched, located
 
 
 @final
 class Given(Method):
-    """Its one step takes over the weights of a folder or hub id.
+    """Its one step takes over the weights of a folder or hub id, with their noise schedule and prediction type.
 
     Args:
         model: the base, whose architecture they fit.
@@ -26,26 +26,42 @@ class Given(Method):
     reads = Streams(retain=None, forget=False)
 
     def __init__(self, model: GenerativeModel, weights: str, generator: torch.Generator):
-        self.weights = folder_or_name(weights, "method.weights")
-        try:
-            if pipeline_name(self.weights) == OneStepPipeline.__name__:
-                model = OneStep(model, OneStepPipeline.load_config(self.weights)["timestep"])
-            (trial := copy.deepcopy(model)).load(self.weights)
-            require_finite(trial, "it")
-        except Exception as error:  # what diffusers, torch, the hub's client and its HTTP library raise
-            raise ConfigurationError(
-                f"method.weights={weights}: expected a model of the base's architecture, its folder or a hub id that "
-                f"can be reached; {first_line(error)}"
-            ) from error
+        self.weights = located(weights, "method.weights")
+        with reading("method.weights", weights, BASES_ARCHITECTURE):
+            folder = fetched(self.weights, weights=False)
+            if pipeline_name(folder) == OneStepPipeline.__name__:
+                model = OneStep(model, OneStepPipeline.load_config(folder)["timestep"])
+        model.fits(self.weights, "method.weights")
         self.networks = (model,)
+        self.taken = Taken(self)
 
     @property
     def model(self) -> GenerativeModel:
         return self.networks[0]
 
     def step(self, batch: Batch) -> Metrics:
-        self.model.load(self.weights)
+        self.taken.value = True
+        self.model.load(self.weights, "method.weights")
+        require_finite(self.model, f"method.weights={self.weights}")
         return {}
 
     def stateful(self) -> dict[str, Stateful]:
-        return {"weights": self.model}
+        return {"weights": self.model, "taken": self.taken}
+
+
+@final
+class Taken:
+    """Whether the given model has taken the base's place; a resumed run takes it over again, for a schedule is no
+    weight.
+    """
+
+    def __init__(self, method: Given):
+        self.method = method
+        self.value = False
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        if state_dict["value"]:
+            self.method.step(Batch(None, None, None, None, 0.0))

@@ -100,6 +100,7 @@ def class_costs(
     )
     gamma_t = torch.where(timesteps < 0, 1.0, gammas[timesteps.clamp(min=0)])
     sigma_t = torch.where(timesteps < 0, 0.0, sigmas[timesteps.clamp(min=0)])
+    some_signal = gamma_t.clamp(min=torch.finfo(gamma_t.dtype).tiny)  # with zero terminal SNR there may be none
     last = teacher.num_train_timesteps - 1
     costs = x_t.new_zeros(b, len(labels))
     every = torch.tensor(labels, device=device).repeat(b)
@@ -109,7 +110,7 @@ def class_costs(
             steps = (last - timesteps - 1).clamp(min=1)
             s = (timesteps + 2 + (torch.rand(b, generator=generator, device=device) * steps).long()).clamp(max=last)
             eps = torch.randn(x_t.shape, generator=generator, device=device)
-            a, before = gammas[s] / gamma_t, gammas[s - 1] / gamma_t
+            a, before = gammas[s] / some_signal, gammas[s - 1] / some_signal
             noise = (1 - a.square()).clamp(min=torch.finfo(a.dtype).tiny)  # variance of x_s given x_t
             gain = before.square() / (1 - before.square()) - a.square() / noise
             x_s = _along(a) * x_t + _along(noise.sqrt()) * eps

@@ -1,6 +1,8 @@
 """CLIP models of open_clip: how well pictures fit texts (2103.00020)."""
 
+import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -21,16 +23,18 @@ WEIGHTS = "clip.safetensors"
 class Clip(nn.Module):
     """Image tower, text tower and temperature of an open_clip model, in evaluation mode, its weights fixed.
 
-    Embeddings are of length 1. `name` is that of the weights, for the provenance.
+    Embeddings are of length 1. `name` is that of the weights, and `activation` that of the towers where the weights are
+    another's; for the provenance.
     """
 
-    def __init__(self, network: nn.Module, tokenizer: Any, name: str):
+    def __init__(self, network: nn.Module, tokenizer: Any, name: str, activation: str | None = None):
         super().__init__()
         import open_clip
 
         self.network = network.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.activation = activation
         size = network.visual.image_size
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         mean, std = (
@@ -46,6 +50,10 @@ class Clip(nn.Module):
     @property
     def visual(self) -> nn.Module:
         return self.network.visual
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        return {"clip": self.name} | ({} if self.activation is None else {"clip_activation": self.activation})
 
     @property
     def num_features(self) -> int:
@@ -68,8 +76,17 @@ class Clip(nn.Module):
         return F.normalize(self.network.visual(self.pixels(images)), dim=1)
 
     def of_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        self._say_what_is_cut(texts)
         tokens = self.tokenizer(list(texts)).to(self.mean.device)
         return F.normalize(self.network.encode_text(tokens), dim=1)
+
+    def _say_what_is_cut(self, texts: Sequence[str]) -> None:
+        length, encode = self.tokenizer.context_length, getattr(self.tokenizer, "encode", None)
+        cut = [text for text in texts if encode is not None and len(encode(text)) + 2 > length]  # with start and end
+        if cut:
+            logging.getLogger(__name__).warning(
+                f"CLIP reads only the first {length} tokens of a text; these are longer: {', '.join(map(repr, cut))}"
+            )
 
     def of_uint8(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """As `of_images`, of images in bytes."""
@@ -126,20 +143,92 @@ def pretrained_clip(model: str, pretrained: str, seed: int = 0) -> Clip:
 
     Raises ConfigurationError, saying what to give, if they cannot be had. `seed` is without effect.
     """
+    network = open_clip_network(model, pretrained, "clip.network.model", "clip.network.pretrained")
+    import open_clip
+
+    name = f"open_clip {model} {Path(pretrained).name}"
+    return Clip(network, open_clip.get_tokenizer(model), name, activation_of(network))
+
+
+def open_clip_network(model: str, pretrained: str, model_option: str, weights_option: str) -> nn.Module:
+    """An open_clip model of this name with the weights of a tag or of a file, with the activation they learnt with.
+
+    Raises ConfigurationError, naming the options to change, if they cannot be had, if a file holds more than weights,
+    or if what is known of them says that they learnt with QuickGELU, as OpenAI's did, and the model has GELU.
+    """
     import open_clip
 
     if model not in open_clip.list_models():
         raise ConfigurationError(
-            f"clip.network.model={model}: open_clip has no such model; take ViT-B-32, or another of its list_models()."
+            f"{model_option}={model}: open_clip has no such model; take ViT-B-32, or another of its list_models()."
+        )
+    path = Path(pretrained).expanduser()
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    if tag:
+        quick = bool(tag.get("quick_gelu", False)) or None  # a tag that says nothing has the model's own
+    else:
+        quick = _learnt_with_quick_gelu(path, _plain_weights(path, weights_option), model) if path.is_file() else None
+    has_quick = bool(open_clip.get_model_config(model).get("quick_gelu", False))
+    if quick is not None and quick != has_quick:
+        other = f"{model}-quickgelu" if quick else model.removesuffix("-quickgelu")
+        activations = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
+        raise ConfigurationError(
+            f"{model_option}={model}: the weights '{pretrained}' learnt with {activations[0]}, and this model has "
+            f"{activations[1]}; take {model_option}={other}."
         )
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; ours is the one sentence below
     try:
-        network = open_clip.create_model(model, pretrained=pretrained, require_pretrained=True)
+        return open_clip.create_model(
+            model, pretrained=pretrained if tag else str(path), require_pretrained=True, weights_only=True
+        )
     except Exception as error:  # what open_clip, the hub's client and torch raise, for one mistake
-        known = [tag for name, tag in open_clip.list_pretrained() if name == model]
-        reason = first_line(error)
+        known = [name_tag for name, name_tag in open_clip.list_pretrained() if name == model]
         raise ConfigurationError(
-            f"{model} needs the weights '{pretrained}', which could not be had ({reason}); put them into a file and "
-            "give clip.network.pretrained=<file>" + (f", or take one of {', '.join(known)}." if known else ".")
+            f"{model} needs the weights '{pretrained}', which could not be had ({first_line(error)}); put them into a "
+            f"file and give {weights_option}=<file>" + (f", or take one of {', '.join(known)}." if known else ".")
         ) from error
-    return Clip(network, open_clip.get_tokenizer(model), f"open_clip {model} {Path(pretrained).name}")
+
+
+def activation_of(network: nn.Module) -> str:
+    """Of an open_clip model's transformers, for the provenance."""
+    from open_clip.transformer import QuickGELU
+
+    return "QuickGELU" if any(isinstance(module, QuickGELU) for module in network.modules()) else "GELU"
+
+
+def _plain_weights(path: Path, option: str) -> dict[str, Tensor]:
+    """The tensors of a file, which open_clip reads again: one that holds anything else never reaches it.
+
+    Raises ConfigurationError; what torch advises, to trust the file, is not passed on.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other formats, which end in the error below
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a wrong file makes them raise
+        raise ConfigurationError(
+            f"{option}={path}: expected safetensors, or a state dict saved by torch, got a damaged file or one with "
+            "objects in it, which could run code and are not read; give the weights as safetensors."
+        ) from error
+    return weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+
+
+def _learnt_with_quick_gelu(path: Path, weights: dict[str, Tensor], model: str) -> bool | None:
+    """What a file's weights, the open_clip_config.json beside it, or its name tell of their activation; None: nothing.
+
+    The hub's folders have the config; OpenAI's own files have entries of their own; others are mostly named by a tag.
+    """
+    import open_clip
+
+    config = path.parent / "open_clip_config.json"
+    if config.is_file():
+        return bool(json.loads(config.read_text()).get("model_cfg", {}).get("quick_gelu", False))
+    if {"input_resolution", "context_length", "vocab_size"} <= weights.keys():
+        return True
+    named = f"{path.parent.name}/{path.name}".lower().replace("-", "_")
+    tags = [tag for tag in open_clip.list_pretrained_tags_by_model(model) if tag in named]
+    if not tags:
+        return None
+    return any(open_clip.get_pretrained_cfg(model, tag).get("quick_gelu", False) for tag in tags)

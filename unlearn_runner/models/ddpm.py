@@ -8,7 +8,20 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.loading import (
+    BASES_ARCHITECTURE,
+    check_weights,
+    fitting,
+    load_weights,
+    network_in,
+    part_of,
+    reading,
+    reading_part,
+    require_channels,
+    scheduler_in,
+    training_schedule,
+)
 from unlearn_runner.models.model import (
     DiffusionModel,
     Noising,
@@ -23,11 +36,14 @@ from unlearn_runner.models.model import (
     require_prediction_type,
     squared_error,
     wanted_answer,
+    x0_in,
 )
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
+from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import UNet2DModel
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
 @final
@@ -38,16 +54,21 @@ class DDPM(DiffusionModel):
     scheduler's `prediction_type` says. Conditions are class indices [b], or None.
     """
 
-    def __init__(self, unet: "UNet2DModel", scheduler: "DDPMScheduler"):
+    def __init__(self, unet: "UNet2DModel", scheduler: "SchedulerMixin"):
         super().__init__()
-        require_prediction_type(scheduler.config.prediction_type)
         from unlearn_runner.models.attention import ChannelsFirstProcessor, attend
 
         attend(unet, ChannelsFirstProcessor())
         self.unet = unet
-        self.scheduler = scheduler
         self.network_evaluations = 0  # images passed forward through the network so far
-        self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod.clone(), persistent=False)
+        self._take_schedule(scheduler)
+
+    def _take_schedule(self, scheduler: "SchedulerMixin") -> None:
+        alphas_cumprod = training_schedule(scheduler)
+        require_prediction_type(scheduler.config.prediction_type, alphas_cumprod)
+        self.scheduler = scheduler
+        device = next(self.unet.parameters()).device
+        self.register_buffer("alphas_cumprod", alphas_cumprod.to(device), persistent=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -123,6 +144,15 @@ class DDPM(DiffusionModel):
     ) -> Float[Tensor, "b c h w"]:
         return noise_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
 
+    def x0_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        return x0_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
+
     def guided(
         self,
         x_t: Float[Tensor, "b c h w"],
@@ -164,10 +194,18 @@ class DDPM(DiffusionModel):
 
         DDPMPipeline(**self.components).save_pretrained(folder, safe_serialization=True)
 
-    def load(self, source: str | Path) -> None:
-        from diffusers import UNet2DModel
+    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
+        with reading(option, source, BASES_ARCHITECTURE):
+            folder = fitting({"unet": self.unet}, source, option)
+            with reading_part("scheduler"):
+                scheduler = scheduler_in(folder)
+                require_prediction_type(scheduler.config.prediction_type, training_schedule(scheduler))
+        return folder
 
-        self.unet.load_state_dict(UNet2DModel.from_pretrained(source, **_subfolder(source, "unet")).state_dict())
+    def load(self, source: str | Path, option: str = "model.weights") -> None:
+        folder = self.fits(source, option)
+        load_weights({"unet": self.unet}, folder)
+        self._take_schedule(scheduler_in(folder))
 
 
 def build_ddpm(
@@ -240,43 +278,26 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
     """
-    source = folder_or_name(weights, "model.weights")
-    if pipeline_name(source) == "OneStepPipeline":
-        raise ConfigurationError(
-            f"model.weights={weights}: expected a diffusion model of many steps, got a one-step generator; give the "
-            "model that it was distilled from."
-        )
-    from diffusers import DDPMScheduler, UNet2DModel
+    source = located(weights, "model.weights")
+    from diffusers import UNet2DModel
 
-    try:
-        config = UNet2DModel.load_config(source, **_subfolder(source, "unet"))
-        scheduler = DDPMScheduler.from_pretrained(source, **_subfolder(source, "scheduler"))
-        size = config["sample_size"]
-        found = (config["in_channels"], *((size, size) if isinstance(size, int) else size))
-    except Exception as error:  # what diffusers, the hub's client and its HTTP library raise, for one mistake
-        reason = first_line(error)
+    expected = (
+        "'auto', a folder with a diffusers DDPM (unet/ and scheduler/), or a hub id that can be reached, or download "
+        "it elsewhere and give the folder"
+    )
+    with reading("model.weights", weights, expected):
+        folder = fetched(source, weights=False)
+        if pipeline_name(folder) == "OneStepPipeline":
+            raise ConfigurationError("got a one-step generator, give the model that it was distilled from.")
+        unet = network_in(UNet2DModel, part_of(folder, "unet"))
+        require_channels(unet, unet.config.in_channels)
+        network, num_labels_there = DDPM(unet, scheduler_in(folder)), unet.config.num_class_embeds
+        if isinstance(source, Path):
+            check_weights({"unet": unet}, folder)
+    if network.image_shape != tuple(image_shape) or num_labels_there != num_labels:
         raise ConfigurationError(
-            f"model.weights={weights}: expected 'auto', a folder with a diffusers DDPM (unet/ and scheduler/), or "
-            f"a hub id that can be reached, or download it elsewhere and give the folder; {reason}"
-        ) from error
-    if found != tuple(image_shape) or config.get("num_class_embeds") != num_labels:
-        raise ConfigurationError(
-            f"model.weights={weights} makes images of {found} with {in_words(config.get('num_class_embeds'))}, "
+            f"model.weights={weights} makes images of {network.image_shape} with {in_words(num_labels_there)}, "
             f"the dataset has {tuple(image_shape)} with {in_words(num_labels)}; choose weights and a dataset "
             "that fit each other."
         )
-    return DDPM(UNet2DModel.from_config(config), scheduler)
-
-
-def _subfolder(source: str | Path, name: str) -> dict[str, str]:
-    """Where a pipeline keeps a part; a network saved alone, as google/ddpm-* on the hub, has it at the top."""
-    if Path(source).is_dir():
-        return {"subfolder": name} if (Path(source) / name).is_dir() else {}
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    part = {"unet": UNet2DModel, "scheduler": DDPMScheduler}[name]
-    try:
-        part.load_config(source, subfolder=name)
-    except Exception:  # not there: then it is at the top, or the caller's own attempt says what is wrong
-        return {}
-    return {"subfolder": name}
+    return network

@@ -142,8 +142,15 @@ class GenerativeModel(nn.Module, ABC):
         """Write a folder that diffusers' `from_pretrained` loads."""
 
     @abstractmethod
-    def load(self, source: str | Path) -> None:
-        """Take over the weights of a folder written by `save`."""
+    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
+        """The folder of `source`, a folder written by `save` or a hub id, if `load` can read it; by headers alone.
+
+        Raises ConfigurationError, naming the option to change, if there is none or it holds another architecture.
+        """
+
+    @abstractmethod
+    def load(self, source: str | Path, option: str = "model.weights") -> None:
+        """Take over the weights, and the noise schedule with what the network predicts, of what `fits`."""
 
 
 class DiffusionModel(GenerativeModel):
@@ -171,6 +178,16 @@ class DiffusionModel(GenerativeModel):
         sigma: Float[Tensor, "#b 1 1 1"],
     ) -> Float[Tensor, "b c h w"]:
         """eps_pred from the network's answer, whatever its parametrisation."""
+
+    @abstractmethod
+    def x0_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        """x0_pred from the network's answer; not cut to [-1, 1]."""
 
     @abstractmethod
     def guided(
@@ -216,13 +233,9 @@ def predict_x0(
     cond: Shaped[Tensor, "b ..."] | None,
     guided: bool = False,
 ) -> Float[Tensor, "b c h w"]:
-    """The network's guess of x0, (x_t - sigma_t eps_pred) / gamma_t, whatever its parametrisation; `guided`: the one
-    that sampling goes by.
-    """
-    gamma, sigma = model.gamma_sigma(timesteps)
+    """The network's guess of x0, whatever its parametrisation; `guided`: the one that sampling goes by."""
     answer = (model.guided if guided else model.predict)(x_t, timesteps, cond)
-    eps_pred = model.noise_of(answer, x_t, gamma, sigma)
-    return (x_t - sigma * eps_pred) / gamma
+    return model.x0_of(answer, x_t, *model.gamma_sigma(timesteps))
 
 
 def amplitudes(
@@ -255,11 +268,31 @@ def noise_in(
     return answer if prediction_type == "epsilon" else gamma * answer + sigma * x_t
 
 
-def require_prediction_type(prediction_type: str) -> None:
-    """Raise ConfigurationError unless it is one that `wanted_answer` knows."""
+def x0_in(
+    prediction_type: str,
+    answer: Float[Tensor, "b c h w"],
+    x_t: Float[Tensor, "b c h w"],
+    gamma: Float[Tensor, "#b 1 1 1"],
+    sigma: Float[Tensor, "#b 1 1 1"],
+) -> Float[Tensor, "b c h w"]:
+    """x0_pred from eps_pred, or from v_pred: also where x_t is pure noise, and gamma 0."""
+    return (x_t - sigma * answer) / gamma if prediction_type == "epsilon" else gamma * x_t - sigma * answer
+
+
+def require_prediction_type(prediction_type: str, alphas_cumprod: Float[Tensor, "T"] | None = None) -> None:
+    """Raise ConfigurationError unless it is one that `wanted_answer` knows, and says something on all of the schedule.
+
+    eps_pred tells nothing of x0 where x_t is pure noise, as at the last step of a schedule with zero terminal SNR
+    (2305.08891).
+    """
     if prediction_type not in PREDICTIONS:
         raise ConfigurationError(
-            f"model: prediction_type must be one of {', '.join(PREDICTIONS)}, got '{prediction_type}'."
+            f"the model's prediction_type must be one of {', '.join(PREDICTIONS)}, got '{prediction_type}'."
+        )
+    if prediction_type == "epsilon" and alphas_cumprod is not None and not bool((alphas_cumprod > 0).all()):
+        raise ConfigurationError(
+            "on a schedule with zero terminal SNR (rescale_betas_zero_snr) the model's prediction_type must be "
+            "v_prediction, got 'epsilon', which tells nothing of the image where there is only noise."
         )
 
 
@@ -269,7 +302,7 @@ def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
     Raises ConfigurationError, which calls the ratio `name`, if the schedule has nothing like it.
     """
     gamma, sigma = (part.flatten() for part in model.gamma_sigma(torch.arange(model.num_train_timesteps)))
-    ratios = sigma / gamma
+    ratios = (sigma / gamma)[gamma > 0]
     if not ratios[0] <= ratio <= ratios[-1]:
         raise ConfigurationError(
             f"{name} must be a ratio of noise to signal that the model's schedule has, "

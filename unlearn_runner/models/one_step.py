@@ -175,6 +175,10 @@ class OneStep(GenerativeModel):
             folder, safe_serialization=True
         )
 
-    def load(self, source: str | Path) -> None:
-        self.network.load(source)
-        self.timestep = OneStepPipeline.load_config(source)["timestep"]
+    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
+        return self.network.fits(source, option)
+
+    def load(self, source: str | Path, option: str = "model.weights") -> None:
+        folder = self.fits(source, option)
+        self.network.load(folder, option)
+        self.timestep = OneStepPipeline.load_config(folder)["timestep"]

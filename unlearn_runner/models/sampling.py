@@ -54,8 +54,8 @@ def ddim_step(
     last = (t_next < 0)[:, None, None, None]
     gamma_next, sigma_next = model.gamma_sigma(t_next.clamp(min=0))
     gamma_next, sigma_next = torch.where(last, 1.0, gamma_next), torch.where(last, 0.0, sigma_next)
-    eps_pred = model.noise_of(model.guided(x_t, t, cond), x_t, gamma, sigma)
-    x0_pred = (x_t - sigma * eps_pred) / gamma
+    answer = model.guided(x_t, t, cond)
+    x0_pred, eps_pred = (part(answer, x_t, gamma, sigma) for part in (model.x0_of, model.noise_of))
     std = eta * sigma_next / sigma * (1 - (gamma / gamma_next).square()).sqrt()
     mean = gamma_next * x0_pred + (sigma_next.square() - std.square()).clamp(min=0).sqrt() * eps_pred
     return mean, std

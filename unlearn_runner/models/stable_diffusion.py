@@ -1,8 +1,10 @@
 """Stable Diffusion 1.x and 2.x: diffusers' text-to-image parts behind the face that methods and evaluation use."""
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -11,7 +13,20 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.distributed import in_shares
-from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name
+from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.loading import (
+    BASES_ARCHITECTURE,
+    check_weights,
+    fitting,
+    load_weights,
+    network_in,
+    reading,
+    reading_part,
+    require_channels,
+    require_kind,
+    scheduler_in,
+    training_schedule,
+)
 from unlearn_runner.models.model import (
     DiffusionModel,
     GenerativeModel,
@@ -25,9 +40,12 @@ from unlearn_runner.models.model import (
     require_prediction_type,
     squared_error,
     wanted_answer,
+    x0_in,
 )
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
 from unlearn_runner.models.words import build_tokenizer
+from unlearn_runner.types import Labels
+from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -35,6 +53,12 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 TRAINABLE = ("full", "cross_attention", "lora")
+PIPELINE = {  # the kinds of its networks, and of what reads the prompts
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -90,8 +114,7 @@ class StableDiffusion(DiffusionModel):
         seed: int = 0,
     ):
         super().__init__()
-        self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler = parts
-        require_prediction_type(self.scheduler.config.prediction_type)
+        self.vae, self.text_encoder, tokenizer, self.unet, scheduler = parts
         self.image_shape = image_shape
         self.prompts = prompts
         self.guidance_scale = guidance_scale
@@ -101,7 +124,14 @@ class StableDiffusion(DiffusionModel):
         self.vae.requires_grad_(False).eval()
         self._known: Tensor | None = None  # embeddings of the prompts and of ""
         self.register_load_state_dict_post_hook(lambda module, _: module._forget_embeddings())
-        self.register_buffer("alphas_cumprod", _alphas_cumprod(self.scheduler), persistent=False)
+        self._take(tokenizer, scheduler)
+
+    def _take(self, tokenizer: "CLIPTokenizer", scheduler: "SchedulerMixin") -> None:
+        alphas_cumprod = training_schedule(scheduler)
+        require_prediction_type(scheduler.config.prediction_type, alphas_cumprod)
+        self.tokenizer, self.scheduler = tokenizer, scheduler
+        self._called_tokenizer = copy.deepcopy(tokenizer)  # calls leave traces in what it saves
+        self.register_buffer("alphas_cumprod", alphas_cumprod.to(self.unet.device), persistent=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StableDiffusion":
         """With an own UNet; parts that are not trained are shared, for the autoencoder alone is 0.3 GB."""
@@ -129,13 +159,26 @@ class StableDiffusion(DiffusionModel):
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
 
+    def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
+        """What the text encoder reads of any texts. It is said which are longer than that, and which read the same."""
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        tokenizer, texts = self._called_tokenizer, list(prompts)
+        whole = tokenizer(texts, truncation=False, padding=False, verbose=False).input_ids
+        cut = [f"'{text}'" for text, row in zip(texts, whole, strict=True) if len(row) > length]
+        if cut:
+            _say(f"only the first {length} tokens of a prompt are read; these are longer: {', '.join(cut)}")
+        ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        alike: dict[tuple[int, ...], set[str]] = {}
+        for text, row in zip(texts, ids.tolist(), strict=True):
+            alike.setdefault(tuple(row), set()).add(text)
+        for same in alike.values():
+            if len(same) > 1:
+                _say(f"these prompts are one condition to the text encoder: {', '.join(map(repr, sorted(same)))}")
+        return ids
+
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
         """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return self.text_encoder(tokens.input_ids.to(self.alphas_cumprod.device), return_dict=False)[0]
+        return self.text_encoder(self.tokens(prompts).to(self.alphas_cumprod.device), return_dict=False)[0]
 
     def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
         """Of prompts given by index, -1 being the empty one, or by embedding."""
@@ -168,8 +211,9 @@ class StableDiffusion(DiffusionModel):
     def target(
         self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b l i j"], timesteps: Int64[Tensor, "b"]
     ) -> Float[Tensor, "b l i j"]:
-        gamma_sigma = self.gamma_sigma(timesteps)
-        return wanted_answer(self.scheduler.config.prediction_type, self.encode(x0), eps, *gamma_sigma)
+        if self.scheduler.config.prediction_type == "epsilon":
+            return eps  # which costs no pass through the encoder
+        return wanted_answer(self.scheduler.config.prediction_type, self.encode(x0), eps, *self.gamma_sigma(timesteps))
 
     def noising(
         self,
@@ -215,13 +259,8 @@ class StableDiffusion(DiffusionModel):
         std: Float[Tensor, "b 1 1 1"],
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
-        """||answer - target||^2, summed over the latent's entries.
-
-        The latent of x0 is (m - std eps) / gamma: no second pass through the encoder.
-        """
-        gamma, sigma = self.gamma_sigma(timesteps)
-        prediction_type = self.scheduler.config.prediction_type
-        return squared_error(answer, wanted_answer(prediction_type, (m - std * eps) / gamma, eps, gamma, sigma))
+        """||answer - target||^2, summed over the latent's entries."""
+        return squared_error(answer, self.target(x0, eps, timesteps))
 
     def noise_of(
         self,
@@ -231,6 +270,15 @@ class StableDiffusion(DiffusionModel):
         sigma: Float[Tensor, "#b 1 1 1"],
     ) -> Float[Tensor, "b c h w"]:
         return noise_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
+
+    def x0_of(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        x_t: Float[Tensor, "b c h w"],
+        gamma: Float[Tensor, "#b 1 1 1"],
+        sigma: Float[Tensor, "#b 1 1 1"],
+    ) -> Float[Tensor, "b c h w"]:
+        return x0_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
 
     def thaw(self) -> None:
         """The UNet: images reach the autoencoder only without a gradient, and prompts say what they said."""
@@ -269,7 +317,9 @@ class StableDiffusion(DiffusionModel):
     ) -> Float[Tensor, "{n} c h w"]:
         """With guidance. Noise is drawn batch by batch."""
         # latents do not lie in [-1, 1]: no guess of x0 is cut
-        scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps, clip_sample=False)
+        scheduler = sampling_scheduler(
+            self.scheduler.config, sampler, num_inference_steps, clip_sample=False, thresholding=False
+        )
         images = []
         with evaluating(self):
             for x, part in first_noises(self, n, cond, generator, batch_size):
@@ -310,26 +360,29 @@ class StableDiffusion(DiffusionModel):
             **self.components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         ).save_pretrained(folder, safe_serialization=True)
 
-    def load(self, source: str | Path) -> None:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextModel
+    @property
+    def _networks(self) -> dict[str, torch.nn.Module]:
+        return {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet}
 
+    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
         _keep_libraries_quiet()
-        for part, kind, name in (
-            (self.vae, AutoencoderKL, "vae"),
-            (self.text_encoder, CLIPTextModel, "text_encoder"),
-            (self.unet, UNet2DConditionModel, "unet"),
-        ):
-            try:
-                found = kind.from_pretrained(source, subfolder=name)
-            except Exception as error:  # what the libraries, the hub's client and its HTTP library raise
-                raise ConfigurationError(_not_had(source, name, error)) from error
-            weights = found.state_dict()
-            # beside LoRA's additions, the weights they are added to bear another name
-            own = {key: key.replace(".base_layer", "") for key in part.state_dict() if ".lora_" not in key}
-            part.load_state_dict({key: weights[plain] for key, plain in own.items()}, strict=not self._has_lora())
-            if name == "vae":
-                part.register_to_config(scaling_factor=found.config.scaling_factor)
+        with reading(option, source, BASES_ARCHITECTURE):
+            folder = fitting(self._networks, source, option)
+            with reading_part("scheduler"):
+                scheduler = scheduler_in(folder)
+                require_prediction_type(scheduler.config.prediction_type, training_schedule(scheduler))
+            with reading_part("tokenizer"):
+                require_vocabulary(tokenizer_in(folder), self.text_encoder)
+        return folder
+
+    def load(self, source: str | Path, option: str = "model.weights") -> None:
+        from diffusers import AutoencoderKL
+
+        folder = self.fits(source, option)
+        load_weights(self._networks, folder)
+        scaling_factor = AutoencoderKL.load_config(folder / "vae").get("scaling_factor", 0.18215)
+        self.vae.register_to_config(scaling_factor=scaling_factor)
+        self._take(tokenizer_in(folder), scheduler_in(folder))
         self._forget_embeddings()
 
     def adopt(self, vae: "AutoencoderKL") -> None:
@@ -425,10 +478,12 @@ class Autoencoder(GenerativeModel):
     def save(self, folder: Path) -> None:
         self.vae.save_pretrained(Path(folder) / "vae", safe_serialization=True)
 
-    def load(self, source: str | Path) -> None:
-        from diffusers import AutoencoderKL
+    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
+        with reading(option, source, BASES_ARCHITECTURE):
+            return fitting({"vae": self.vae}, source, option)
 
-        self.vae.load_state_dict(AutoencoderKL.from_pretrained(source, subfolder="vae").state_dict())
+    def load(self, source: str | Path, option: str = "model.weights") -> None:
+        load_weights({"vae": self.vae}, self.fits(source, option))
 
     @torch.no_grad()
     def measure_scale(self, images: Float[Tensor, "n c h w"]) -> None:
@@ -554,53 +609,118 @@ def build_stable_diffusion(
             f"{image_shape[0]}; choose weights and a dataset that fit each other."
         )
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
-    return StableDiffusion(parts, tuple(image_shape), tuple(prompts), guidance_scale, tuning, seed)
-
-
-def _alphas_cumprod(scheduler: "SchedulerMixin") -> Float[Tensor, "T"]:
-    """Of the schedule in training, whatever sampler the pipeline has."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+    model = StableDiffusion(parts, tuple(image_shape), tuple(prompts), guidance_scale, tuning, seed)
+    model.tokens(model.prompts)  # says what is not read of them
+    return model
 
 
 def _configured_as(weights: str) -> Parts:
     """The parts that a pipeline's folder or hub id describes, all but the tokenizer with whatever weights.
 
-    Raises ConfigurationError, naming the part, if one cannot be had.
+    Raises ConfigurationError, naming the part, if one cannot be had, or does not fit the others.
     """
-    source = str(folder_or_name(weights, "model.weights"))
-    import diffusers
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    source = located(weights, "model.weights")
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    def scheduler() -> Any:
-        kind = getattr(diffusers, found["model_index.json"]["scheduler"][1])
-        return kind.from_pretrained(source, subfolder="scheduler")
+    def text_encoder() -> CLIPTextModel:
+        with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
+            return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
 
     _keep_libraries_quiet()
+    expected = (
+        "a folder with a StableDiffusionPipeline of diffusers (unet/, vae/, text_encoder/, tokenizer/, scheduler/), or "
+        "a hub id that can be reached, or download it elsewhere and give the folder"
+    )
+    with reading("model.weights", weights, expected):
+        folder = fetched(source, weights=False)
     found: dict[str, Any] = {}
     for name, make in (
-        ("model_index.json", lambda: _require_stable_diffusion(StableDiffusionPipeline.load_config(source))),
-        ("unet", lambda: UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source, subfolder="unet"))),
-        ("vae", lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(source, subfolder="vae"))),
-        ("text_encoder", lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(source, subfolder="text_encoder"))),
-        ("tokenizer", lambda: _whole(CLIPTokenizer.from_pretrained(source, subfolder="tokenizer"))),
-        ("scheduler", scheduler),
+        ("model_index.json", partial(_require_stable_diffusion, folder)),
+        ("unet", partial(network_in, UNet2DConditionModel, folder / "unet")),
+        ("vae", partial(network_in, AutoencoderKL, folder / "vae")),
+        ("text_encoder", text_encoder),
+        ("tokenizer", partial(tokenizer_in, folder)),
+        ("scheduler", partial(scheduler_in, folder)),
     ):
-        try:
-            with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
-                found[name] = make()
-        except Exception as error:  # what the libraries, the hub's client and its HTTP library raise, for one mistake
-            raise ConfigurationError(_not_had(weights, name, error)) from error
+        with reading("model.weights", weights, expected), reading_part(name):
+            found[name] = make()
     del found["model_index.json"]
-    return Parts(**found)
+    parts = Parts(**found)
+    with reading("model.weights", weights, "parts that fit each other"):
+        _require_fitting(parts)
+    with reading("model.weights", weights, expected):
+        if isinstance(source, Path):
+            check_weights({name: found[name] for name in ("unet", "vae", "text_encoder")}, folder)
+    return parts
 
 
-def _require_stable_diffusion(index: dict[str, Any]) -> dict[str, Any]:
+def _require_stable_diffusion(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
     if index.get("_class_name") != "StableDiffusionPipeline":
-        raise ValueError(f"it is a {index.get('_class_name')}")
-    return index
+        raise ConfigurationError(f"it is a {index.get('_class_name')}")
+    for name, kind in PIPELINE.items():
+        if name in index:
+            require_kind(folder / name, str(index[name][1]).removesuffix("Fast"), kind)
+
+
+def _require_fitting(parts: Parts) -> None:
+    """Raise ConfigurationError unless each part's width is that of what it is handed."""
+    unet, vae, text_encoder = parts.unet.config, parts.vae.config, parts.text_encoder.config
+    require_channels(parts.unet, vae.latent_channels)
+    for name in ("addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim"):
+        if unet.get(name) is not None:
+            raise ConfigurationError(
+                f"its UNet asks for more than a noisy latent, a timestep and a prompt ({name}: {unet[name]})."
+            )
+    widths = {unet.cross_attention_dim} if isinstance(unet.cross_attention_dim, int) else {*unet.cross_attention_dim}
+    if widths != {text_encoder.hidden_size}:
+        raise ConfigurationError(
+            f"its UNet reads conditions of {', '.join(map(str, sorted(widths)))} numbers, its text encoder makes them "
+            f"of {text_encoder.hidden_size}."
+        )
+    if vae.in_channels != vae.out_channels:
+        raise ConfigurationError(f"its autoencoder turns {vae.in_channels} channels into {vae.out_channels}.")
+    require_vocabulary(parts.tokenizer, parts.text_encoder)
+    require_prediction_type(parts.scheduler.config.prediction_type, training_schedule(parts.scheduler))
+
+
+def tokenizer_in(folder: Path) -> "CLIPTokenizer":
+    """The tokenizer of a pipeline. transformers builds one of three tokens where it finds no vocabulary."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    if len(tokenizer) < 256:  # the bytes alone are as many
+        raise ConfigurationError("the tokenizer's vocabulary is not there")
+    return tokenizer
+
+
+def require_vocabulary(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel") -> None:
+    """Raise ConfigurationError if there are tokens that the text encoder has no embedding for."""
+    if len(tokenizer) > text_encoder.config.vocab_size:
+        raise ConfigurationError(
+            f"its tokenizer knows {len(tokenizer)} tokens, its text encoder {text_encoder.config.vocab_size}."
+        )
+
+
+def require_told_apart(model: StableDiffusion, labels: Labels) -> None:
+    """Raise ConfigurationError if the text encoder reads a prompt to forget and one to retain as the same tokens."""
+    rows = [tuple(row) for row in model.tokens(model.prompts).tolist()]
+    kept = {rows[label]: label for label in labels.retain}
+    for label in labels.forget:
+        other = kept.get(rows[label])
+        if other is not None and other != label:
+            raise ConfigurationError(
+                f"dataset: the model's text encoder reads the prompts '{model.prompts[label]}', to forget, and "
+                f"'{model.prompts[other]}', to retain, as the same tokens; choose prompts that differ in more than "
+                "case, or than what follows the last token that it reads."
+            )
+
+
+@lru_cache
+def _say(message: str) -> None:
+    """Once, on standard error: a run builds its model several times."""
+    logging.getLogger(__name__).warning(message)
 
 
 def _keep_libraries_quiet() -> None:
@@ -609,19 +729,3 @@ def _keep_libraries_quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def _whole(tokenizer: "CLIPTokenizer") -> "CLIPTokenizer":
-    """transformers builds a tokenizer of three tokens where it finds no vocabulary."""
-    if len(tokenizer) < 256:  # the bytes alone are as many
-        raise ValueError("its vocabulary is not there")
-    return tokenizer
-
-
-def _not_had(weights: str | Path, name: str, error: Exception) -> str:
-    reason = first_line(error)
-    return (
-        f"model.weights={weights}: expected a folder with a StableDiffusionPipeline of diffusers (unet/, vae/, "
-        "text_encoder/, tokenizer/, scheduler/), or a hub id that can be reached, or download it elsewhere and give "
-        f"the folder; {name} could not be read: {reason}"
-    )

@@ -11,7 +11,16 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner.errors import ConfigurationError, existing_folder, first_line
+from unlearn_runner.errors import ConfigurationError, existing_folder
+from unlearn_runner.models.loading import (
+    BASES_ARCHITECTURE,
+    check_weights,
+    fitting,
+    load_weights,
+    network_in,
+    part_of,
+    reading,
+)
 from unlearn_runner.models.model import GenerativeModel, Noising, clipped, evaluating, first_noises, in_words, passed
 
 SUBFOLDER = "vae"
@@ -189,8 +198,12 @@ class VAE(GenerativeModel):
     def save(self, folder: Path) -> None:
         self.vae.save_pretrained(Path(folder) / SUBFOLDER, safe_serialization=True)
 
-    def load(self, source: str | Path) -> None:
-        self.vae.load_state_dict(VAENetwork.from_pretrained(_folder(source)).state_dict())
+    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
+        with reading(option, source, BASES_ARCHITECTURE):
+            return fitting({SUBFOLDER: self.vae}, source, option)
+
+    def load(self, source: str | Path, option: str = "model.weights") -> None:
+        load_weights({SUBFOLDER: self.vae}, self.fits(source, option))
 
 
 def build_vae(
@@ -242,25 +255,15 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
     """
-    folder = _folder(existing_folder(weights, "model.weights"))
-    try:
-        config = VAENetwork.load_config(folder)
-        found, found_labels = tuple(config["image_shape"]), config["num_labels"]
-    except (OSError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ConfigurationError(
-            f"model.weights={weights}: expected 'auto', or a folder with a VAE of this runner ({SUBFOLDER}/, as in a "
-            f"run's model/); {reason}"
-        ) from error
+    folder = existing_folder(weights, "model.weights")
+    expected = f"'auto', or a folder with a VAE of this runner ({SUBFOLDER}/, as in a run's model/)"
+    with reading("model.weights", weights, expected):
+        vae = network_in(VAENetwork, part_of(folder, SUBFOLDER))
+        check_weights({SUBFOLDER: vae}, folder)
+    found, found_labels = tuple(vae.config.image_shape), vae.config.num_labels
     if found != tuple(image_shape) or found_labels != num_labels:
         raise ConfigurationError(
             f"model.weights={weights} makes images of {found} with {in_words(found_labels)}, the dataset has "
             f"{tuple(image_shape)} with {in_words(num_labels)}; choose weights and a dataset that fit each other."
         )
-    return VAE(VAENetwork.from_config(config))
-
-
-def _folder(source: str | Path) -> Path:
-    """Where the network lies in a run's model/; a network saved alone lies at the top."""
-    inner = Path(source) / SUBFOLDER
-    return inner if inner.is_dir() else Path(source)
+    return VAE(vae)

@@ -1,0 +1,226 @@
+"""Networks and schedules out of folders as diffusers writes them: config files and safetensors, no code, no pickle.
+
+Headers say which tensors a file holds, so that weights which do not fit are refused before any is read.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.weights import Stored, fetched, located, stored_tensors
+
+if TYPE_CHECKING:
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+DTYPES = ("F64", "F32", "F16", "BF16")  # read, into the network's own; others are quantised
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+PREFIX = "text_model."  # which transformers 4 puts before the names of CLIP's text encoder, and 5 does not
+BESIDE = ("position_ids", "text_projection.weight", "visual_projection.weight", "logit_scale")  # of a whole CLIP
+NOT_ARCHITECTURE = ("dropout", "sample_size", "scaling_factor", "force_upcast")  # of the same weights
+TEXT_ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps")  # what the shapes of weights do not tell
+
+
+BASES_ARCHITECTURE = "a model of the base's architecture, its folder or a hub id that can be reached"
+
+
+@contextmanager
+def reading(option: str, source: str | Path, expected: str) -> Iterator[None]:
+    """Whatever goes wrong in here, in the libraries, the hub's client or its HTTP library, becomes one sentence.
+
+    Raises ConfigurationError, naming the option to change, what was expected there, and what came.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ConfigurationError(f"{option}={source}: expected {expected}; {first_line(error)}") from error
+
+
+@contextmanager
+def reading_part(name: str) -> Iterator[None]:
+    """Whatever goes wrong in here names the part of the pipeline that it is about."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigurationError(f"{name} could not be read: {first_line(error)}") from error
+
+
+def part_of(folder: Path, name: str) -> Path:
+    """Where a pipeline keeps a part; a network saved alone, as google/ddpm-* on the hub, has it at the top."""
+    inner = folder / name
+    return inner if inner.is_dir() else folder
+
+
+def network_in(kind: Any, folder: Path) -> Any:
+    """The network of diffusers' that a folder's config describes, with whatever weights.
+
+    Raises ConfigurationError if it describes another kind.
+    """
+    config = kind.load_config(folder)
+    require_kind(folder, config.get("_class_name"), kind.__name__)
+    with torch.random.fork_rng(devices=[]):  # the first weights, which others replace, cost no one a draw
+        return kind.from_config(config)
+
+
+def require_kind(folder: Path, found: str | None, expected: str) -> None:
+    """Raise ConfigurationError if a config names another class than the one that would be built of it."""
+    if found not in (None, expected):
+        raise ConfigurationError(f"{folder} holds a {found}, and only a {expected} can be read there.")
+
+
+def require_channels(unet: nn.Module, channels: int) -> None:
+    """Raise ConfigurationError unless a UNet sees noisy samples of so many channels, and answers with as many."""
+    into, out = unet.config.in_channels, unet.config.out_channels
+    if into > channels:
+        raise ConfigurationError(
+            f"its UNet sees {into} channels, the noisy samples have {channels}: one that is also shown a mask or a "
+            "picture (inpainting, depth, editing) cannot be unlearned here."
+        )
+    if into < channels or out < channels:
+        raise ConfigurationError(f"its UNet turns {into} channels into {out}, the noisy samples have {channels}.")
+    if out > channels:
+        raise ConfigurationError(
+            f"its UNet answers {out} channels for {channels}: one that learnt the variance of its steps, too, cannot "
+            "be unlearned here."
+        )
+
+
+def scheduler_in(folder: Path) -> "SchedulerMixin":
+    """The scheduler of a pipeline or of a network saved alone, in its own class.
+
+    Raises ConfigurationError if it is not one of diffusers' for a schedule of alphas_cumprod, which noise is added by.
+    """
+    import diffusers
+    from diffusers import DDPMScheduler, SchedulerMixin
+
+    place = part_of(folder, "scheduler")
+    name = _named_by_pipeline(folder) or json.loads((place / "scheduler_config.json").read_text()).get("_class_name")
+    kind = getattr(diffusers, name or "DDPMScheduler", None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ConfigurationError(f"{place}: diffusers has no scheduler called {name}.")
+    scheduler = kind.from_pretrained(place)
+    own = getattr(scheduler, "alphas_cumprod", None)
+    if own is None or not torch.allclose(DDPMScheduler.from_config(scheduler.config).alphas_cumprod, own, atol=1e-6):
+        raise ConfigurationError(
+            f"{place} holds a {name}, whose noise is not that of a diffusion model with alphas_cumprod; flow models "
+            "cannot be unlearned yet."
+        )
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise ConfigurationError(f"{place} asks for a learnt variance, which the network does not answer.")
+    return scheduler
+
+
+def training_schedule(scheduler: "SchedulerMixin") -> Float[Tensor, "T"]:
+    """alphas_cumprod of the schedule in training, whatever sampler the pipeline has."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+
+
+def check_weights(networks: Mapping[str, nn.Module], folder: Path) -> None:
+    """Raise ConfigurationError if a folder does not hold the weights of these networks, each in its part. By the files'
+    headers: no tensor is read.
+    """
+    for name, network in networks.items():
+        with reading_part(name):
+            _tensors_of(network, part_of(folder, name))
+
+
+def fitting(networks: Mapping[str, nn.Module], source: str | Path, option: str) -> Path:
+    """The folder that `source` is, or that it is fetched into, if it holds these networks: `check_weights`, and the
+    architecture that its config describes.
+    """
+    folder = fetched(located(str(source), option), weights=True)
+    for name, network in networks.items():
+        with reading_part(name):
+            _require_architecture(network, part_of(folder, name))
+    check_weights(networks, folder)
+    return folder
+
+
+def load_weights(networks: Mapping[str, nn.Module], folder: Path) -> None:
+    """Take over what `check_weights` finds, tensor by tensor, each in the network's own precision."""
+    from safetensors import safe_open
+
+    for name, network in networks.items():
+        found = _tensors_of(network, part_of(folder, name))
+        weights = network.state_dict()
+        for file in sorted({stored.file for stored, _ in found.values()}):
+            with safe_open(file, "pt") as tensors, torch.no_grad():
+                for own, (stored, spelt) in found.items():
+                    if stored.file == file:
+                        weights[own].copy_(tensors.get_tensor(spelt))
+
+
+def _tensors_of(network: nn.Module, folder: Path) -> dict[str, tuple[Stored, str]]:
+    """Where each of a network's tensors lies, and its name there; those of LoRA's additions are nowhere."""
+    there = stored_tensors(folder)
+    own = {name: value for name, value in network.state_dict().items() if ".lora_" not in name}
+    found = {}
+    for name, value in own.items():
+        spelt = next((spelling for spelling in _spellings(name.replace(".base_layer", "")) if spelling in there), None)
+        if spelt is not None:
+            found[name] = (there[spelt], spelt)
+            file, shape, dtype = there[spelt]
+            if shape != tuple(value.shape):
+                raise ConfigurationError(
+                    f"{file} holds {spelt} in the shape {shape}, and the network has it in {tuple(value.shape)}."
+                )
+            if dtype not in DTYPES:
+                raise ConfigurationError(
+                    f"{file} holds {spelt} as {dtype}; weights are read in 16, 32 or 64 bits, not quantised."
+                )
+    lacking = [name for name in own if name not in found]
+    taken = {spelt for _, spelt in found.values()}
+    left = [name for name in there if name not in taken and not name.endswith(BESIDE) and "vision_model." not in name]
+    if lacking or left:
+        examples = f"no {lacking[0]}" if lacking else f"{left[0]}, which the network does not have"
+        raise ConfigurationError(
+            f"{folder} holds the weights of another network: {examples} ({len(lacking)} of {len(own)} are missing, "
+            f"{len(left)} are left over)."
+        )
+    return found
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Names that older versions of the libraries have saved a tensor under."""
+    for old in (name, PREFIX + name, name.removeprefix(PREFIX)):
+        yield old
+    for new, old in OLD_NAMES.items():
+        if new in name:
+            yield name.replace(new, old)
+
+
+def _require_architecture(network: nn.Module, folder: Path) -> None:
+    """Raise ConfigurationError if a folder's config describes another network: not all of it shows in the shapes."""
+    from diffusers import ConfigMixin
+
+    if isinstance(network, ConfigMixin):
+        with torch.device("meta"):
+            there = network_in(type(network), folder).config
+        names = [name for name in network.config if not name.startswith("_") and name not in NOT_ARCHITECTURE]
+    else:
+        there, names = type(network.config).from_pretrained(folder).to_dict(), TEXT_ARCHITECTURE
+    for name in names:
+        own = getattr(network.config, name)
+        if _comparable(there.get(name)) != _comparable(own):
+            raise ConfigurationError(f"{folder} describes another network: {name} is {there.get(name)}, not {own}.")
+
+
+def _comparable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _named_by_pipeline(folder: Path) -> str | None:
+    index = folder / "model_index.json"
+    entry = json.loads(index.read_text()).get("scheduler") if index.is_file() else None
+    if entry is None:
+        return None
+    library, name = entry
+    return name if library == "diffusers" else f"{library}.{name}"
