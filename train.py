@@ -116,6 +116,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
             data = drawn_by(network, dataset, hardware.device)
         else:
             data = dataset.load()
+            for note in data.notes:
+                console.print(note, soft_wrap=True, markup=False, highlight=False)
             network.load(weights_of("all"))
         if clip_training is not None:
             with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:

@@ -13,6 +13,7 @@ from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.hub import decode_rows
 from unlearn_runner.data.hub_classes import HubClasses, class_index
 from unlearn_runner.data.image_folder import ImageFolder
+from unlearn_runner.data.images import Decoder
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.types import Labels
@@ -201,7 +202,7 @@ def test_hub_layout_is_decoded_exactly(tmp_path):
     data = MnistTrousers(
         source=str(hub_folder(tmp_path / "a")), garment_source=str(hub_folder(tmp_path / "b")), image_size=8
     )
-    pixels = decode_rows(data.digits["train"], range(20), (1, 8, 8), "dataset.source")
+    pixels = decode_rows(data.digits["train"], range(20), Decoder((1, 8, 8)), "dataset.source")
     for row, image in enumerate(data.digits["train"]["image"]):
         assert np.array_equal(pixels[row, 0].numpy(), np.asarray(image))
     loaded = data.load()
