@@ -109,8 +109,9 @@ def examples(what: str, paths: list[Path]) -> str:
     """The first of these paths, or how many files have which suffix, the most frequent first."""
     if what != UNREAD:
         return shown(min(paths))
-    counts = Counter(path.suffix.lower() or "no suffix" for path in paths).most_common()
-    return ", ".join(f"{suffix}: {n}" for suffix, n in counts[:5]) + (", ..." if len(counts) > 5 else "")
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    most = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+    return ", ".join(f"{suffix}: {counts[suffix]}" for suffix in most[:5]) + (", ..." if len(most) > 5 else "")
 
 
 def shown(path: Path) -> str:
