@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner.data.images import Decoder, find_images, shown
+from unlearn_runner.data.images import Decoder, counted, find_images, shown
 from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name, normal_form
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def unread_images(source: str, read: list[Path], option: str) -> list[str]:
     found = find_images(source, option)
     known = {os.path.realpath(path) for path in read}
     left = [path for path in found.files if os.path.realpath(path) not in known]
-    return found.notes + (
-        [f"{option}={source}: {len(left)} images are in neither split ({shown(left[0])}) and not read."] if left else []
-    )
+    if left:
+        found.notes.append(
+            f"{option}={source}: {counted(len(left), 'image{s}')} in neither split, so not read ({shown(left[0])})."
+        )
+    return found.notes
