@@ -341,7 +341,14 @@ def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
     (forget / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(ConfigurationError, match=r"gone\.png is not a readable image \(FileNotFoundError"):
         ImageFolder(*settings)
+    large = ImageFolder(*settings, mode="RGB", max_resident_gb=1e-9)
+    with pytest.raises(ConfigurationError, match=r"gone\.png is not a readable image \(FileNotFoundError"):
+        large.load()
     (forget / "gone.png").unlink()
+    (forget / "round.png").symlink_to(forget / "round.png")
+    with pytest.raises(ConfigurationError, match=r"round\.png is not a readable image \(OSError: .*symbolic links"):
+        ImageFolder(*settings)
+    (forget / "round.png").unlink()
     (forget / "long.png").write_bytes((forget / "0.png").read_bytes()[:-600])
     dataset = ImageFolder(*settings)  # its header is whole
     with pytest.raises(ConfigurationError, match=r"long\.png is not a readable image \(.*; mend it or take it away"):

@@ -1,6 +1,7 @@
 """Your own images: one folder to forget, one to keep."""
 
 import json
+import os
 from pathlib import Path
 from typing import final
 
@@ -20,9 +21,12 @@ from unlearn_runner.data.images import (
     PIL_MODES,
     Decoder,
     common_mode,
+    counted,
     find_images,
+    naming,
     require_apart,
     require_colour,
+    shown,
 )
 from unlearn_runner.errors import ConfigurationError
 
@@ -64,16 +68,17 @@ class ImageFolder(Dataset):
         self.files = {name: part.files for name, part in found.items()}
         self.notes = [note for part in found.values() for note in part.notes]
         self.background = background
-        kept = {file.resolve() for file in self.files["retain"]} - {file.resolve() for file in self.files["forget"]}
-        if not kept:
+        places = [{os.path.realpath(file) for file in self.files[name]} for name in ("forget", "retain")]
+        both = set.intersection(*places)
+        if both == places[1]:
             raise ConfigurationError(
                 "dataset.forget_dir and dataset.retain_dir hold the same images, so nothing would be kept; "
                 "give two different folders."
             )
-        if len(kept) < len(self.files["retain"]):
+        if both:
             raise ConfigurationError(
-                f"{len(self.files['retain']) - len(kept)} images of dataset.forget_dir lie in dataset.retain_dir "
-                "too; keep the folders apart."
+                f"{counted(len(both), 'image{s}')} of dataset.forget_dir lie in dataset.retain_dir too "
+                f"({shown(Path(min(both)))}); keep the folders apart."
             )
         mode = common_mode(self.files["forget"] + self.files["retain"]) if mode == "auto" else mode
         channels = {name: count for count, name in PIL_MODES.items()}[mode]
@@ -118,7 +123,11 @@ class ImageFolder(Dataset):
             once.files(files, into=folder / "pixels.uint8")
             write_json(folder / "seen.json", once.seen)
 
-        stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stamps = []
+        for file in files:
+            with naming(shown(file)):
+                stat = file.stat()
+            stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
         key = {"files": stamps, "shape": shape, "background": decoder.background, "decoding": DECODING}
         folder = cached(self.cache_dir, "images", key, decode)
         decoder.seen.update(json.loads((folder / "seen.json").read_text()))
