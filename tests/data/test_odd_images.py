@@ -321,6 +321,20 @@ def test_transparency_is_laid_on_the_background_and_counted(tmp_path, background
     assert decoder.notes("here") == [f"here: 1 image with transparency, laid on {background} (dataset.background)."]
 
 
+@pytest.mark.parametrize("name, called", [
+    (b"\xff.png", r"\xff.png"), (b"two\nlines.png", r"two\nlines.png"), (b"\x1b[31mred.png", r"\x1b[31mred.png"),
+])  # fmt: skip
+def test_any_name_can_be_read_and_printed(tmp_path, name, called):
+    path = tmp_path / os.fsdecode(name)
+    path.write_bytes(saved(MODES["RGB"][0], "PNG"))
+    assert np.array_equal(Decoder((3, SIDE, SIDE)).files([path])[0].permute(1, 2, 0), COLOUR)
+    path.write_bytes(b"")
+    with pytest.raises(ConfigurationError) as raised:
+        Decoder((3, SIDE, SIDE)).files([path])
+    assert str(raised.value).startswith(f"{tmp_path}/{called} is not a readable image (")
+    str(raised.value).encode("utf-8")
+
+
 def test_the_middle_square_is_that_of_the_picture_as_seen(tmp_path):
     wide = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
     wide[:, SIDE : 2 * SIDE] = COLOUR

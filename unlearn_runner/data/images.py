@@ -115,8 +115,9 @@ def examples(what: str, paths: list[Path]) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as it can be printed, also where its bytes are no text."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as it can be printed on one line, also where its bytes are no text or would command the terminal."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 @functools.cache
