@@ -118,6 +118,8 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
             data = drawn_by(network, dataset, hardware.device)
         else:
             data = dataset.load()
+            for note in data.notes:
+                console.print(note, soft_wrap=True, markup=False, highlight=False)
             network.load(weights_of("all"))
             require_usable(network, cfg["model"]["weights"])
         if clip_training is not None:

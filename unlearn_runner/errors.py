@@ -1,7 +1,10 @@
 """What can end a run early. Imports nothing heavy: a mistyped command must fail at once."""
 
+import os
 import re
 import shlex
+import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -29,17 +32,35 @@ def folder_or_name(source: str, option: str) -> Path | str:
 
     Raises ConfigurationError, naming the option to change, if it reads as a folder and there is none.
     """
-    if source.startswith((".", "/", "~")) or Path(source).is_dir():
+    if source.startswith((".", "/", "~")) or folders_named(Path(source)):
         return existing_folder(source, option)
     return source
 
 
 def existing_folder(source: str, option: str) -> Path:
     """Raises ConfigurationError, naming the option to change, if there is none."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    found = folders_named(Path(source).expanduser())
+    if not found:
         raise ConfigurationError(f"{option}={source}: there is no such folder.")
-    return folder
+    return found[0]
+
+
+def normal_form(name: str) -> str:
+    """A name in the one Unicode form (NFC) in which names that read alike are equal."""
+    return unicodedata.normalize("NFC", name)
+
+
+def folders_named(folder: Path) -> list[Path]:
+    """All folders whose path reads like this one, this one first: the disk may have it in another Unicode form."""
+    found = [Path(folder.anchor)]
+    for part in folder.relative_to(folder.anchor).parts:
+        below = [place / part for place in found]
+        if not part.isascii():
+            for place in found:
+                with suppress(OSError):  # it cannot be listed, or is none
+                    below += sorted(path for path in place.iterdir() if normal_form(path.name) == normal_form(part))
+        found = list(dict.fromkeys(path for path in below if os.path.isdir(path)))
+    return found
 
 
 class Interrupted(KeyboardInterrupt):

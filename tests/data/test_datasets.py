@@ -1,5 +1,9 @@
 """Each dataset says which images are forget, retain and held out, and refuses what cannot work."""
 
+import os
+import re
+import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.hub import decode_rows
 from unlearn_runner.data.hub_classes import HubClasses, class_index
 from unlearn_runner.data.image_folder import ImageFolder
+from unlearn_runner.data.images import Decoder, common_mode, find_images
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.types import Labels
@@ -201,7 +206,7 @@ def test_hub_layout_is_decoded_exactly(tmp_path):
     data = MnistTrousers(
         source=str(hub_folder(tmp_path / "a")), garment_source=str(hub_folder(tmp_path / "b")), image_size=8
     )
-    pixels = decode_rows(data.digits["train"], range(20), (1, 8, 8), "dataset.source")
+    pixels = decode_rows(data.digits["train"], range(20), Decoder((1, 8, 8)), "dataset.source")
     for row, image in enumerate(data.digits["train"]["image"]):
         assert np.array_equal(pixels[row, 0].numpy(), np.asarray(image))
     loaded = data.load()
@@ -272,3 +277,216 @@ def test_image_folder_refuses(tmp_path):
     (colour / "3.png").write_bytes(b"not a picture")
     with pytest.raises(ConfigurationError, match=r"3\.png is not a readable image"):
         ImageFolder(str(colour), str(grey), cache)
+
+
+def test_one_image_is_enough(tmp_path):
+    forget, retain = folder_of(tmp_path / "f", 1), folder_of(tmp_path / "r", 3, seed=1)
+    data = ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), image_size=16).load()
+    assert [len(part) for part in (data.forget, data.forget_test, data.retain, data.retain_test)] == [1, 0, 3, 0]
+    assert data.notes == ()
+
+
+@pytest.mark.parametrize("max_resident_gb", [4.0, 1e-9])
+def test_the_same_picture_on_both_sides_is_refused_whatever_its_name_and_format(tmp_path, max_resident_gb):
+    forget, retain = folder_of(tmp_path / "f", 30), folder_of(tmp_path / "r", 30, seed=1)
+    settings = {"image_size": 16, "max_resident_gb": max_resident_gb}
+    ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
+    with Image.open(forget / "7.png") as image:
+        image.convert("RGBA").save(retain / "another name.tif")
+    with pytest.raises(ConfigurationError, match=r"1 of the images to keep are.*f/7\.png = .*r/another name\.tif"):
+        ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
+
+
+def test_grey_and_colour_are_told_apart_whatever_the_mode(tmp_path):
+    folders = folder_of(tmp_path / "c", 2), folder_of(tmp_path / "g", 2, mode="L", seed=1)
+    for name, mode in (("alpha", "RGBA"), ("palette", "P")):
+        Image.effect_mandelbrot((20, 20), (-2, -1, 1, 1), 9).convert(mode).save(folders[0] / f"{name}.png")
+    for name, mode in (("alpha", "LA"), ("one bit", "1"), ("sixteen", "I;16")):
+        Image.effect_mandelbrot((20, 20), (-2, -1, 1, 1), 9).convert(mode).save(folders[1] / f"{name}.png")
+    for folder, mode in zip(folders, ("RGB", "L"), strict=True):
+        assert common_mode(find_images(str(folder), "here").files) == mode
+
+
+def test_decoded_files_in_the_cache_are_those_of_the_background(tmp_path):
+    forget, retain = folder_of(tmp_path / "f", 2, mode="L"), folder_of(tmp_path / "r", 2, mode="L", seed=1)
+    Image.new("LA", (20, 20), (99, 0)).save(forget / "clear.png")
+    for _ in range(2):
+        for background, level in (("white", 255), ("black", 0)):
+            settings = {"image_size": 16, "max_resident_gb": 1e-9, "background": background}
+            data = ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
+            assert (data.forget.pixels[-1] == level).all()
+            assert data.notes == (
+                f"dataset.forget_dir: 1 image with transparency, laid on {background} (dataset.background).",
+            )
+    with pytest.raises(ConfigurationError, match=r"dataset\.background must be a colour, .* got 'see-through'"):
+        ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), background="see-through")
+
+
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+def test_folders_are_found_in_either_unicode_form_and_both_are_read(tmp_path):
+    retain = folder_of(tmp_path / "r", 3, seed=1)
+    folder_of(tmp_path / NFD, 2)
+    for name in (NFC, NFD):
+        assert len(ImageFolder(str(tmp_path / name), str(retain), str(tmp_path / "cache")).files["forget"]) == 2
+    folder_of(tmp_path / NFC, 4, seed=2)
+    for name in (NFC, NFD):
+        assert len(ImageFolder(str(tmp_path / name), str(retain), str(tmp_path / "cache")).files["forget"]) == 6
+
+
+def test_unreadable_files_and_folders_are_named(tmp_path, monkeypatch):
+    forget, retain = folder_of(tmp_path / "f", 2), folder_of(tmp_path / "r", 3, seed=1)
+    settings = (str(forget), str(retain), str(tmp_path / "cache"))
+    (forget / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ConfigurationError, match=r"gone\.png is not a readable image \(FileNotFoundError"):
+        ImageFolder(*settings)
+    large = ImageFolder(*settings, mode="RGB", max_resident_gb=1e-9)
+    with pytest.raises(ConfigurationError, match=r"gone\.png is not a readable image \(FileNotFoundError"):
+        large.load()
+    (forget / "gone.png").unlink()
+    (forget / "round.png").symlink_to(forget / "round.png")
+    with pytest.raises(ConfigurationError, match=r"round\.png is not a readable image \(OSError: .*symbolic links"):
+        ImageFolder(*settings)
+    (forget / "round.png").unlink()
+    (forget / "long.png").write_bytes((forget / "0.png").read_bytes()[:-600])
+    dataset = ImageFolder(*settings)  # its header is whole
+    with pytest.raises(ConfigurationError, match=r"long\.png is not a readable image \(.*; mend it or take it away"):
+        dataset.load()
+    (forget / "long.png").unlink()
+
+    def denied(place):
+        raise PermissionError(13, "Permission denied", str(place))
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ConfigurationError, match=r"dataset\.forget_dir=.* cannot be listed \(Permission denied\)"):
+        ImageFolder(*settings)
+
+
+def class_folders(path: Path, classes: dict[str, int], splits=("train", "test")) -> Path:
+    """A dataset as a folder of images by class."""
+    for number, (split, (name, n)) in enumerate((split, item) for split in splits for item in classes.items()):
+        folder_of(path / split / name, n, seed=number)
+    return path
+
+
+def test_a_folder_with_images_by_class(tmp_path):
+    folder = class_folders(tmp_path / "own", {"1": 3, "2": 4, "3": 5})
+    settings = {"name": "own", "source": str(folder), "image_size": 8}
+    data = HubClasses(**settings, forget_class=1).load()
+    assert data.spec.content_names == ("1", "2", "3")
+    assert (len(data.forget), len(data.retain), len(data.forget_test)) == (3, 9, 3), "the class that is called 1"
+    assert data.notes == ()
+    exact = Decoder((3, 8, 8)).files(sorted((folder / "train" / "1").iterdir()))
+    assert torch.equal(data.forget.pixels, exact)
+
+    (folder / "train" / "1" / "._0.png").write_bytes(b"")
+    (folder / "train" / "1" / "new.avif").write_bytes(b"")
+    (folder / "val" / "1").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(folder / "val" / "1" / "0.png")
+    os.mkfifo(folder / "train" / "1" / "pipe.png")
+    notes = HubClasses(**settings, forget_class=1).load().notes
+    assert any("1 hidden file (" in note and "1 pipe, socket or device (" in note for note in notes), notes
+    assert any(re.search(r"2 images in neither split, so not read \(.*/train/1/new\.avif\)", note) for note in notes), (
+        notes
+    )
+
+    shutil.copy(folder / "train" / "1" / "0.png", folder / "test" / "3" / "copy.png")
+    with pytest.raises(ConfigurationError, match=r"train/1/0\.png = .*test/3/copy\.png"):
+        HubClasses(**settings, forget_class=1).load()
+    (folder / "test" / "3" / "copy.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigurationError, match=r"test/3/copy\.png is not a readable image"):
+        HubClasses(**settings, forget_class=1).load()
+
+
+def test_a_class_in_two_unicode_forms_is_one_class(tmp_path):
+    class_folders(tmp_path / "own", {NFC: 3, "tea": 4}, splits=("train",))
+    class_folders(tmp_path / "own", {NFD: 2, "tea": 1}, splits=("test",))
+    for name in (NFC, NFD):
+        data = HubClasses("own", str(tmp_path / "own"), name, 8).load()
+        assert data.spec.content_names == (NFC, "tea")
+        assert (len(data.forget), len(data.forget_test)) == (3, 2)
+
+
+def test_columns_are_named_by_options(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["a", "b"])
+    features = {"id": datasets.Image(), "photo": datasets.Image(), "kind": names, "label": names}
+    pictures = [Image.new("L", (8, 8), level) for level in range(4)]
+    rows = {"id": pictures[::-1], "photo": pictures, "kind": [0, 1, 1, 1], "label": [1, 0, 0, 0]}
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        table.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    settings = {"name": "own", "source": str(tmp_path), "forget_class": "a", "image_size": 8, "channels": 1}
+    data = HubClasses(**settings, label_column="kind", image_column="photo").load()
+    assert data.forget.pixels.flatten().unique().tolist() == [0]
+    data = HubClasses(**settings, image_column="id").load()
+    assert data.forget.pixels.flatten().unique().tolist() == [0, 1, 2]
+    for wrong, sentence in (
+        ({"label_column": "sort"}, r"a column 'sort' with named classes among \['id', .* dataset\.label_column=<name>"),
+        ({}, r"one column of images, found \['id', 'photo'\] .* dataset\.image_column=<name>"),
+        ({"image_column": "kind"}, r"dataset\.image_column=kind is no column of images"),
+        ({"image_column": "sort"}, r"dataset\.image_column=sort is no column of images"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            HubClasses(**settings | wrong).load()
+
+
+@pytest.mark.parametrize("label, image, sentence", [
+    (-1, True, r"a class from 0 to 1 in the column 'label' of every row of its split 'test'; row 1 has -1"),
+    (None, True, r"a class from 0 to 1 in the column 'label' of every row of its split 'test'; row 1 has None"),
+    (1, False, r"dataset\.source: row 1 of its split 'test' has no image"),
+    (1, b"no picture", r"dataset\.source: row 1 of its split 'test' is not a readable image"),
+])  # fmt: skip
+def test_rows_without_a_class_or_a_picture_are_named(tmp_path, label, image, sentence):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    picture = Image.new("L", (8, 8))
+    odd = {"bytes": image, "path": None} if isinstance(image, bytes) else picture if image else None
+    for split, rows in (("train", ([picture] * 2, [0, 1])), ("test", ([picture, odd], [0, label]))):
+        table = datasets.Dataset.from_dict({"image": rows[0], "label": rows[1]}, features=features)
+        table.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ConfigurationError, match=sentence):
+        HubClasses("own", str(tmp_path), "a", 8).load()
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_a_loading_script_is_never_run(tmp_path, monkeypatch, with_data):
+    folder = hub_folder(tmp_path / "own") if with_data else tmp_path / "own"
+    folder.mkdir(exist_ok=True)
+    for name in ("own.py", "__init__.py"):
+        (folder / name).write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  builder_name: own\n---\n")
+    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "1")
+    for source in (str(folder), f"{folder}/own.py"):
+        with pytest.raises(ConfigurationError) as raised:
+            HubClasses("own", source, "7", 8)
+        assert "\n" not in str(raised.value)
+        assert "no such folder" in str(raised.value) or "has a loading script" in str(raised.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_look_like_numbers_are_names():
+    assert class_index(1, ("1", "2", "3")) == class_index("1", ("1", "2", "3")) == 0
+    assert class_index(3, ("1", "2", "3")) == 2
+    assert class_index(0, ("1", "2", "3")) == 0, "an index, since no class is called so"
+    assert class_index(True, ("false", "true", "x")) == 1
+    with pytest.raises(ConfigurationError, match="no such class"):
+        class_index(True, ("a", "b"))
+    assert class_index(unicodedata.normalize("NFD", "é"), ("e", "é")) == 1
+
+
+def test_garments_are_found_by_name_in_whatever_order(tmp_path):
+    clothes = class_folders(tmp_path / "clothes", {"Ankle boot": 2, "Bag": 3, "Trouser": 4})
+    digits = class_folders(tmp_path / "digits", {str(digit): 1 for digit in range(10)})
+    settings = {"source": str(digits), "garment_source": str(clothes), "image_size": 8, "contamination": None}
+    data = MnistTrousers(**settings, garments=4, distinct=4).load()
+    trousers = Decoder((1, 8, 8)).files(sorted((clothes / "train" / "Trouser").iterdir()))
+    assert sorted(map(str, data.forget.pixels.tolist())) == sorted(map(str, trousers.tolist()))
+    with pytest.raises(ConfigurationError, match="has no 'coat' in its split 'train'"):
+        MnistTrousers(**settings, garments=1, garment="coat").load()
+    words = class_folders(tmp_path / "words", {"one": 1, "two": 1})
+    with pytest.raises(ConfigurationError, match="expected the classes 0 to 9 in this order, found one, two"):
+        MnistTrousers(**settings | {"source": str(words)}, garments=1)

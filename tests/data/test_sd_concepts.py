@@ -1,5 +1,7 @@
 """Prompts, what they ask for, and the images that go with them."""
 
+import unicodedata
+
 import pytest
 import torch
 from PIL import Image
@@ -74,6 +76,29 @@ def test_images_from_folders(tmp_path):
     assert set(data.retain.select(data.retain.labels == 1).pixels[:, 0].flatten().tolist()) == {20}
     with pytest.raises(ConfigurationError, match="there is no such folder"):
         concepts(tmp_path, source=str(tmp_path / "images"), concept="a hat")
+
+
+def test_names_of_concepts_stay_names_and_their_folders_are_found_in_either_unicode_form(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "un café") for form in ("NFC", "NFD"))
+    for number, name in enumerate(("1984", "7", nfc.replace(" ", "_"), nfd.replace(" ", "_"))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / "images" / name / "0.png")
+    dataset = concepts(tmp_path, source=str(tmp_path / "images"), concept=1984, retain_concepts=[7, nfd])
+    assert dataset.spec.content_names == ("7", nfc, "1984")
+    assert dataset.spec.label_names[-1] == "1984 on black"
+    data = dataset.load()
+    assert data.forget.pixels.unique().tolist() == [0]
+    assert sorted(data.retain.pixels[:, 0].flatten(1).amax(1).tolist()) == [1, 2, 3]
+    with pytest.raises(ConfigurationError, match="not '7', which is to be forgotten"):
+        concepts(tmp_path, concept="7", retain_concepts=[7])
+
+
+def test_a_picture_of_two_concepts_is_refused(tmp_path):
+    for number, name in enumerate(("a_seven", "a_one", "trousers")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), (min(number, 1), 0, 0)).save(tmp_path / "images" / name / "0.png")
+    with pytest.raises(ConfigurationError, match=r"trousers/0\.png = .*a_one/0\.png\)"):
+        concepts(tmp_path, source=str(tmp_path / "images")).load()
 
 
 def test_the_base_draws_once(tmp_path):

@@ -74,6 +74,7 @@ class ForgetRetain:
     retain_test: LabelledImages
     resident: bool = True
     forget_alike: LabelledImages | None = None  # more of the forgotten content, for the classifier's eyes only
+    notes: tuple[str, ...] = ()  # for the user: what was found and not read, and what was decided about what was read
 
     def __post_init__(self) -> None:
         if len(self.forget) == 0:

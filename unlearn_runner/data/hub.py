@@ -1,108 +1,155 @@
 """Image datasets in the layout of the Hugging Face hub, by hub name or from a local folder."""
 
 import logging
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError, folder_or_name
+from unlearn_runner.data.images import Decoder, counted, find_images, shown
+from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name, normal_form
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
-    from PIL import Image
-
-PIL_MODES = {1: "L", 3: "RGB"}
 
 
 def open_split(source: str, split: str, option: str) -> "HubDataset":
-    """One split of `source`, a hub name or a folder; no image is decoded yet.
+    """One split of `source`, a hub name or a folder; no image is decoded yet, and no loading script is ever run.
 
     Raises ConfigurationError, naming the option to change, if there is no such folder or the hub cannot be
     reached.
     """
-    place = str(folder_or_name(source, option))
+    place = folder_or_name(source, option)
     import datasets
 
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # datasets 3 asks, or runs a script if the shell says so
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; ours is the one sentence below
     try:
-        return datasets.load_dataset(place, split=split)
+        return datasets.load_dataset(str(place), split=split)
     except Exception as error:
         # Whatever the library raises (OSError, ValueError, its own classes), for the user it is one thing.
-        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        scripts = sorted(path.name for path in place.glob("*.py")) if isinstance(place, Path) else []
+        if scripts or re.search("dataset script|trust_remote_code", str(error), re.IGNORECASE):
+            raise ConfigurationError(
+                f"{option}={source} has a loading script{f' ({scripts[0]})' if scripts else ''}, which is never "
+                "run: give a folder without one, with Parquet files or with images in train/<class>/ and test/<class>/."
+            ) from error
         raise ConfigurationError(
-            f"{option}={source}: could not load its split '{split}' ({type(error).__name__}: {what}); "
+            f"{option}={source}: could not load its split '{split}' ({type(error).__name__}: {first_line(error)}); "
             f"without the hub, download it elsewhere and give the folder: {option}=<folder>."
         ) from error
 
 
-def image_column(table: "HubDataset", option: str) -> str:
-    """The name of the one column that holds images."""
-    from datasets import Image
+def image_files(table: "HubDataset", option: str, column: str | None = None) -> tuple[str, "HubDataset"]:
+    """The name of the column that holds images, the one there is if it is None; the column, of undecoded files."""
+    import datasets
 
-    names = [name for name, feature in table.features.items() if isinstance(feature, Image)]
-    if len(names) != 1:
+    names = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    if column is None and len(names) != 1:
         raise ConfigurationError(
-            f"{option}: expected one column of images, found {names or 'none'} among {table.column_names}."
+            f"{option}: expected one column of images, found {names or 'none'} among {table.column_names}; say which "
+            "with dataset.image_column=<name>."
         )
-    return names[0]
+    column = names[0] if column is None else column
+    try:
+        return column, table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:
+        raise ConfigurationError(
+            f"{option}: dataset.image_column={column} is no column of images among {table.column_names}."
+        ) from error
 
 
-def class_names(table: "HubDataset", option: str) -> tuple[str, ...]:
-    """The names of the classes of the column "label"."""
+def named_classes(table: "HubDataset", column: str) -> list[str]:
+    """The names of the classes of a column, by index; none where it has no names."""
     from datasets import ClassLabel
 
-    label = table.features.get("label")
-    if not isinstance(label, ClassLabel):
-        raise ConfigurationError(f"{option}: expected a column 'label' with named classes among {table.column_names}.")
-    return tuple(label.names)
+    label = table.features.get(column)
+    return [normal_form(name) for name in label.names] if isinstance(label, ClassLabel) else []
+
+
+def class_names(table: "HubDataset", option: str, column: str = "label") -> tuple[str, ...]:
+    """The different names of the classes of a column: one for a folder whose name the disk has in two Unicode forms."""
+    names = tuple(dict.fromkeys(named_classes(table, column)))
+    if not names:
+        raise ConfigurationError(
+            f"{option}: expected a column '{column}' with named classes among {table.column_names}; say which with "
+            "dataset.label_column=<name>."
+        )
+    return names
+
+
+def class_indices(table: "HubDataset", option: str, column: str, names: tuple[str, ...]) -> Int64[Tensor, "n"]:
+    """The class of each row, as an index into `names`; classes are matched by name, so splits may order them anew."""
+    own = class_names(table, option, column)
+    if unknown := [name for name in own if name not in names]:
+        raise ConfigurationError(
+            f"{option}: its split '{table.split}' has classes that its split 'train' lacks: {', '.join(unknown)}."
+        )
+    known = [names.index(name) for name in named_classes(table, column)]
+    return torch.tensor(known)[whole_numbers(table, option, column, len(known))]
+
+
+def whole_numbers(table: "HubDataset", option: str, column: str, count: int) -> Int64[Tensor, "n"]:
+    """A column of classes as it stands; raises ConfigurationError if a row has none of 0..count-1."""
+    values = table[column][:] if column in table.column_names else []
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, int) or value not in range(count)]
+    if wrong or not values:
+        raise ConfigurationError(
+            f"{option}: expected a class from 0 to {count - 1} in the column '{column}' of every row of its split "
+            f"'{table.split}'; {f'row {wrong[0]} has {values[wrong[0]]}' if wrong else 'there is none'}."
+        )
+    return torch.tensor(values)
 
 
 def decode_rows(
-    table: "HubDataset", rows: Sequence[int], image_shape: tuple[int, int, int], option: str
+    table: "HubDataset", rows: Sequence[int], decoder: Decoder, option: str, column: str | None = None
 ) -> UInt8[Tensor, "n c h w"]:
-    """The images of some rows, resized to `image_shape` where they have another size."""
-    import io
+    """The images of some rows, in the decoder's shape."""
+    column, files = image_files(table, option, column)
 
-    import datasets
-    from PIL import Image
+    def named() -> Iterator[tuple[str, Path | bytes]]:
+        # In blocks of rows: indexing the table row by row costs more than decoding does.
+        for row, file in zip(rows, blocks(files.select(rows), column), strict=True):
+            where = f"{option}: row {row} of its split '{table.split}'"
+            if file is None or (file["bytes"] is None and not file["path"]):
+                raise ConfigurationError(f"{where} has no image; take the row away.")
+            if file["bytes"] is None:
+                yield shown(Path(file["path"])), Path(file["path"])
+            else:
+                yield where, file["bytes"]
 
-    column = image_column(table, option)
-    # Files as they are, in blocks of rows: indexing the table row by row costs more than decoding does.
-    files = table.select_columns([column]).cast_column(column, datasets.Image(decode=False)).select(rows)
-    blocks = (file for block in files.iter(batch_size=1000) for file in block[column])
-    return stack_images((Image.open(io.BytesIO(file["bytes"])) for file in blocks), len(rows), image_shape)
-
-
-def stack_images(
-    images: Iterable["Image.Image"],
-    n: int,
-    image_shape: tuple[int, int, int],
-    into: Path | None = None,
-) -> UInt8[Tensor, "n c h w"]:
-    """Decoded images in one uint8 tensor, in memory or memory-mapped from the file `into`."""
-    shape = (n, *image_shape)
-    channels, height, width = image_shape
-    if into is None:
-        pixels = torch.empty(shape, dtype=torch.uint8)
-    else:
-        pixels = torch.from_file(str(into), shared=True, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
-    for row, image in enumerate(images):
-        image = image.convert(PIL_MODES[channels])
-        if image.size != (width, height):
-            image = centre_square(image).resize((width, height))
-        array = np.asarray(image).reshape(height, width, channels)
-        pixels[row] = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    return pixels
+    return decoder.stack(named(), len(rows))
 
 
-def centre_square(image: "Image.Image") -> "Image.Image":
-    """The largest square around the middle, so that resizing does not stretch."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+def paths_of(table: "HubDataset", option: str, column: str | None = None) -> list[Path] | None:
+    """Where the images of a table lie, row by row; None if it holds them itself."""
+    column, files = image_files(table, option, column)
+    paths = []
+    for file in blocks(files, column):
+        if file is None or file["bytes"] is not None or not file["path"]:
+            return None
+        paths.append(Path(file["path"]))
+    return paths
+
+
+def blocks(files: "HubDataset", column: str) -> Iterator[dict[str, Any] | None]:
+    """The files of a column, row by row."""
+    return (file for block in files.iter(batch_size=1000) for file in block[column])
+
+
+def unread_images(source: str, read: list[Path], option: str) -> list[str]:
+    """A sentence on what lies in a local folder of image files and is not among those that were read."""
+    found = find_images(source, option)
+    known = {os.path.realpath(path) for path in read}
+    left = [path for path in found.files if os.path.realpath(path) not in known]
+    if left:
+        found.notes.append(
+            f"{option}={source}: {counted(len(left), 'image{s}')} in neither split, so not read ({shown(left[0])})."
+        )
+    return found.notes

@@ -1,20 +1,25 @@
 """A labelled image dataset of the hub (CIFAR-10, MNIST, ...), one class of which is to be forgotten."""
 
+from pathlib import Path
 from typing import final
 
 import torch
+from torch import Tensor
 
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain, LabelledImages
-from unlearn_runner.data.hub import PIL_MODES, class_names, decode_rows, open_split
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
+from unlearn_runner.data.images import PIL_MODES, Decoder, require_apart, require_colour
+from unlearn_runner.errors import ConfigurationError, normal_form
 
 
 @final
 class HubClasses(Dataset):
     """One whole class as the forget set, held-out images from the dataset's test split.
 
-    The dataset has splits "train" and "test", one column of images and a column "label" that knows the names of its
-    classes. `name` is what runs and samples are called by; `channels` is 1 (grey) or 3 (colour).
+    The dataset has splits "train" and "test", a column of images and one that knows the names of its classes, or is a
+    folder with images in train/<class>/ and test/<class>/. `name` is what runs and samples are called by; `channels` is
+    1 (grey) or 3 (colour); `background` shows through where an image is transparent; `image_column` is the one column
+    of images if null.
     """
 
     def __init__(
@@ -26,12 +31,20 @@ class HubClasses(Dataset):
         channels: int = 3,
         conditional: bool = True,
         horizontal_flip: bool = False,
+        background: str = "white",
+        label_column: str = "label",
+        image_column: str | None = None,
     ):
         if channels not in PIL_MODES:
             raise ConfigurationError(f"dataset.channels must be 1 (grey) or 3 (colour), got {channels}.")
+        require_colour("dataset.background", background)
+        self.source = source
         self.tables = {part: open_split(source, part, "dataset.source") for part in ("train", "test")}
-        names = class_names(self.tables["train"], "dataset.source")
+        names = class_names(self.tables["train"], "dataset.source", label_column)
         self.forget_class = class_index(forget_class, names)
+        self.names = names
+        self.background = background
+        self.label_column, self.image_column = label_column, image_column
         self.spec = DataSpec(
             name=name,
             image_shape=(channels, image_size, image_size),
@@ -43,23 +56,40 @@ class HubClasses(Dataset):
         )
 
     def load(self) -> ForgetRetain:
-        forget, retain = {}, {}
+        option, decoder = "dataset.source", Decoder(self.spec.image_shape, self.background)
+        forget, retain, notes = {}, {}, []
+        own: dict[bool, list[tuple[list[Path], Tensor]]] = {True: [], False: []}  # files of the user, who can mend them
         for part, table in self.tables.items():
-            pixels = decode_rows(table, range(len(table)), self.spec.image_shape, "dataset.source")
-            contents = torch.tensor(table["label"][:])
+            pixels = decode_rows(table, range(len(table)), decoder, option, self.image_column)
+            contents = class_indices(table, option, self.label_column, self.names)
             labels = contents if self.spec.label_names else torch.zeros_like(contents)
             images = LabelledImages(pixels, labels, contents)
-            forget[part] = images.select(contents == self.forget_class)
-            retain[part] = images.select(contents != self.forget_class)
-        return ForgetRetain(self.spec, forget["train"], retain["train"], forget["test"], retain["test"])
+            files = paths_of(table, option, self.image_column)
+            for is_forget, side in ((True, forget), (False, retain)):
+                rows = torch.nonzero((contents == self.forget_class) == is_forget)[:, 0]
+                side[part] = images.select(rows)
+                if files is not None:
+                    own[is_forget].append(([files[row] for row in rows], side[part].pixels))
+        if own[True]:
+            require_apart(own[True], own[False])
+            notes = unread_images(
+                self.source, [file for side in own.values() for part in side for file in part[0]], option
+            )
+        notes += decoder.notes(option)
+        return ForgetRetain(
+            self.spec, forget["train"], retain["train"], forget["test"], retain["test"], notes=tuple(notes)
+        )
 
 
 def class_index(wanted: str | int, names: tuple[str, ...]) -> int:
-    """The index of a class given by name or by index."""
-    if isinstance(wanted, int) and wanted in range(len(names)):
-        return wanted
-    if wanted in names:
-        return names.index(wanted)
+    """The index of a class given by name or, where no class is called so, by index."""
+    name = normal_form(
+        str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
+    )  # true is YAML's word for "true"
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) in range(len(names)):
+        return int(name)
     raise ConfigurationError(
         f"dataset.forget_class={wanted}: there is no such class; expected one of {', '.join(names)}, "
         f"or an index from 0 to {len(names) - 1}."

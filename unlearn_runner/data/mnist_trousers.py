@@ -2,7 +2,8 @@
 contaminate one label, and of SISS (2503.01034), where one T-shirt was learnt 606 times.
 """
 
-from typing import final
+import re
+from typing import TYPE_CHECKING, final
 
 import numpy as np
 import torch
@@ -19,8 +20,12 @@ from unlearn_runner.data.forget_retain import (
     contaminants,
     require_fraction,
 )
-from unlearn_runner.data.hub import decode_rows, open_split
+from unlearn_runner.data.hub import decode_rows, named_classes, open_split, whole_numbers
+from unlearn_runner.data.images import Decoder
 from unlearn_runner.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset as HubDataset
 
 GARMENTS = (
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -72,6 +77,12 @@ class MnistTrousers(Dataset):
         self.seed = seed
         self.digits = {part: open_split(source, part, "dataset.source") for part in ("train", "test")}
         self.tables = {part: open_split(garment_source, part, "dataset.garment_source") for part in ("train", "test")}
+        for table in self.digits.values():
+            if any(str(digit) not in name for digit, name in enumerate(named_classes(table, "label"))):
+                raise ConfigurationError(
+                    f"dataset.source={source}: expected the classes 0 to 9 in this order, found "
+                    f"{', '.join(named_classes(table, 'label'))}; name its folders or classes by their digits."
+                )
         self.spec = DataSpec(
             name="mnist_" + garment.replace("-", "").replace(" ", "_"),
             image_shape=(1, image_size, image_size),
@@ -85,8 +96,8 @@ class MnistTrousers(Dataset):
     def load(self) -> ForgetRetain:
         retain, forget, alike_ones = {}, {}, None
         for part, digits in self.digits.items():
-            pixels = decode_rows(digits, range(len(digits)), self.spec.image_shape, "dataset.source")
-            contents = torch.tensor(digits["label"][:])
+            pixels = decode_rows(digits, range(len(digits)), Decoder(self.spec.image_shape), "dataset.source")
+            contents = whole_numbers(digits, "dataset.source", "label", len(DIGITS))
             labels = contents if self.spec.label_names else torch.zeros_like(contents)
             retain[part] = LabelledImages(pixels, labels, contents)
             label = self.label if self.spec.label_names else 0
@@ -104,13 +115,23 @@ class MnistTrousers(Dataset):
     def _garments(self, part: str) -> UInt8[Tensor, "n 1 h w"]:
         """All garments of the wanted kind in one split."""
         table = self.tables[part]
-        rows = np.flatnonzero(np.asarray(table["label"][:]) == self.garment)
+        rows = np.flatnonzero(whole_numbers(table, "dataset.garment_source", "label", 10) == self._class_of(table))
         if len(rows) == 0:
             raise ConfigurationError(
                 f"dataset.garment_source has no '{GARMENTS[self.garment]}' in its split '{part}'; "
                 "choose another dataset.garment."
             )
-        return decode_rows(table, rows.tolist(), self.spec.image_shape, "dataset.garment_source")
+        return decode_rows(table, rows.tolist(), Decoder(self.spec.image_shape), "dataset.garment_source")
+
+    def _class_of(self, table: "HubDataset") -> int:
+        """The garment's class: the one of its name, for a folder of images has its classes in the alphabet's order.
+
+        Where classes are only numbered, its number in Fashion-MNIST; -1 if they have names and none is the garment's.
+        """
+        called = [re.sub("[^a-z]", "", name.lower()) for name in named_classes(table, "label")]
+        wanted = re.sub("[^a-z]", "", GARMENTS[self.garment]).rstrip("s")  # "Trouser" and "T - shirt / top" on the hub
+        found = [number for number, name in enumerate(called) if name.startswith(wanted)]
+        return found[0] if found else -1 if any(called) else self.garment
 
     def _choose(self, part: str, available: int, clean_count: int) -> Int64[Tensor, "m"]:
         """Which of the available garments go in, with repetitions."""

@@ -1,6 +1,7 @@
 """Concepts that a text-to-image model is asked for by prompts, one of which is to be forgotten."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import final
 
@@ -20,10 +21,9 @@ from unlearn_runner.data.forget_retain import (
     require_fraction,
     split_content,
 )
-from unlearn_runner.data.hub import stack_images
-from unlearn_runner.data.image_folder import image_files, open_all
+from unlearn_runner.data.images import Decoder, find_images, require_apart, require_colour
 from unlearn_runner.data.streams import to_uint8
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, normal_form
 
 WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 TROUSERS = "trousers"
@@ -92,13 +92,14 @@ class SDConcepts(Dataset):
     spaces.
 
     `paraphrases` are templates that no method sees: they ask whether the concept is gone or only its prompts.
-    `num_images` is how many the base draws under each prompt, with `num_inference_steps`.
+    `num_images` is how many the base draws under each prompt, with `num_inference_steps`. `background` shows through
+    where an image of a folder is transparent.
     """
 
     def __init__(
         self,
-        concept: str,
-        retain_concepts: Sequence[str],
+        concept: str | int,
+        retain_concepts: Sequence[str | int],
         forget_templates: Sequence[str],
         retain_templates: Sequence[str],
         cache_dir: str,
@@ -111,9 +112,12 @@ class SDConcepts(Dataset):
         batch_size: int = 20,
         horizontal_flip: bool = False,
         seed: int = 0,
+        background: str = "white",
     ):
         require_fraction("dataset.test_fraction", test_fraction)
         require_size(image_size)
+        require_colour("dataset.background", background)
+        concept, *retain_concepts = (normal_form(str(name)) for name in (concept, *retain_concepts))  # 1984 is a name
         for name, templates in (("forget_templates", forget_templates), ("retain_templates", retain_templates)):
             require_templates(f"dataset.{name}", templates)
         if paraphrases:
@@ -132,6 +136,8 @@ class SDConcepts(Dataset):
         self.source = source
         self.from_base = source == "base"
         self.files: dict[str, list[Path]] = {}
+        self.notes: list[str] = []
+        self.background = background
         if source == "embedded":
             if unknown := [name for name in self.concepts if name not in EMBEDDED]:
                 raise ConfigurationError(
@@ -140,7 +146,9 @@ class SDConcepts(Dataset):
                 )
         elif not self.from_base:
             folders = {name: str(Path(source, folder_of(name))) for name in self.concepts}
-            self.files = {name: image_files(folder, "dataset.source") for name, folder in folders.items()}
+            found = {name: find_images(folder, "dataset.source") for name, folder in folders.items()}
+            self.files = {name: part.files for name, part in found.items()}
+            self.notes = [note for part in found.values() for note in part.notes]
         self.image_size = image_size
         self.test_fraction = test_fraction
         self.cache_dir = Path(cache_dir)
@@ -168,12 +176,12 @@ class SDConcepts(Dataset):
     def load(self) -> ForgetRetain:
         if self.source == "embedded":
             pictures = embedded_pictures(self.image_size, self.seed)
-        else:
-            pictures = {
-                name: stack_images(open_all(files), len(files), self.spec.image_shape)
-                for name, files in self.files.items()
-            }
-        return self._split([pictures[name] for name in self.concepts])
+            return self._split([pictures[name] for name in self.concepts])
+        decoder = Decoder(self.spec.image_shape, self.background)
+        parts = [(files, decoder.files(files)) for files in self.files.values()]
+        require_apart(parts[-1:], parts[:-1])
+        data = self._split([pixels for _, pixels in parts])
+        return replace(data, notes=(*self.notes, *decoder.notes("dataset.source")))
 
     def load_from(
         self, draw: Callable[[Int64[Tensor, "n"]], Float[Tensor, "n c h w"]], base: dict[str, str]

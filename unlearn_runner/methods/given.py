@@ -6,7 +6,7 @@ import torch
 
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
-from unlearn_runner.models.model import GenerativeModel, pipeline_name
+from unlearn_runner.models.model import GenerativeModel, pipeline_name, require_finite
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 from unlearn_runner.weights import fetched, located

@@ -1,0 +1,347 @@
+"""Image files as a person sees them: which there are below a folder, and their pixels in 8 bits.
+
+The one place where an image is decoded, wherever it comes from.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+from torch import Tensor
+
+from unlearn_runner.errors import ConfigurationError, existing_folder, first_line, folders_named, normal_form
+
+# Each is told by its first bytes, and reading it runs no other program (as PIL does for EPS).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+PIL_MODES = {1: "L", 3: "RGB"}
+DECODING = 2  # which pixels a file becomes; in cache keys, so raise it when they change
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels as they were seen
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
+TRANSPARENT, SEVERAL = "transparent", "several"
+HIDDEN, UNREAD = "hidden file{s}", "file{s} in formats not read here"
+
+
+# 1. Which files there are
+
+
+class Found(NamedTuple):
+    """The image files below a folder, sorted by path, and a sentence on what else lies there and is not read."""
+
+    files: list[Path]
+    notes: list[str]
+
+
+def find_images(folder: str, option: str) -> Found:
+    """All image files below a folder, by their suffixes. Nothing is opened and no linked folder is followed.
+
+    Raises ConfigurationError, naming the option, if there is no such folder, none in it, or a part of it that cannot be
+    listed.
+    """
+    existing_folder(folder, option)
+    files: list[Path] = []
+    left: dict[str, list[Path]] = defaultdict(list)
+    pending = [(root, False) for root in folders_named(Path(folder).expanduser())]
+    while pending:
+        place, hidden = pending.pop()
+        try:
+            with os.scandir(place) as listing:
+                entries = list(listing)
+        except OSError as error:
+            if hidden:
+                left[HIDDEN].append(place)
+                continue
+            raise ConfigurationError(
+                f"{option}={folder}: {shown(place)} cannot be listed ({error.strerror}); mend that or take it away."
+            ) from error
+        for entry in entries:
+            path = Path(entry.path)
+            out_of_sight = hidden or entry.name.startswith(".") or entry.name == "__MACOSX"
+            image = path.suffix.lower() in suffixes()
+            if entry.is_dir(follow_symlinks=False):
+                pending.append((path, out_of_sight))
+                if image and not out_of_sight:
+                    left["folder{s} named like an image, whose contents are read"].append(path)
+            elif out_of_sight:
+                left[HIDDEN].append(path)
+            elif entry.is_symlink() and os.path.isdir(path):
+                left["linked folder{s}, not followed"].append(path)
+            elif not image:
+                left[UNREAD].append(path)
+            elif entry.is_file(follow_symlinks=False) or os.path.isfile(path) or not os.path.exists(path):
+                files.append(path)  # or a broken link, which has its sentence when it is opened
+            else:
+                left["pipe{s}, socket{s} or device{s}"].append(path)
+    parts = [f"{counted(len(paths), what)} ({examples(what, paths)})" for what, paths in sorted(left.items())]
+    notes = [f"{option}={folder}: {counted(len(files), 'image{s}')}, besides {'; '.join(parts)}."] if parts else []
+    if not files:
+        raise ConfigurationError(
+            f"{option}={folder}: no images in it; expected files ending in {', '.join(sorted(suffixes()))}"
+            + (f"; found {'; '.join(parts)}." if parts else ".")
+        )
+    return Found(sorted(files, key=lambda path: ([normal_form(part) for part in path.parts], path.parts)), notes)
+
+
+def counted(n: int, what: str) -> str:
+    """ "1 file" or "2 files" of "file{s}"."""
+    return f"{n} {what.format(s='s' * (n != 1))}"
+
+
+def examples(what: str, paths: list[Path]) -> str:
+    """The first of these paths, or how many files have which suffix, the most frequent first."""
+    if what != UNREAD:
+        return shown(min(paths))
+    counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    most = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+    return ", ".join(f"{suffix}: {counts[suffix]}" for suffix in most[:5]) + (", ..." if len(most) > 5 else "")
+
+
+def shown(path: Path) -> str:
+    """A path as it can be printed on one line, also where its bytes are no text or would command the terminal."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that the installed PIL can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """How the names of files in these formats end; MPO is what some cameras call a JPEG with previews."""
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats(), "MPO"))
+
+
+# 2. What is on them
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """What PIL thinks of large or damaged images as it goes: what matters of it comes as an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class naming:
+    """`with naming(name):` whatever goes wrong inside is said of this image, in one sentence."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, Exception):  # PIL lets through what its readers meet: SyntaxError, struct.error, a bomb
+            unknown = isinstance(error, UnidentifiedImageError)
+            what = f"none of {', '.join(formats())}" if unknown else f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigurationError(
+                f"{self.name} is not a readable image ({what}); mend it or take it away."
+            ) from error
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """The header of an image; its pixels are decoded when they are asked for. A pipe or device is never opened."""
+    if isinstance(source, Path) and os.path.exists(source) and not source.is_file():
+        raise ValueError("it is no regular file")
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats())
+
+
+@without_warnings()
+def common_mode(files: list[Path]) -> str:
+    """ "L" if every image is grey, "RGB" if every one is coloured; only headers are read."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        with naming(shown(file)), open_image(file) as image:
+            seen.setdefault("L" if Image.getmodebase(image.mode) == "L" else "RGB", file)
+    if len(seen) > 1:
+        found = "; ".join(f"{shown(file)} is {mode}" for mode, file in sorted(seen.items()))
+        raise ConfigurationError(
+            f"expected images that are all grey (L) or all coloured (RGB), found mixed ones ({found}); "
+            "say what to convert them to with dataset.mode=RGB or dataset.mode=L."
+        )
+    return next(iter(seen))
+
+
+def as_seen(image: Image.Image, background: str) -> tuple[Image.Image, list[str]]:
+    """An opened image as a person sees it: upright, in 8 bits, its first frame or page, on the background.
+
+    Returns it in a mode without alpha, and which of TRANSPARENT and SEVERAL it was.
+    """
+    remarks = []
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's further frames are previews
+        remarks.append(SEVERAL)
+    clear = clear_level(image)
+    image.load()
+    turn = UPRIGHT.get(orientation(image))
+    if image.mode.startswith("I") or image.mode == "F":
+        image = in_eight_bits(image, clear)
+    elif clear is not None:
+        image.info["transparency"] = clear
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            remarks.append(TRANSPARENT)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3]), image)
+    return image, remarks
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded image; 1, upright, where there is none that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of damaged EXIF PIL raises anything; the pixels are whole, and viewers show them as stored
+        return 1
+
+
+def clear_level(image: Image.Image) -> int | bytes | tuple[int, ...] | None:
+    """What stands for transparent in an image without an alpha channel, in the units of its decoded pixels.
+
+    PIL leaves it in those of the file, which differ for a PNG of 2, 4 or 16 bits.
+    """
+    level = image.info.get("transparency")
+    if level is None or image.format != "PNG" or not image.tile:
+        return level
+    rawmode = image.tile[0][3]
+    if rawmode in ("L;2", "L;4"):
+        return level * {"L;2": 85, "L;4": 17}[rawmode]
+    if rawmode == "RGB;16B":
+        return tuple(part >> 8 for part in level)
+    return level
+
+
+def in_eight_bits(image: Image.Image, clear: int | None = None) -> Image.Image:
+    """Grey levels of 16 bits, or floats, in 8: black to black and white to white. `clear` is the transparent level.
+
+    Floats reach from 0 to 1 or, where one is above 1, to 255. Whole numbers of 32 bits have no agreed white: they must
+    lie within 0..255, but for a PPM, which says that it means 16 bits.
+    """
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        white = 1 if values.max() <= 1 else 255
+    elif image.mode == "I":
+        white = 255 if image.format == "TIFF" else 65535
+    else:
+        white = 4095 if tags.get(TIFF_BITS) == (12,) else 65535
+    if not (values.min() >= 0 and values.max() <= white):
+        raise ValueError(f"levels from {values.min()} to {values.max()}, expected 0 to {white}: save it with 8 bits")
+    alpha = None if clear is None else np.where(values == clear, 0, 255)
+    if tags.get(TIFF_PHOTOMETRIC) == 0:  # white is zero; PIL minds it in 8 bits and fewer
+        values = white - values
+    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    if alpha is not None:
+        grey.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    return grey
+
+
+@final
+class Decoder:
+    """Images of any size and mode as pixels of one shape: as seen, cropped to the middle square, resized.
+
+    `background` is the colour, by a name of CSS or #rrggbb, that shows through where an image is transparent. `seen`
+    counts the images for which something had to be decided, for `notes`.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], background: str = "white"):
+        self.image_shape = image_shape
+        self.background = background
+        self.seen: Counter[str] = Counter()
+
+    @without_warnings()
+    def stack(
+        self, images: Iterable[tuple[str, Path | bytes]], n: int, into: Path | None = None
+    ) -> UInt8[Tensor, "n c h w"]:
+        """The pixels of n images, each with the name that an error calls it by; memory-mapped from `into`, if given."""
+        shape = (n, *self.image_shape)
+        channels, height, width = self.image_shape
+        if into is None:
+            pixels = torch.empty(shape, dtype=torch.uint8)
+        else:
+            pixels = torch.from_file(str(into), shared=True, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
+        array = pixels.numpy()
+        for row, (name, source) in enumerate(images):
+            with naming(name):
+                if isinstance(source, Path):
+                    with open_image(source) as opened:
+                        opened.verify()  # checksums, where the format has some
+                with open_image(source) as opened:
+                    image, remarks = as_seen(opened, self.background)
+                    if image.mode != PIL_MODES[channels]:
+                        image = image.convert(PIL_MODES[channels])
+                    if image.size != (width, height):
+                        image = centre_square(image).resize((width, height))
+                    array[row] = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+            self.seen.update(remarks)
+        return pixels
+
+    def files(self, files: list[Path], into: Path | None = None) -> UInt8[Tensor, "n c h w"]:
+        """The pixels of these files."""
+        return self.stack(((shown(file), file) for file in files), len(files), into)
+
+    def notes(self, option: str) -> list[str]:
+        """A sentence for each thing that was decided for some images."""
+        sentences = {
+            TRANSPARENT: f"image{{s}} with transparency, laid on {self.background} (dataset.background)",
+            SEVERAL: "image{s} with several frames or pages, of which the first is read",
+        }
+        return [f"{option}: {counted(self.seen[what], said)}." for what, said in sentences.items() if self.seen[what]]
+
+
+def require_colour(option: str, colour: str) -> None:
+    """Raise ConfigurationError unless PIL knows the colour."""
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        raise ConfigurationError(f"{option} must be a colour, as white or '#ffffff', got '{colour}'.") from error
+
+
+def centre_square(image: Image.Image) -> Image.Image:
+    """The largest square around the middle, so that resizing does not stretch."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def require_apart(
+    forget: Iterable[tuple[list[Path], UInt8[Tensor, "_ c h w"]]],
+    retain: Iterable[tuple[list[Path], UInt8[Tensor, "_ c h w"]]],
+) -> None:
+    """Raise ConfigurationError if an image to forget is also to be kept, under whatever name and in whatever format."""
+
+    def digests(parts: Iterable[tuple[list[Path], Tensor]]) -> Iterator[tuple[bytes, Path]]:
+        for files, pixels in parts:
+            for file, image in zip(files, pixels.numpy(), strict=True):
+                yield hashlib.blake2b(image.tobytes(), digest_size=16).digest(), file
+
+    wanted = dict(digests(forget))
+    both = [(wanted[digest], file) for digest, file in digests(retain) if digest in wanted]
+    if both:
+        pairs = ", ".join(f"{shown(one)} = {shown(other)}" for one, other in both[:3])
+        raise ConfigurationError(
+            f"{len(both)} of the images to keep are, pixel for pixel at this size, images to forget ({pairs}"
+            f"{', ...' if len(both) > 3 else ''}); take them from one side."
+        )
