@@ -1,6 +1,7 @@
 """What a run leaves: lines, pictures, scores, the model and the summary, in its folder and its dashboard."""
 
 import time
+from functools import partial
 from statistics import mean
 from types import TracebackType
 from typing import Any, final
@@ -10,7 +11,7 @@ from rich.console import Console
 from unlearn_runner.errors import Interrupted, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
-from unlearn_runner.training.loggers import Logger
+from unlearn_runner.training.loggers import Logger, SafeLogger
 from unlearn_runner.training.pictures import draw_lambda
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
@@ -78,7 +79,7 @@ class RunRecorder(Recorder):
         self, folder: RunFolder | NoFolder, logger: Logger, config: dict[str, Any], max_steps: int, console: Console
     ):
         self.folder = folder
-        self.logger = logger
+        self.logger = SafeLogger(logger, partial(console.print, markup=False, soft_wrap=True))
         self.config = config
         self.console = console
         self.started = time.perf_counter()
@@ -259,7 +260,8 @@ class RunRecorder(Recorder):
         self.note(step, values)
 
     def _costs(self) -> dict[str, float]:
-        costs = {"cost/peak_memory_gb": peak_memory_gb(), **self.costs}
+        memory = peak_memory_gb()
+        costs = ({} if memory is None else {"cost/peak_memory_gb": memory}) | self.costs
         if self.trainer is not None:
             costs |= {f"cost/{name}": getattr(self.trainer, name) for name in COSTS}
             costs |= {f"cost/policy_{name}": spent for name, spent in self.trainer.rehearsed.items()}
