@@ -1,4 +1,4 @@
-"""Files from elsewhere: none runs code, each is refused in one sentence, and nobody is advised to read it all the same."""
+"""Files from elsewhere: none runs code, each is refused in one sentence, and nobody is advised to read it anyway."""
 
 import json
 import pickle
@@ -110,11 +110,11 @@ def test_a_policy(hostile, playing, tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ([], "no policy of this runner"),
-        ({"features": 3}, "no policy of this runner"),
+        ([], "not of this runner"),
+        ({"features": 3}, "not of this runner"),
         ({"features": {"mean": [0.0], "var": [1.0], "count": 1}}, "statistics of 1 features instead of 4"),
         ({"features": {"mean": [float("nan")] * 4, "var": [1.0] * 4, "count": 1}}, "no finite numbers"),
-        ({"features": {"mean": ["x"] * 4, "var": [1.0] * 4, "count": 1}}, "no policy of this runner"),
+        ({"features": {"mean": ["x"] * 4, "var": [1.0] * 4, "count": 1}}, "not of this runner"),
         ({"method.low": {"_target_": "os.system"}}, "this run has 0.01"),
     ],
 )
@@ -131,6 +131,7 @@ def test_a_policy_of_something_else(playing, tmp_path, change, said):
 )
 def test_parts_of_a_pipeline(hostile, composed, tmp_path, part):
     from hydra.utils import instantiate
+
     from train import build_model
 
     cfg = composed("model=sd_tiny", "dataset=sd_concepts")

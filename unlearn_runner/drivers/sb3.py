@@ -271,7 +271,7 @@ def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, An
 
 def damaged_policy(place: str | Path, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"method.policy={place}: the policy is damaged or no policy of this runner ({first_line(error)}); train it again."
+        f"method.policy={place}: the policy is damaged or not of this runner ({first_line(error)}); train it again."
     )
 
 

@@ -160,7 +160,7 @@ class WandbLogger(Logger):
         settings = {"name": f"{folder.parent.name}/{folder.name}"} | {
             key: value for key, value in self.settings.items() if value is not None
         }
-        patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": INIT_TIMEOUT}
+        patience = float(os.environ.get("WANDB_INIT_TIMEOUT") or INIT_TIMEOUT)
 
         def begin(mode: str) -> Any:
             return wandb.init(
@@ -170,7 +170,7 @@ class WandbLogger(Logger):
                 config=config,
                 mode=mode,
                 resume="allow" if resumed and mode == "online" else None,
-                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, **patience),
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, init_timeout=patience),
             )
 
         try:
@@ -180,6 +180,7 @@ class WandbLogger(Logger):
                 f"Weights & Biases: {first_line(error)} Log in with `wandb login`, or take WANDB_MODE=offline."
             ) from error
         except wandb.errors.CommError as error:
+            wandb.teardown()  # its service holds the run's id
             self.run = begin("offline")
             print(
                 f"Weights & Biases cannot be reached ({first_line(error)}); the run is logged offline, upload it later "
