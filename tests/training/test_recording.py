@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -140,6 +141,9 @@ def online(monkeypatch, server):
 
 def assert_logged_offline(folder, said):
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    until = time.monotonic() + 10
+    while file.stat().st_size < 500 and time.monotonic() < until:  # wandb's service writes it a moment after finish
+        time.sleep(0.05)
     assert file.stat().st_size > 500
     (line,) = [line for line in said.splitlines() if line.startswith("Weights & Biases cannot be reached (")]
     assert f"the run is logged offline, upload it later with `wandb sync {shlex.quote(str(folder / 'wandb'))}" in line
