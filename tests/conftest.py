@@ -111,6 +111,26 @@ def tiny_vae():
     return build
 
 
+@pytest.fixture(scope="session")
+def clip_weights(tmp_path_factory):
+    """A tiny CLIP that open_clip builds from a configuration, and its weights in a file."""
+    import json
+
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("clip")
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1},
+    }
+    (folder / "tiny-for-tests.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("tiny-for-tests").state_dict(), folder / "weights.pt")
+    return folder / "weights.pt"
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     """The weights in a run's model/."""
     from safetensors.torch import load_file

@@ -39,6 +39,10 @@ from unlearn_runner.validation import checked, near, require_groups
 
 CONF = Path(__file__).parents[1] / "conf"
 
+# No library reads a pickle from elsewhere in this process, not even one that asks torch for weights_only=False.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
 
 

@@ -7,6 +7,9 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+ADVICE = ("weights_only", "weights only", "safe_globals", "allow_pickle")  # torch's and NumPy's words about a pickle
+REFUSED = re.compile(r"Unsupported (?:global: GLOBAL|class) \S+|Unsupported operand \d+|TorchScript archive")
+
 
 class ConfigurationError(ValueError):
     """A user's input cannot work: says in one sentence what was expected, what came and how to mend it."""
@@ -19,12 +22,20 @@ class NonFiniteError(RuntimeError):
 def first_line(error: Exception | str) -> str:
     """What an error says, for a message of one sentence; its type where it says nothing.
 
-    torch's advice to load a file without weights_only, which would run what is in it, is not passed on.
+    Libraries that refuse a pickle advise to read it all the same, which would run the code in it: only what was refused
+    is passed on.
     """
-    says = str(error).strip()
-    if "weights_only" in says or says.startswith("Weights only"):
-        return "it is damaged, or holds objects, which could run code and are not read"
-    return (says.splitlines() or [type(error).__name__])[0]
+    said = plain(str(error)).strip()
+    if any(words in said.lower() for words in ADVICE):
+        what = REFUSED.search(said)
+        return "it holds more than tensors, a pickle that could run code" + (f" ({what[0]})" if what else "")
+    return (said.splitlines() or [type(error).__name__])[0]
+
+
+def plain(text: str) -> str:
+    """Text of others without what would move or colour a terminal."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
 def folder_or_name(source: str, option: str) -> Path | str:

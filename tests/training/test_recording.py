@@ -1,15 +1,22 @@
 """Signals, progress lines, dashboards: what a person sees of a run."""
 
 import io
+import json
 import os
+import shlex
 import signal
+import sys
+import time
 
 import pytest
+import torch
 from rich.console import Console
 
-from unlearn_runner.errors import Interrupted
-from unlearn_runner.training.loggers import WandbLogger
+from unlearn_runner.errors import ConfigurationError, Interrupted
+from unlearn_runner.training.loggers import Logger, SafeLogger, WandbLogger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
+from unlearn_runner.training.recorder import RunRecorder
+from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.signals import Interrupts
 
 
@@ -88,3 +95,155 @@ def test_wandb_makes_one_run_for_each_start(tmp_path):
     logger.start(tmp_path / "a", {})
     assert logger.run.id == (tmp_path / "a" / "wandb" / "run_id").read_text(), "a resumed run is the same run"
     logger.finish({}, failed=False)
+
+
+def test_wandb_refuses_an_unknown_mode_and_a_project_it_cannot_have():
+    with pytest.raises(ConfigurationError, match="online, offline, disabled or shared, got 'on'"):
+        WandbLogger("test", mode="on")
+    for project in ("team/project", "p" * 129):
+        with pytest.raises(ConfigurationError, match="at most 128 letters and none of"):
+            WandbLogger(project)
+
+
+def test_wandb_takes_names_as_people_have_them():
+    logger = WandbLogger(123, "dryrun", 1984, 7, 1.5, [None, "", "a" * 70, "a" * 64, 12], 3)
+    assert logger.mode == "offline"
+    assert logger.settings == {
+        "project": "123", "entity": "1984", "group": "7", "job_type": "1.5", "name": "3", "tags": ["a" * 64, "12"],
+    }  # fmt: skip
+    empty = WandbLogger("", "", "", "", "", " a ,, b,a")
+    assert (empty.settings["project"], empty.settings["entity"], empty.mode) == ("unlearn_runner", None, "offline")
+    assert empty.settings["tags"] == ["a", "b"]
+
+
+def test_what_wandb_says_of_a_run_comes_from_the_environment_and_the_command_line_before_it(composed, monkeypatch):
+    found = composed("logger=wandb", "method=siss", "dataset=digits")["logger"]
+    assert (found["project"], found["entity"], found["tags"]) == ("unlearn_runner", None, "digits,siss")
+    assert (found["group"], found["job_type"], found["name"]) == ("digits-siss", "siss", None)
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP", "JOB_TYPE", "NAME", "TAGS"):
+        monkeypatch.setenv(f"WANDB_{name}", f"{name.lower()}-there")
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    found = composed("logger=wandb", "logger.group=mine", "logger.tags=[x,y]")["logger"]
+    assert found["project"] == "project-there"
+    assert found["entity"] == "entity-there"
+    assert (found["group"], found["tags"]) == ("mine", ["x", "y"])
+    assert (found["job_type"], found["name"], found["mode"]) == ("job_type-there", "name-there", "dryrun")
+    from hydra.utils import instantiate
+
+    assert instantiate(found, _convert_="all").mode == "offline"
+
+
+def online(monkeypatch, server):
+    for name, value in {"BASE_URL": server, "API_KEY": "0" * 40, "INIT_TIMEOUT": "3"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+
+
+def assert_logged_offline(folder, said):
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    until = time.monotonic() + 10
+    while file.stat().st_size < 500 and time.monotonic() < until:  # wandb's service writes it a moment after finish
+        time.sleep(0.05)
+    assert file.stat().st_size > 500
+    (line,) = [line for line in said.splitlines() if line.startswith("Weights & Biases cannot be reached (")]
+    assert f"the run is logged offline, upload it later with `wandb sync {shlex.quote(str(folder / 'wandb'))}" in line
+
+
+def test_wandb_without_its_server_goes_on_offline(tmp_path, monkeypatch, capfd):
+    import wandb
+
+    folder, init, asked = tmp_path / "a run", wandb.init, []
+
+    def without_network(**settings):
+        asked.append(settings["mode"])
+        if settings["mode"] == "online":
+            raise wandb.errors.CommError("Run initialization has timed out\nConsider")
+        return init(**settings)
+
+    folder.mkdir()
+    monkeypatch.setattr(wandb, "init", without_network)
+    logger = WandbLogger("test", mode="online")
+    logger.start(folder, {"seed": 0})
+    logger.log(1, {"loss/retain": 1.0})
+    logger.finish({"eval/forget_rate": 0.0}, failed=False)
+    assert asked == ["online", "offline"]
+    assert_logged_offline(folder, capfd.readouterr().err)
+
+
+@pytest.mark.slow
+def test_wandb_with_a_closed_port_goes_on_offline(tmp_path, monkeypatch, capfd):
+    online(monkeypatch, "http://127.0.0.1:9")
+    logger = WandbLogger("test", mode="online")
+    logger.start(tmp_path, {"seed": 0})
+    logger.log(1, {"loss/retain": 1.0})
+    logger.finish({"eval/forget_rate": 0.0}, failed=False)
+    assert_logged_offline(tmp_path, capfd.readouterr().err)
+
+
+CALLS = ("start", "log", "image", "table", "finish")
+
+
+class Failing(Logger):
+    """Raises at one of its calls."""
+
+    def __init__(self, at):
+        self.at = at
+        self.called = []
+
+    def _call(self, name):
+        self.called.append(name)
+        if name == self.at:
+            raise RuntimeError("[/no]\nmarkup")
+
+    def start(self, folder, config):
+        self._call("start")
+
+    def log(self, step, values):
+        self._call("log")
+
+    def image(self, step, key, path):
+        self._call("image")
+
+    def table(self, key, columns, rows):
+        self._call("table")
+
+    def finish(self, summary, failed):
+        self._call("finish")
+
+
+@pytest.mark.parametrize("at", CALLS)
+def test_a_logger_that_fails_is_said_once_and_ends_nothing(at, tmp_path):
+    logger, said = Failing(at), []
+    safe = SafeLogger(logger, said.append)
+    for _ in range(2):
+        safe.start(tmp_path, {})
+        safe.log(1, {})
+        safe.image(1, "key", tmp_path)
+        safe.table("key", [], [])
+    safe.finish({}, failed=False)
+    assert said == ["Failing failed ([/no]); the run goes on without it, its folder has everything."]
+    assert logger.called.count(at) <= 2
+    assert logger.called[-1] == "finish", "what it got before is closed"
+
+
+def test_a_run_does_not_depend_on_its_dashboard(tmp_path):
+    """Its summary and its lines are whole, whatever the logger raises."""
+    out = io.StringIO()
+    for at in CALLS:
+        (tmp_path / at).mkdir()
+        folder = RunFolder(tmp_path / at, {"seed": 0})
+        with RunRecorder(folder, Failing(at), {}, 1, Console(file=out, width=200)) as recorder:
+            recorder.note(1, {"loss/retain": 1.0})
+            recorder.logger.image(1, "samples/lambda", tmp_path)
+            recorder.logger.table("results", [], [])
+        assert json.loads((tmp_path / at / "summary.json").read_text())["status"] == "finished"
+        assert '"loss/retain": 1.0' in (tmp_path / at / "metrics.jsonl").read_text()
+    assert out.getvalue().count("Failing failed ([/no])") == len(CALLS)
+
+
+def test_peak_memory_where_nothing_counts_it(monkeypatch):
+    from unlearn_runner.training.provenance import peak_memory_gb
+
+    assert torch.cuda.is_available() or 0.05 < peak_memory_gb() < 500
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak_memory_gb() is None

@@ -65,9 +65,15 @@ class Standardised:
         return {"mean": found.mean.tolist(), "var": found.var.tolist(), "count": float(found.count)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError unless they are finite numbers for as many features."""
         found = self.statistics
-        found.mean, found.var = np.array(state_dict["mean"]), np.array(state_dict["var"])
-        found.count = state_dict["count"]
+        mean, var = (np.array(state_dict[name], dtype=float) for name in ("mean", "var"))
+        count = float(state_dict["count"])
+        if mean.shape != found.mean.shape or var.shape != found.var.shape:
+            raise ValueError(f"statistics of {mean.size} features instead of {found.mean.size}")
+        if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all() and math.isfinite(count)):
+            raise ValueError("the statistics of its features are no finite numbers")
+        found.mean, found.var, found.count = mean, var, count
 
 
 @final

@@ -26,7 +26,7 @@ from unlearn_runner.cache import atomic, write_json
 from unlearn_runner.distributed import is_first
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.drivers.lambda_env import LambdaEnv
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.methods.rl_lambda import RLLambda
 from unlearn_runner.training.trainer import Plan, Trainer
 
@@ -107,8 +107,11 @@ class Agent:
             self.model.set_logger(Logger(None, [RecorderWriter(trainer)]))
         if self.trained:
             weights, statistics = load_policy(self.method)
-            self.model.policy.load_state_dict(weights)
-            self.env.features.load_state_dict(statistics)
+            try:
+                self.model.policy.load_state_dict(weights)
+                self.env.features.load_state_dict(statistics)
+            except Exception as error:  # whatever a foreign file makes torch and NumPy raise
+                raise damaged_policy(self.method.policy, error) from error
             self.env.features.frozen = True
 
     def learn(self) -> None:
@@ -213,7 +216,6 @@ def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, An
 
     Raises ConfigurationError if there is none, it is damaged, or it was made for something else.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(method.policy).expanduser()
@@ -224,13 +226,17 @@ def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, An
         weights = load_file(folder / "policy.safetensors")
         found = {name: content[name] for name in purpose(method)}
         features = content["features"]
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError("its weights are no finite numbers")
+        if not isinstance(features, dict):
+            raise ValueError("its features have no statistics")
     except FileNotFoundError as error:
         raise ConfigurationError(
             f"method.policy={method.policy}: expected a run folder with policy/, or that folder; {error.filename} is "
             "not there."
         ) from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ConfigurationError(f"method.policy={folder}: the policy is damaged ({error}).") from error
+    except Exception as error:  # whatever a foreign file makes json and safetensors raise
+        raise damaged_policy(folder, error) from error
     for name, wanted in purpose(method).items():
         if found[name] != wanted:
             raise ConfigurationError(
@@ -238,6 +244,12 @@ def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, An
                 "same."
             )
     return weights, features
+
+
+def damaged_policy(place: str | Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"method.policy={place}: the policy is damaged or not of this runner ({first_line(error)}); train it again."
+    )
 
 
 @final

@@ -1,5 +1,6 @@
 """Feature extractors beside the dataset's own classifier: what FID, KID and their kin measure distances in."""
 
+import io
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal, final
@@ -62,8 +63,10 @@ class Inception(FeatureExtractor):
                 raise ConfigurationError(f"evaluation.extractor.inception_weights={weights}: there is no such file.")
             _download(URL_INCEPTION_V3, path)
         try:
-            torch.load(path, weights_only=True)  # torch-fidelity reads it as a pickle: only after this found none in it
-            self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+            weights = io.BytesIO()  # torch-fidelity reads weights as a pickle: it gets what is written here, no file
+            torch.save(torch.load(path, map_location="cpu", weights_only=True), weights)
+            weights.seek(0)
+            self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
         except Exception as error:  # whatever a wrong file makes torch raise
             raise ConfigurationError(
                 f"{path} is not torch-fidelity's InceptionV3 ({first_line(error)}); get it again from "

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from unlearn_runner.cache import atomic, write_json
 from unlearn_runner.distributed import is_first
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 VERSION = 1
@@ -97,9 +96,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if size != manifest["files"][STATE]:
             raise EOFError(f"{STATE} has {size} bytes instead of {manifest['files'][STATE]}")
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        return Checkpoint(folder, manifest["step"], manifest["identity"], state)
+    except Exception as error:  # whatever a foreign or damaged file makes json and torch raise
         raise ConfigurationError(
-            f"resume_from_checkpoint={folder}: the checkpoint is damaged ({str(error).splitlines()[0]}); "
+            f"resume_from_checkpoint={folder}: the checkpoint is damaged ({first_line(error)}); "
             "resume from an earlier one or start again."
         ) from error
-    return Checkpoint(folder, manifest["step"], manifest["identity"], state)

@@ -1,7 +1,6 @@
 """Where a number comes from: versions, machine, commit."""
 
 import platform
-import resource
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -39,9 +38,16 @@ def git_commit() -> str | None:
         return None
 
 
-def peak_memory_gb() -> float:
-    """The most memory the process has held, in GiB: on the accelerator if there is one, else in RAM."""
+def peak_memory_gb() -> float | None:
+    """The most memory the process has held, in GiB: on the accelerator if there is one, else in RAM.
+
+    None on Windows without an accelerator: it does not count.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # there is none on Windows
+    except ImportError:
+        return None
     unit = 1 if platform.system() == "Darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from statistics import mean
 from types import TracebackType
 from typing import Any, final
@@ -13,7 +14,7 @@ from rich.console import Console
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
-from unlearn_runner.training.loggers import Logger
+from unlearn_runner.training.loggers import Logger, SafeLogger
 from unlearn_runner.training.pictures import draw_lambda
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
@@ -82,7 +83,7 @@ class RunRecorder(Recorder):
         self, folder: RunFolder | NoFolder, logger: Logger, config: dict[str, Any], max_steps: int, console: Console
     ):
         self.folder = folder
-        self.logger = logger
+        self.logger = SafeLogger(logger, partial(console.print, markup=False, soft_wrap=True))
         self.config = config
         self.console = console
         self.started = time.perf_counter()
@@ -299,7 +300,8 @@ class RunRecorder(Recorder):
         return finite
 
     def _costs(self) -> dict[str, float]:
-        costs = {"cost/peak_memory_gb": peak_memory_gb(), **self.costs}
+        memory = peak_memory_gb()
+        costs = ({} if memory is None else {"cost/peak_memory_gb": memory}) | self.costs
         if self.trainer is not None:
             costs |= {f"cost/{name}": getattr(self.trainer, name) for name in COSTS}
             costs |= {f"cost/policy_{name}": spent for name, spent in self.trainer.rehearsed.items()}
