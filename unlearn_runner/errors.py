@@ -1,6 +1,12 @@
 """What can end a run early. Imports nothing heavy: a mistyped command must fail at once."""
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ConfigurationError(ValueError):
@@ -14,6 +20,30 @@ class NonFiniteError(RuntimeError):
 def first_line(error: Exception) -> str:
     """What an error says, for a message of one sentence; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What is written in here to `path`: where there is no room for it, the error says so and names the place.
+
+    Neither Python's writes nor torch's, safetensors' and Pillow's name the file that the disk had no room for.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = no_room(error)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def no_room(error: BaseException) -> int | None:
+    """The errno of a write for which there was no room; None for any other error."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return error.errno
+    if "PytorchStreamWriter failed" in str(error) or "inline_container" in str(error):  # it does not say what failed
+        return errno.ENOSPC
+    return next((number for number in NO_ROOM if os.strerror(number) in str(error)), None)
 
 
 def folder_or_name(source: str, option: str) -> Path | str:
@@ -35,7 +65,7 @@ def existing_folder(source: str, option: str) -> Path:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; raised where the state of the run is whole. Passes `except Exception`."""
+    """SIGINT, SIGTERM or SIGHUP arrived; raised where the state of the run is whole. Passes `except Exception`."""
 
 
 KNOWN = (ConfigurationError, NonFiniteError, Interrupted)  # what a sentence explains

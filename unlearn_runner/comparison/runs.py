@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from unlearn_runner.errors import first_line
+from unlearn_runner.owner import owner_of
 from unlearn_runner.schema import SUMMARY_VERSION
 
 # libyaml's parser reads a config in 3 ms, the one in Python takes ten times as long.
@@ -111,6 +112,8 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             config["choices"]["method"],
             config["seed"],
         )
+        if summary["status"] == "running" and owner_of(folder) is None:
+            return Apart(folder, f"killed, its process is gone ({label}, seed {seed})")
         if summary["status"] != "finished":
             return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + error_of(summary))
         version = summary.get("version", 1)
