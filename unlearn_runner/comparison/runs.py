@@ -112,10 +112,10 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             config["choices"]["method"],
             config["seed"],
         )
-        if summary["status"] == "running" and owner_of(folder) is None:
-            return Apart(folder, f"killed, its process is gone ({label}, seed {seed})")
         if summary["status"] != "finished":
-            return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + error_of(summary))
+            dead = summary["status"] == "running" and owner_of(folder) is None
+            why = error_of(summary) or (": its process is gone, it was killed" if dead else "")
+            return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + why)
         version = summary.get("version", 1)
         numbers = {key: as_number(value) for key, value in summary["metrics"].items()}
         provenance = summary["provenance"]
