@@ -154,7 +154,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         recorder.trainer = trainer
         driver.prepare(trainer)
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
         driver.run(trainer)
         if relearning := evaluation["relearning"]:
             recorder.relearn("eval", method.model, relearning)

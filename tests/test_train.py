@@ -72,7 +72,7 @@ def test_leaves_the_run_folder_of_the_contract(whole):
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "samples/before.png", "samples/after.png",
                  "samples/oracle.png", "samples/step_000002.png", "model/model_index.json"):  # fmt: skip
         assert (folder / name).is_file(), name
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
+    assert not (folder / "checkpoints").exists(), "a finished run keeps them only if asked to"
     content = summary(folder)
     assert content["status"] == "finished"
     metrics = content["metrics"]
@@ -103,7 +103,7 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     overrides = (
         "experiment=digits_trousers_lambda", "method=adaptive_siss", "evaluation.relearning=null",
         "evaluation.metrics.nll=null", "evaluation.metrics.mia=null",
-        "trainer.max_steps=5", "trainer.checkpointing_steps=3", "trainer.checkpoints_total_limit=null",
+        "trainer.max_steps=5", "trainer.checkpointing_steps=3", *KEPT,
     )  # fmt: skip
     whole = run(*overrides, "evaluation.threshold=1.0", folder="whole")
     metrics = summary(whole)["metrics"]
@@ -118,7 +118,7 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     assert looks
     assert "eval/retain_accuracy" not in looks[0], "this experiment looks at the forget condition alone"
 
-    shutil.rmtree(whole / "checkpoints" / "step_000005")
+    break_off(whole, "step_000005")
     fresh = tmp_path / "outputs" / "fresh"
     fresh.mkdir()
     train.unlearn(composed(*overrides, "evaluation.threshold=1.0", f"resume_from_checkpoint={whole}"), fresh)
@@ -186,20 +186,29 @@ def test_retrain_starts_from_scratch(run):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(run, composed, tmp_path):
-    whole = run("trainer.checkpointing_steps=2", "trainer.checkpoints_total_limit=null", folder="whole")
+    whole = run(*KEPT, folder="whole")
     broken = tmp_path / "outputs" / "broken"
     shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "checkpoints" / "step_000004")
-    shutil.rmtree(broken / "model")
+    break_off(broken, "step_000004")
     (tmp_path / "outputs" / "fresh").mkdir()
     import train
 
-    overrides = ("trainer.checkpointing_steps=2", "trainer.checkpoints_total_limit=null")
-    train.unlearn(composed(*overrides, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
+    train.unlearn(composed(*KEPT, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
     assert not any((tmp_path / "outputs" / "fresh").iterdir()), "a resumed run goes on in its own folder"
     assert_same_bits(weights_of(broken), weights_of(whole))
     assert [timeless(line) for line in lines(broken)] == [timeless(line) for line in lines(whole)]
     assert summary(broken)["status"] == "finished"
+
+
+KEPT = ("trainer.checkpoints_total_limit=null", "trainer.keep_checkpoints=true")
+
+
+def break_off(folder: Path, *checkpoints: str) -> None:
+    """Make a finished run one that was killed before these checkpoints were written."""
+    for name in checkpoints:
+        shutil.rmtree(folder / "checkpoints" / name)
+    shutil.rmtree(folder / "model")
+    (folder / "summary.json").write_text(json.dumps(summary(folder) | {"status": "running"}))
 
 
 def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:

@@ -218,7 +218,8 @@ class Trainer:
         return path
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of this run, with the evaluation that was due when it was written."""
+        """Continue from a checkpoint, with the evaluation that was due when it was written."""
+        checkpoint.require(self.identity)
         with self.interrupts.shield():
             self.load_state_dict(checkpoint.state)
         self._evaluate_or_finish()
