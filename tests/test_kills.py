@@ -32,6 +32,7 @@ SETTINGS = (
     "debug=default", "logger=jsonl", "hardware.threads=1", "trainer.max_steps=12", "trainer.checkpointing_steps=3",
     "evaluation.every=4", "model.pretraining.max_steps=12",
 )  # fmt: skip
+AGAIN = ("resume_from_checkpoint=latest", "skip_finished=true")  # a signal may come when the run has just finished
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 POINTS = ("os.replace", "shutil.rmtree", "torch.save", "append", "close")
 
@@ -177,7 +178,7 @@ def trial(
         shutil.copytree(warm, place / "cache")
     for delay, point, which in harms:
         child = command(
-            place, method, "resume_from_checkpoint=latest", harm=point and (lambda point=point: plant(*point))
+            place, method, *AGAIN, harm=point and (lambda point=point: plant(*point))
         )
         if delay is not None:
             time.sleep(delay)
@@ -185,9 +186,9 @@ def trial(
         code = ended(child)
         says.append(f"{signal.Signals(which).name} {point or f'after {delay:.2f} s'}: {code}")
         if code == 0:  # it was over before the harm
-            return left_by(place)
+            break
         assert code in (-which, 130), (place / "said").read_text()
-    assert ended(command(place, method, "resume_from_checkpoint=latest")) == 0, (place / "said").read_text()
+    assert ended(command(place, method, *AGAIN)) == 0, (place / "said").read_text()
     return left_by(place)
 
 

@@ -43,7 +43,8 @@ def flipped(content: bytes) -> bytes:
 
 
 HARMS = [
-    "cut off", "no state", "no manifest", "garbled manifest", "a list as manifest", "same length, garbled", "a flipped bit",
+    "cut off", "no state", "no manifest", "garbled manifest", "a list as manifest", "same length, garbled",
+    "a flipped bit",
 ]  # fmt: skip
 
 
@@ -110,8 +111,8 @@ def test_what_differs_is_told_once_and_by_its_name(tmp_path):
     with pytest.raises(ConfigurationError) as refused:
         checkpoint.require(here)
     assert str(refused.value).split(": it is ")[1].split("; start it")[0] == (
-        "of another new (none) than this run's ([1]); of another seed (0) than this run's (1); of another method (SISS) "
-        "than this run's (NegGrad); of another model.weights (a) than this run's (b)"
+        "of another new (none) than this run's ([1]); of another seed (0) than this run's (1); of another method "
+        "(SISS) than this run's (NegGrad); of another model.weights (a) than this run's (b)"
     )
 
 

@@ -63,13 +63,14 @@ def test_what_is_written_can_be_compared(tmp_path):
 
 # What may differ between two runs of one identity, each with another value than that of a debug run.
 FREE = {
-    "resume_from_checkpoint": "latest", "skip_finished": True, "objective": "eval/forget_rate", "name": "x", "label": "x",
-    "choices.dataset": "x", "choices.model": "x", "choices.method": "x", "choices.experiment": "x",
-    "budget.max_steps": 3, "budget.batch_size": 3, "budget.learning_rate": 3.0, "paths.outputs": "x", "paths.cache": "x",
-    "logger._target_": "x", "trainer.log_every": 7, "trainer.checkpointing_steps": 7,
-    "trainer.checkpoints_total_limit": 7, "trainer.keep_checkpoints": True, "hardware.accelerator": "cpu",
-    "hardware.num_processes": 2, "hardware.threads": 3, "hardware.gradient_accumulation_steps": 2, "hardware._target_": "x",
-    "hardware.cuda_graphs": False, "hardware.compile": True, "hardware.channels_last": True, "hardware.deterministic": False,
+    "resume_from_checkpoint": "latest", "skip_finished": True, "objective": "eval/forget_rate", "name": "x",
+    "label": "x", "choices.dataset": "x", "choices.model": "x", "choices.method": "x", "choices.experiment": "x",
+    "budget.max_steps": 3, "budget.batch_size": 3, "budget.learning_rate": 3.0, "paths.outputs": "x",
+    "paths.cache": "x", "logger._target_": "x", "trainer.log_every": 7, "trainer.checkpointing_steps": 7,
+    "trainer.checkpoints_total_limit": 7, "trainer.keep_checkpoints": True, "hardware._target_": "x",
+    "hardware.accelerator": "cpu", "hardware.num_processes": 2, "hardware.threads": 3, "hardware.compile": True,
+    "hardware.gradient_accumulation_steps": 2, "hardware.cuda_graphs": False, "hardware.channels_last": True,
+    "hardware.deterministic": False,
 }  # fmt: skip
 
 
