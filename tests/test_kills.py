@@ -92,7 +92,7 @@ def left_by(place: Path) -> tuple[dict[str, bytes], list[dict]]:
     }
     (run,) = (folder for folder, status in runs.items() if status == "finished")
     for folder in runs:
-        assert not any((folder / "checkpoints").glob("*")), f"{folder} would have been gone on with"
+        assert not any((folder / "checkpoints").glob("step_*")), f"{folder} would have been gone on with"
     rubble = [path for path in run.rglob(".*.tmp")]
     assert not rubble, rubble
     weights = {path.name: path.read_bytes() for path in sorted((run / "model").rglob("*.safetensors"))}
@@ -177,9 +177,7 @@ def trial(
     if warm is not None:
         shutil.copytree(warm, place / "cache")
     for delay, point, which in harms:
-        child = command(
-            place, method, *AGAIN, harm=point and (lambda point=point: plant(*point))
-        )
+        child = command(place, method, *AGAIN, harm=point and (lambda point=point: plant(*point)))
         if delay is not None:
             time.sleep(delay)
             os.kill(child, which)  # not waited for yet: the id is its own, also when it has ended
