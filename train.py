@@ -32,27 +32,24 @@ def run(cfg: dict, fresh_folder: Path) -> float | tuple[float, ...] | None:
     from unlearn_runner.distributed import joined, launch, started_outside
     from unlearn_runner.training.run_folder import finished, objectives
 
+    processes = instantiate(cfg["hardware"]).processes
     places = (Path(cfg["paths"]["outputs"]), fresh_folder.parent)
     folder = finished(places, cfg) if cfg.get("skip_finished") else None
     if folder is not None:
         print(f"skipped, for it is finished: {folder}")
+    elif processes > 1 and started_outside() is None:
+        folder = launch(__file__, "unlearn", (cfg, fresh_folder), processes)
     else:
-        processes = instantiate(cfg["hardware"]).processes
-        if processes > 1 and started_outside() is None:
-            folder = launch(__file__, "unlearn", (cfg, fresh_folder), processes)
-        else:
-            with joined():
-                folder = unlearn(cfg, fresh_folder)
+        with joined():
+            folder = unlearn(cfg, fresh_folder)
     return objectives(folder, cfg.get("objective"))
 
 
 def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     """One run, in a folder of its own or in that of the run which it resumes; returns it."""
     # Heavy libraries only now: what is wrong on the command line was said before.
-    from rich.console import Console
-
     from unlearn_runner.data.streams import BatchStream
-    from unlearn_runner.distributed import is_first
+    from unlearn_runner.distributed import from_first, is_first
     from unlearn_runner.errors import folder_or_name
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
@@ -62,15 +59,21 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.loggers import NoLogger
     from unlearn_runner.training.pretraining import pretrained
-    from unlearn_runner.training.progress import ProgressBar
+    from unlearn_runner.training.progress import ProgressBar, run_console
     from unlearn_runner.training.recorder import RunRecorder
-    from unlearn_runner.training.run_folder import checkpoint_to_resume, open_run_folder
+    from unlearn_runner.training.run_folder import (
+        DATA,
+        checkpoint_to_resume,
+        continued,
+        identity_of_run,
+        open_run_folder,
+    )
     from unlearn_runner.training.signals import Interrupts
-    from unlearn_runner.training.trainer import Trainer, identity_of
+    from unlearn_runner.training.trainer import Trainer
     from unlearn_runner.types import make_generator
 
     make = partial(instantiate, _convert_="all")
-    console, seed = Console(quiet=not is_first()), cfg["seed"]
+    console, seed = run_console(quiet=not is_first()), cfg["seed"]
     cache_dir = Path(cfg["paths"]["cache"]).expanduser()
 
     # 1. Build every part. The constructors check what the user gave; no image and no weight is read yet.
@@ -97,31 +100,30 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
     require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
     logger = make(cfg["logger"]) if is_first() else NoLogger()
-    checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], Path(cfg["paths"]["outputs"]), cfg)
-    identity = identity_of(method, dataset.spec)
+    identity = from_first(lambda: identity_of_run(cfg))
+    outputs, extendable = Path(cfg["paths"]["outputs"]), driver.extendable
+    checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], outputs, identity, extendable)
+    data = None if dataset.from_base else dataset.load()
+    if data is not None:
+        identity[DATA] = data.fingerprint
     if checkpoint is not None:
-        checkpoint.require(identity)
-    folder = open_run_folder(fresh_folder, checkpoint, cfg)
+        identity = continued(identity, checkpoint)
+    folder = open_run_folder(fresh_folder, checkpoint, cfg, identity)
 
-    with RunRecorder(folder, logger, cfg, total_steps, console) as recorder, Interrupts() as interrupts:
-        # 2. Load the data; get the judge and the base weights, or make them once.
+    with Interrupts() as interrupts, RunRecorder(folder, logger, cfg, total_steps, console, interrupts) as recorder:
+        # 2. Get the judge and the base weights, or make them once.
         def weights_of(population: str) -> str | Path:
             if population == "all" and cfg["model"]["weights"] != "auto":
                 return folder_or_name(cfg["model"]["weights"], "model.weights")
             key = {name: cfg["model"][name] for name in ("network", "pretraining")} | hardware.beyond_rounding
             return pretrained(population, pretraining, key, build_network, data, cache_dir, interrupts, console)
 
-        if dataset.from_base:
-            data = None
-            network.load(weights_of("all"))
-            require_usable(network, cfg["model"]["weights"])
+        network.load(weights_of("all"))
+        require_usable(network, cfg["model"]["weights"])
+        if data is None:
             data = drawn_by(network, dataset, hardware.device)
-        else:
-            data = dataset.load()
-            for note in data.notes:
-                console.print(note, soft_wrap=True, markup=False, highlight=False)
-            network.load(weights_of("all"))
-            require_usable(network, cfg["model"]["weights"])
+        for note in data.notes:
+            console.print(note, soft_wrap=True)
         if clip_training is not None:
             with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:
                 clip.load(trained_clip(clip, clip_training, cfg["clip"]["network"], cache_dir, progress.update))
@@ -154,7 +156,7 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         recorder.trainer = trainer
         driver.prepare(trainer)
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
         driver.run(trainer)
         if relearning := evaluation["relearning"]:
             recorder.relearn("eval", method.model, relearning)

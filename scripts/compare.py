@@ -76,7 +76,7 @@ def main() -> None:
             arguments.metrics or [], short, arguments.sort, arguments.baseline, arguments.test, not arguments.no_marks
         )
         comparison = compare(found, wanted)
-        console, aside = terminal(), Console(stderr=True, highlight=False, soft_wrap=True)
+        console, aside = terminal(), Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         if arguments.csv:
             print(csv_text([table[:1] + table[2:5] for table in comparison.tables]), end="")
         elif exported:

@@ -72,7 +72,7 @@ def test_leaves_the_run_folder_of_the_contract(whole):
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "samples/before.png", "samples/after.png",
                  "samples/oracle.png", "samples/step_000002.png", "model/model_index.json"):  # fmt: skip
         assert (folder / name).is_file(), name
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
+    assert not (folder / "checkpoints").exists(), "a finished run keeps them only if asked to"
     content = summary(folder)
     assert content["status"] == "finished"
     metrics = content["metrics"]
@@ -103,7 +103,7 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     overrides = (
         "experiment=digits_trousers_lambda", "method=adaptive_siss", "evaluation.relearning=null",
         "evaluation.metrics.nll=null", "evaluation.metrics.mia=null",
-        "trainer.max_steps=5", "trainer.checkpointing_steps=3", "trainer.checkpoints_total_limit=null",
+        "trainer.max_steps=5", "trainer.checkpointing_steps=3", *KEPT,
     )  # fmt: skip
     whole = run(*overrides, "evaluation.threshold=1.0", folder="whole")
     metrics = summary(whole)["metrics"]
@@ -118,7 +118,7 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     assert looks
     assert "eval/retain_accuracy" not in looks[0], "this experiment looks at the forget condition alone"
 
-    shutil.rmtree(whole / "checkpoints" / "step_000005")
+    break_off(whole, "step_000005")
     fresh = tmp_path / "outputs" / "fresh"
     fresh.mkdir()
     train.unlearn(composed(*overrides, "evaluation.threshold=1.0", f"resume_from_checkpoint={whole}"), fresh)
@@ -162,6 +162,8 @@ def test_saved_configuration_makes_the_run_again(whole, shared_cache, tmp_path):
         f"hydra.run.dir={tmp_path / 'again'}", outputs=tmp_path, cache=shared_cache,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
+    first_step = int(re.search(r"training the base model: step (\d+)/600", again.stdout)[1])
+    assert first_step > 10, "it began where it had stopped"
     assert_same_bits(weights_of(tmp_path / "again"), weights_of(folder))
 
 
@@ -186,20 +188,29 @@ def test_retrain_starts_from_scratch(run):
 
 
 def test_resumed_run_equals_the_uninterrupted_one(run, composed, tmp_path):
-    whole = run("trainer.checkpointing_steps=2", "trainer.checkpoints_total_limit=null", folder="whole")
+    whole = run(*KEPT, folder="whole")
     broken = tmp_path / "outputs" / "broken"
     shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "checkpoints" / "step_000004")
-    shutil.rmtree(broken / "model")
+    break_off(broken, "step_000004")
     (tmp_path / "outputs" / "fresh").mkdir()
     import train
 
-    overrides = ("trainer.checkpointing_steps=2", "trainer.checkpoints_total_limit=null")
-    train.unlearn(composed(*overrides, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
+    train.unlearn(composed(*KEPT, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
     assert not any((tmp_path / "outputs" / "fresh").iterdir()), "a resumed run goes on in its own folder"
     assert_same_bits(weights_of(broken), weights_of(whole))
     assert [timeless(line) for line in lines(broken)] == [timeless(line) for line in lines(whole)]
     assert summary(broken)["status"] == "finished"
+
+
+KEPT = ("trainer.checkpoints_total_limit=null", "trainer.keep_checkpoints=true")
+
+
+def break_off(folder: Path, *checkpoints: str) -> None:
+    """Make a finished run one that was killed before these checkpoints were written."""
+    for name in checkpoints:
+        shutil.rmtree(folder / "checkpoints" / name)
+    shutil.rmtree(folder / "model")
+    (folder / "summary.json").write_text(json.dumps(summary(folder) | {"status": "running"}))
 
 
 def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:
@@ -218,17 +229,20 @@ def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:
 
 
 def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
-    """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one."""
+    """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one.
+    What is said runs as it is printed.
+    """
     settings = ("debug=default", "logger=jsonl", "trainer.max_steps=60", "evaluation.every=null",
                 "trainer.checkpointing_steps=null")  # fmt: skip
-    outputs = tmp_path / "outputs"
+    outputs = tmp_path / "a[/b] :smile: c=é,'{x}'"
     process = in_training(*settings, outputs=outputs, cache=shared_cache)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     (folder,) = runs_below(outputs)
     assert summary(folder)["status"] == "interrupted"
-    assert "resume_from_checkpoint=" in said
+    printed = said.split("interrupted; go on with: ")[1].splitlines()[0]
     stopped_at = lines(folder)[-1]["step"]
     assert 0 < stopped_at < 60
 
@@ -238,6 +252,11 @@ def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
     assert summary(folder)["status"] == "finished"
     assert "resume_from_checkpoint: null" in (folder / "config.yaml").read_text()
     assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 61))
+    again = subprocess.run(
+        printed.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True,
+        env=environment(outputs, shared_cache),
+    )  # fmt: skip
+    assert f"resume_from_checkpoint={folder}: this run has finished, nothing is left to do" in again.stderr
     other = command(*settings, "resume_from_checkpoint=latest", outputs=tmp_path / "other", cache=shared_cache)
     assert other.returncode == 0, "latest begins anew where there is nothing to resume"
     assert_same_bits(weights_of(folder), weights_of(runs_below(tmp_path / "other")[0]))
@@ -479,12 +498,107 @@ def test_unwritable_outputs_get_one_sentence(tmp_path, shared_cache):
     assert "Traceback" not in done.stderr
 
 
-def test_checkpoint_of_another_method_is_refused(run, composed, tmp_path):
+@pytest.fixture
+def resumed(composed, tmp_path):
+    """`resumed(folder, "seed=1")`: a debug run that goes on with another; returns the folder it was made in."""
     import train
 
-    folder = run()
-    before = (folder / "summary.json").read_text()
-    (tmp_path / "outputs" / "fresh").mkdir()
-    with pytest.raises(ConfigurationError, match="of another method"):
-        train.unlearn(composed("method=neg_grad", f"resume_from_checkpoint={folder}"), tmp_path / "outputs" / "fresh")
-    assert (folder / "summary.json").read_text() == before
+    def resume(folder: Path, *overrides: str) -> Path:
+        fresh = tmp_path / "outputs" / "fresh"
+        fresh.mkdir(exist_ok=True)
+        return train.unlearn(composed(f"resume_from_checkpoint={folder}", *overrides), fresh)
+
+    return resume
+
+
+def test_checkpoint_of_another_run_is_refused(run, resumed):
+    folder = run(*KEPT)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for override, sentence in {
+        "method=neg_grad": r"of another method \(SISS\) than this run's \(NegGrad\)",
+        "seed=1": r"of another seed \(0\) than this run's \(1\)",
+        "dataset.seed=1": r"of another dataset\.seed \(0\) than this run's \(1\)",
+        "trainer.batch_size=4": r"of another trainer\.batch_size \(8\) than this run's \(4\)",
+        "method/update=sgd": r"of another method\.update\.optimizer \(AdamW\) than this run's \(SGD\)",
+        "method/lambd=closed_form": r"of another method\.lambd \(\w+\) than this run's \(ClosedForm\)",
+        "trainer.max_steps=2": r"of another trainer\.max_steps \(4\) than this run's \(2\)",
+        "hardware.mixed_precision=bf16": r"of another hardware\.mixed_precision \(no\) than this run's \(bfloat16\)",
+        "trainer.log_every=2": "this run has finished, nothing is left to do",
+    }.items():
+        with pytest.raises(ConfigurationError, match=sentence):
+            resumed(folder, override)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_goes_on_from_a_finished_one(run, resumed, tmp_path):
+    folder = run(*KEPT)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    longer = resumed(folder, "trainer.max_steps=6")
+    assert longer == tmp_path / "outputs" / "fresh"
+    content = summary(longer)
+    assert content["status"] == "finished"
+    checkpoint = folder / "checkpoints" / "step_000004"
+    parent = {"checkpoint": str(checkpoint), "step": 4, "config_hash": summary(folder)["config_hash"]}
+    assert content["parent"] == parent
+    assert [line["step"] for line in lines(longer) if "loss/forget" in line] == [1, 2, 3, 4, 5, 6]
+    assert content["metrics"]["cost/images"] == 6 / 4 * summary(folder)["metrics"]["cost/images"]
+    assert before == {path: path.read_bytes() for path in before}
+    (longer / ".claimed").unlink()
+    again = tmp_path / "outputs" / "again"
+    again.mkdir()
+    import yaml
+
+    import train
+
+    assert train.unlearn(yaml.safe_load((longer / "config.yaml").read_text()), again) == again, "from what it has left"
+    assert_same_bits(weights_of(again), weights_of(longer))
+
+
+def test_a_run_whose_end_cannot_be_written_says_so_and_can_be_gone_on_with(run, resumed, monkeypatch, capsys):
+    """The disk is full when the summary is written: the model and the checkpoint are there, the status is not."""
+    import errno
+
+    from unlearn_runner.training.run_folder import RunFolder
+
+    original = RunFolder.write_summary
+
+    def full(self, status, *arguments, **more):
+        if status == "finished":
+            raise OSError(errno.ENOSPC, "No space left on device", "summary.json")
+        original(self, status, *arguments, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(RunFolder, "write_summary", full)
+        run("trainer.checkpointing_steps=null", folder="full")
+    (folder,) = Path(capsys.readouterr().out.split("everything is in ")[1].splitlines()[0]).parent.glob("full")
+    assert summary(folder)["status"] == "running"
+    assert resumed(folder, "trainer.checkpointing_steps=null") == folder
+    assert summary(folder)["status"] == "finished"
+
+
+@pytest.mark.slow  # tests/test_kills.py stops runs anywhere
+def test_interrupted_while_the_base_is_trained(tmp_path):
+    """The command is told again, for the base's training goes on; as printed, in odd folders, by a shell."""
+    outputs, cache = tmp_path / "o[/x] y=z", tmp_path / "c é, 'q'"
+    settings = ("debug=default", "logger=jsonl", "model.pretraining.max_steps=600")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *settings], env=environment(outputs, cache),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    seen = ""
+    while "training the base model: step" not in seen:
+        seen = process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    (folder,) = runs_below(outputs)
+    assert summary(folder)["status"] == "interrupted"
+    assert list(cache.glob("bases/*.partial/checkpoints/step_*"))
+    printed = said.split("in the cache, go on with: ")[1].splitlines()[0]
+    again = subprocess.run(
+        printed.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True,
+        env=environment(outputs, cache), timeout=120,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    first_step = int(re.search(r"training the base model: step (\d+)/600", again.stdout)[1])
+    assert first_step > 10, "it began where it had stopped"

@@ -15,8 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_train import environment
 
-from unlearn_runner.cli import refuse_what_hydra_would_run
-from unlearn_runner.errors import ConfigurationError, as_override
+from unlearn_runner.cli import as_override, refuse_what_hydra_would_run
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.rules import parts
 from unlearn_runner.validation import constructor_of
 

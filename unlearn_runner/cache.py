@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from unlearn_runner.distributed import from_first, own_copy
-from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.errors import ConfigurationError, first_line, naming
 
 KEY, MANIFEST = "key.json", "manifest.json"
 VERSION = 1  # of the manifest
@@ -240,7 +240,7 @@ class atomic:
     def __enter__(self) -> Path:
         return self.temporary
 
-    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: Any) -> None:
         if error is None:
             inside = self.temporary.rglob("*") if self.temporary.is_dir() else [self.temporary]
             for file in inside:
@@ -255,10 +255,13 @@ class atomic:
                 os.replace(self.temporary, self.path)
             if os.name == "posix":  # elsewhere a folder cannot be opened
                 _flush(self.path.parent)
-        elif self.temporary.is_dir():
-            shutil.rmtree(self.temporary)
+            return
+        if self.temporary.is_dir():
+            shutil.rmtree(self.temporary, ignore_errors=True)
         else:
             self.temporary.unlink(missing_ok=True)
+        with naming(self.path):
+            raise error
 
 
 def _flush(path: Path) -> None:
@@ -267,3 +270,13 @@ def _flush(path: Path) -> None:
     with suppress(OSError):  # a file system that cannot
         os.fsync(descriptor)
     os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `atomic` has left in a folder and those in it, when a process died within.
+
+    For whoever owns the folder, so that no living process is at it.
+    """
+    for pattern in (".*.tmp", "*/.*.tmp"):
+        for left in folder.glob(pattern):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import traceback
 import warnings
@@ -18,8 +19,10 @@ from typing import Any
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import (
     CompactHydraException,
+    HydraException,
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
@@ -34,7 +37,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from unlearn_runner.errors import ConfigurationError, as_override, first_line, known_cause
+from unlearn_runner.errors import NO_ROOM, ConfigurationError, first_line, known_cause, no_room
 from unlearn_runner.validation import checked, near, require_groups
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -43,7 +46,7 @@ CONF = Path(__file__).parents[1] / "conf"
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
+UNWRITABLE = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
 
 
 def _hydra(root: DictConfig) -> DictConfig:
@@ -71,6 +74,29 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/.*' is validated 
 SWEEP = "UNLEARN_RUNNER_SWEEP"  # jobs inherit it from the command that launches them
 os.environ.setdefault(SWEEP, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}")
 OmegaConf.register_new_resolver("sweep", sweep, replace=True)
+
+
+def as_override(key: str, value: str) -> str:
+    """`key=value` as one types it into a shell so that Hydra reads exactly this text: spaces, commas, quotes,
+    accents, brackets and all.
+    """
+    plain = f"{key}={value}"
+    with suppress(HydraException):
+        override = OverridesParser.create().parse_override(plain)
+        if "${" not in value and not override.is_sweep_override() and override.value() == value:
+            return shlex.quote(plain)
+    literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)  # for OmegaConf no interpolation
+    return shlex.quote(f"{key}={QuotedString(literal, Quote.single).with_quotes()}")
+
+
+def command_again(*overrides: str) -> str:
+    """This command with other overrides, as one types it; in words where it is not known, as in one job of many."""
+    keys = tuple(override.lstrip("'\"").partition("=")[0] + "=" for override in overrides)
+    script = Path(sys.argv[0]).name == "train.py" and HydraConfig.initialized()
+    if not script or HydraConfig.get().mode == RunMode.MULTIRUN:
+        return " ".join(("the same command", *(["with"] if overrides else []), *overrides))
+    kept = [shlex.quote(argument) for argument in sys.argv if not (keys and argument.lstrip("+").startswith(keys))]
+    return " ".join(("python", *kept, *overrides))
 
 
 # 1. What a configuration may ask for
@@ -178,7 +204,8 @@ def one_sentence() -> Iterator[None]:
         mistake = _mistake(error)
         if full or mistake is None:
             raise error
-        print(mistake, file=sys.stderr)
+        with suppress(OSError):  # a terminal that was closed
+            print(mistake, file=sys.stderr, flush=True)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
@@ -194,7 +221,7 @@ def _mistake(error: BaseException) -> str | None:
         return "a group needs one of its options, got null; leave it out, or take it away with ~<group>."
     cause: BaseException | None = error
     while cause is not None:
-        if (isinstance(cause, OSError) and cause.errno in UNWRITABLE) or "No space left" in str(cause):
+        if (isinstance(cause, OSError) and cause.errno in UNWRITABLE) or no_room(cause) is not None:
             where = getattr(cause, "filename", None) or "the run folder or the cache"
             return f"cannot write {where}: {cause}; make room, or give hydra.run.dir=... or paths.cache=..."
         cause = cause.__cause__ or cause.__context__

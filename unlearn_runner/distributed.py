@@ -227,8 +227,8 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
         start_method="spawn",
     )
     main = threading.current_thread() is threading.main_thread()
-    known = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")]  # Windows has two
-    numbers = [number for number in known if number is not None and main]
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # Windows has the first two
+    numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}  # elastic_launch leaves its own
     method = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("spawn", force=True)  # children are told it, and know nothing of joblib's "loky"

@@ -1,14 +1,16 @@
 """What can end a run early. Imports nothing heavy: a mistyped command must fail at once."""
 
+import errno
 import os
 import re
-import shlex
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ADVICE = ("weights_only", "weights only", "safe_globals", "allow_pickle")  # torch's and NumPy's words about a pickle
 REFUSED = re.compile(r"Unsupported (?:global: GLOBAL|class) \S+|Unsupported operand \d+|TorchScript archive")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ConfigurationError(ValueError):
@@ -36,6 +38,30 @@ def plain(text: str) -> str:
     """Text of others without what would move or colour a terminal."""
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What is written in here to `path`: where there is no room for it, the error says so and names the place.
+
+    Neither Python's writes nor torch's, safetensors' and Pillow's name the file that the disk had no room for.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = no_room(error)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def no_room(error: BaseException) -> int | None:
+    """The errno of a write for which there was no room; None for any other error."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return error.errno
+    if "PytorchStreamWriter failed" in str(error) or "inline_container" in str(error):  # it does not say what failed
+        return errno.ENOSPC
+    return next((number for number in NO_ROOM if os.strerror(number) in str(error)), None)
 
 
 def folder_or_name(source: str, option: str) -> Path | str:
@@ -75,7 +101,7 @@ def folders_named(folder: Path) -> list[Path]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; raised where the state of the run is whole. Passes `except Exception`."""
+    """SIGINT, SIGTERM or SIGHUP arrived; raised where the state of the run is whole. Passes `except Exception`."""
 
 
 KNOWN = (ConfigurationError, NonFiniteError, Interrupted)  # what a sentence explains
@@ -86,20 +112,3 @@ def known_cause(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, KNOWN):
         error = error.__cause__
     return error
-
-
-def as_override(option: str, value: str) -> str:
-    """`option=value` as it can be typed into a shell, whatever is in the value: quoted for the shell and for Hydra."""
-    if not re.fullmatch(r"[A-Za-z_./~][A-Za-z0-9_./:@%+~-]*", value) or value.lower() in (
-        "null",
-        "true",
-        "false",
-        "nan",
-        "inf",
-    ):
-        # an interpolation's beginning is escaped for OmegaConf, a quote for Hydra; so are backslashes before either
-        value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
-        value = re.sub(r"(\\*)'", lambda found: found[1] * 2 + "\\'", value)
-        trailing = len(value) - len(value.rstrip("\\"))
-        value = f"'{value}{chr(92) * trailing}'"
-    return shlex.quote(f"{option}={value}")

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from unlearn_runner.cache import atomic, cached, fingerprint
+from unlearn_runner.cache import atomic, cached, file_digest, fingerprint
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.training.checkpoint import Checkpoints, open_checkpoint
+from unlearn_runner.training.checkpoint import Checkpoints, newest_whole, open_checkpoint, put_aside
 
 STATE = {"weights": {"a": torch.arange(1000.0)}, "counters": {"step": 3, "seconds": 0.5}}
 IDENTITY = {"method": "SISS", "model": "abc"}
@@ -36,7 +36,19 @@ def test_overwriting_leaves_no_rubble(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_000001"]
 
 
-@pytest.mark.parametrize("harm", ["cut off", "no state", "no manifest", "garbled manifest", "same length, garbled"])
+def flipped(content: bytes) -> bytes:
+    """One bit of a weight is another."""
+    at = content.index(torch.arange(1000.0).numpy().tobytes()) + 2000
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+HARMS = [
+    "cut off", "no state", "no manifest", "garbled manifest", "a list as manifest", "same length, garbled",
+    "a flipped bit",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_damaged_checkpoints_are_refused(tmp_path, harm):
     path = Checkpoints(tmp_path).save(1, STATE, IDENTITY)
     state, manifest = path / "state.pt", path / "manifest.json"
@@ -46,7 +58,9 @@ def test_damaged_checkpoints_are_refused(tmp_path, harm):
         "no state": state.unlink,
         "no manifest": manifest.unlink,
         "garbled manifest": lambda: manifest.write_text("{"),
+        "a list as manifest": lambda: manifest.write_text("[1]"),
         "same length, garbled": lambda: state.write_bytes(b"x" * len(content)),
+        "a flipped bit": lambda: state.write_bytes(flipped(content)),
     }[harm]()
     with pytest.raises(ConfigurationError, match=r"damaged|found no checkpoint"):
         open_checkpoint(path)
@@ -61,9 +75,45 @@ def test_pickles_are_not_executed(tmp_path):
     torch.save({"weights": Malice()}, path / "state.pt")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["state.pt"] = (path / "state.pt").stat().st_size
+    manifest["digests"]["state.pt"] = file_digest(path / "state.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigurationError, match="damaged"):
+    with pytest.raises(ConfigurationError, match="damaged") as refused:
         open_checkpoint(path)
+    assert "weights_only" not in str(refused.value), "torch's advice is not passed on"
+
+
+def test_an_older_whole_one_takes_the_place_of_a_damaged_one(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2, 3):
+        checkpoints.save(step, STATE, IDENTITY)
+    for step in (2, 3):
+        (checkpoints.folder / f"step_{step:06d}" / "state.pt").write_bytes(b"")
+    found, faults = newest_whole(tmp_path)
+    assert found == checkpoints.folder / "step_000001"
+    assert [folder.name for folder in faults] == ["step_000003", "step_000002"]
+    put_aside(faults)
+    assert checkpoints.all() == [found]
+    assert "step_000003 is damaged (state.pt has 0 bytes instead of" in capsys.readouterr().out
+    assert (checkpoints.folder / "step_000003.damaged-1" / "manifest.json").is_file(), "nothing is deleted"
+
+
+def test_what_differs_is_told_once_and_by_its_name(tmp_path):
+    there = {
+        "method._target_": "a.SISS",
+        "method.lambd": 0.5,
+        "model.weights": "a",
+        "model.network.weights": "a",
+        "seed": 0,
+    }
+    here = {"method._target_": "a.NegGrad", "model.weights": "b", "model.network.weights": "b", "seed": 1, "new": [1]}
+    checkpoint = open_checkpoint(Checkpoints(tmp_path).save(1, STATE, there))
+    checkpoint.require(there)
+    with pytest.raises(ConfigurationError) as refused:
+        checkpoint.require(here)
+    assert str(refused.value).split(": it is ")[1].split("; start it")[0] == (
+        "of another new (none) than this run's ([1]); of another seed (0) than this run's (1); of another method "
+        "(SISS) than this run's (NegGrad); of another model.weights (a) than this run's (b)"
+    )
 
 
 def test_cache_makes_once_and_only_whole_folders(tmp_path):

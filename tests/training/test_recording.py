@@ -35,12 +35,58 @@ def test_signal_outside_a_shield_raises_at_once():
         pytest.fail("went on")
 
 
-def test_second_signal_does_not_wait():
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that signals are told apart by: `clock[0] += 3`."""
+    now = [100.0]
+    monkeypatch.setattr("unlearn_runner.training.signals.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_second_signal_does_not_wait(clock):
     with pytest.raises(KeyboardInterrupt) as raised, Interrupts() as interrupts, interrupts.shield():
         os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 3
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
     assert not isinstance(raised.value, Interrupted), "the state may be torn: nothing is saved"
+
+
+def test_signals_within_two_seconds_are_one(clock):
+    done = []
+    with pytest.raises(Interrupted, match="SIGHUP"), Interrupts() as interrupts, interrupts.shield():
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            clock[0] += 0.9
+        done.append("the step is finished")
+    assert done
+
+
+def test_a_protected_function_is_finished_whatever_comes(clock):
+    done = []
+
+    def close():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            clock[0] += 3
+        done.append(len([os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))  # also in what it calls
+
+    with Interrupts() as interrupts:
+        interrupts.protect(close)
+        close()
+        assert (done, interrupts.received) == ([2], signal.SIGTERM)
+        interrupts.protect(None)
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def values(step, seconds, **more):

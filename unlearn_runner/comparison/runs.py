@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from unlearn_runner.errors import first_line
+from unlearn_runner.owner import owner_of
 from unlearn_runner.schema import SUMMARY_VERSION
 
 # libyaml's parser reads a config in 3 ms, the one in Python takes ten times as long.
@@ -112,7 +113,9 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             config["seed"],
         )
         if summary["status"] != "finished":
-            return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + error_of(summary))
+            dead = summary["status"] == "running" and owner_of(folder) is None
+            why = error_of(summary) or (": its process is gone, it was killed" if dead else "")
+            return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + why)
         version = summary.get("version", 1)
         numbers = {key: as_number(value) for key, value in summary["metrics"].items()}
         provenance = summary["provenance"]

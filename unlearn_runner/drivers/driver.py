@@ -10,6 +10,8 @@ from unlearn_runner.training.trainer import Plan, Trainer
 class Driver(ABC):
     """Owns the loop. When `run` returns, `trainer.method.model` is the unlearned model, evaluated and saved."""
 
+    extendable: bool  # whether a run may be resumed with more steps than it was begun with
+
     @abstractmethod
     def total_steps(self, method: Method, plan: Plan) -> int:
         """All steps that `run` will make, rehearsals included. Raises ConfigurationError if it cannot make them so."""
@@ -25,6 +27,8 @@ class Driver(ABC):
 @final
 class LoopDriver(Driver):
     """The plain loop of every loss-based method."""
+
+    extendable = True
 
     def total_steps(self, method: Method, plan: Plan) -> int:
         return plan.max_steps

@@ -38,6 +38,8 @@ REPLAYED = ("observations", "next_observations", "actions", "rewards", "dones", 
 class LambdaDriver(Driver):
     """Trains the agent of `method=rl_lambda` online or in episodes, or plays a policy that was trained before."""
 
+    extendable = False  # the agent sees the share of the run's steps that is gone
+
     def total_steps(self, method: RLLambda, plan: Plan) -> int:
         if not isinstance(method, RLLambda):
             raise ConfigurationError(f"this driver is for method=rl_lambda, got {type(method).__name__}.")

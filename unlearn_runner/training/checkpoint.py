@@ -1,7 +1,8 @@
 """Checkpoints: everything a resumed run needs, written whole or not at all, read without pickles."""
 
-import errno
 import json
+import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any, NamedTuple, final
 
 import torch
 
-from unlearn_runner.cache import atomic, write_json
+from unlearn_runner.cache import atomic, file_digest, set_aside, write_json
 from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, first_line
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-VERSION = 1
+VERSION = 2  # 2: digests, and an identity of all options; before, of method, model and dataset
+TARGET = "._target_"
+NOT_THERE = "none"
 
 
 class Checkpoint(NamedTuple):
@@ -22,22 +25,43 @@ class Checkpoint(NamedTuple):
 
     folder: Path
     step: int
-    identity: dict[str, str]
+    identity: dict[str, Any]  # of the run: all options that decide its result
     state: dict[str, Any]
 
     @property
     def run_folder(self) -> Path:
         return self.folder.parent.parent
 
-    def require(self, identity: dict[str, str]) -> None:
-        """Raise ConfigurationError unless the checkpoint is of this model, method and dataset."""
-        for name, wanted in identity.items():
-            found = self.identity.get(name)
-            if found != wanted:
-                raise ConfigurationError(
-                    f"resume_from_checkpoint={self.folder}: it is of another {name} ({found}) than this run's "
-                    f"({wanted}); start it with the configuration in {self.run_folder / 'config.yaml'}."
-                )
+    def require(self, identity: dict[str, Any]) -> None:
+        """Raise ConfigurationError, naming what differs, unless it is of a run of this identity."""
+        found = "; ".join(
+            f"of another {name} ({there}) than this run's ({here})"
+            for name, there, here in told(differences(self.identity, identity))
+        )
+        if found:
+            raise ConfigurationError(
+                f"resume_from_checkpoint={self.folder}: it is {found}; start it with the configuration in "
+                f"{self.run_folder / 'config.yaml'}, or leave resume_from_checkpoint out."
+            )
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two identities do not agree in: the values of both, NOT_THERE where one has none."""
+    pairs = {key: (there.get(key, NOT_THERE), here.get(key, NOT_THERE)) for key in {**there, **here}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def told(differing: dict[str, tuple[Any, Any]]) -> list[tuple[str, Any, Any]]:
+    """Differences for a person: of an exchanged part its name alone, of one value in several places the first."""
+    exchanged = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
+    found: dict[tuple[str, str, str], tuple[str, Any, Any]] = {}
+    for key in sorted(differing, key=lambda key: (key.count("."), key)):
+        there, here = differing[key]
+        if key.endswith(TARGET):
+            key, there, here = key.removesuffix(TARGET), *(str(value).rpartition(".")[2] for value in (there, here))
+        if not any(key.startswith(f"{part}.") for part in exchanged):
+            found.setdefault((key.rpartition(".")[2], str(there), str(here)), (key, there, here))
+    return list(found.values())
 
 
 @final
@@ -48,7 +72,7 @@ class Checkpoints:
         self.folder = folder
         self.total_limit = total_limit
 
-    def save(self, step: int, state: dict[str, Any], identity: dict[str, str]) -> Path:
+    def save(self, step: int, state: dict[str, Any], identity: dict[str, Any]) -> Path:
         """Write `step_<n>/` under a temporary name and rename it; then remove what is over the limit."""
         path = self.folder / f"step_{step:06d}"
         if not is_first():
@@ -56,18 +80,16 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
             temporary.mkdir()
-            try:
-                torch.save(state, temporary / STATE)
-            except RuntimeError as error:  # torch's writer does not say what failed
-                raise OSError(errno.EIO, "not all of it was written, is the disk full?", str(path)) from error
-            size = (temporary / STATE).stat().st_size
-            write_json(
-                temporary / MANIFEST,
-                {"version": VERSION, "step": step, "identity": identity, "files": {STATE: size}},
-            )
+            torch.save(state, temporary / STATE)
+            files = {STATE: (temporary / STATE).stat().st_size}
+            digests = {STATE: file_digest(temporary / STATE)}
+            content = {"version": VERSION, "step": step, "identity": identity, "files": files, "digests": digests}
+            write_json(temporary / MANIFEST, content)
         if self.total_limit is not None:
             for old in self.all()[: -self.total_limit]:
-                shutil.rmtree(old)
+                going = old.with_name(f".{old.name}.{os.getpid()}.tmp")  # no reader shall meet the half of it
+                os.replace(old, going)
+                shutil.rmtree(going)
         return path
 
     def all(self) -> list[Path]:
@@ -79,7 +101,7 @@ class Checkpoints:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint, given its folder or its run's folder (then the newest one).
 
-    Raises ConfigurationError if there is none, or if it is cut off.
+    Raises ConfigurationError if there is none, or if it is damaged.
     """
     folder = Path(path).expanduser().resolve()
     if not (folder / MANIFEST).is_file():
@@ -91,14 +113,62 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             )
         folder = found[-1]
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        size = (folder / STATE).stat().st_size
-        if size != manifest["files"][STATE]:
-            raise EOFError(f"{STATE} has {size} bytes instead of {manifest['files'][STATE]}")
+        manifest = require_whole(folder)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        return Checkpoint(folder, manifest["step"], manifest["identity"], state)
-    except Exception as error:  # whatever a foreign or damaged file makes json and torch raise
-        raise ConfigurationError(
-            f"resume_from_checkpoint={folder}: the checkpoint is damaged ({first_line(error)}); "
-            "resume from an earlier one or start again."
-        ) from error
+    except Exception as error:  # whatever it is that damaged files make torch raise
+        raise damaged(folder, error) from error
+    return Checkpoint(folder, manifest["step"], manifest["identity"], state)
+
+
+def require_whole(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose state is as it was written; raises OSError or ValueError for any other."""
+    manifest = read_manifest(folder)
+    size = (folder / STATE).stat().st_size
+    if size != manifest["files"][STATE]:
+        raise ValueError(f"{STATE} has {size} bytes instead of {manifest['files'][STATE]}")
+    if "digests" in manifest and file_digest(folder / STATE) != manifest["digests"][STATE]:
+        raise ValueError(f"{STATE} has changed since it was written")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError if there is none or it is damaged."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        files, digests = manifest["files"], manifest.get("digests", {STATE: ""})
+        found = (manifest["step"], manifest["identity"], files[STATE], digests[STATE])
+    except (KeyError, TypeError, AttributeError):
+        found = ()
+    if [type(value) for value in found] != [int, dict, int, str]:
+        raise ValueError(f"{MANIFEST} does not say what it has to")
+    return manifest
+
+
+def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of a run, and the damaged ones that are newer, each with its fault."""
+    faults: dict[Path, str] = {}
+    for folder in reversed(Checkpoints(run / "checkpoints").all()):
+        try:
+            require_whole(folder)
+        except (OSError, ValueError) as error:
+            faults[folder] = first_line(error)
+        else:
+            return folder, faults
+    return None, faults
+
+
+def put_aside(faults: dict[Path, str]) -> None:
+    """Rename damaged checkpoints, so that nobody looks for what they hold, and say so."""
+    for folder, fault in faults.items():
+        aside = set_aside(folder)
+        print(f"the checkpoint {folder} is damaged ({fault}): set aside as {aside.name}", flush=True)
+
+
+def damaged(folder: Path, error: Exception) -> ConfigurationError:
+    """The sentence for a checkpoint that cannot be read."""
+    # torch's own advice is to read pickles, which can run code
+    fault = "it holds more than tensors and numbers" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+    return ConfigurationError(
+        f"resume_from_checkpoint={folder}: the checkpoint is damaged ({fault}); resume from an earlier one or start "
+        "again."
+    )

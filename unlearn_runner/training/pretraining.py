@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unlearn_runner.cache import cached, set_aside
+from unlearn_runner.cache import cached, set_aside, sweep
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain
 from unlearn_runner.data.streams import BatchStream, to_unit_range
 from unlearn_runner.distributed import is_first
@@ -175,6 +175,7 @@ class _Learning:
 
 def _begun(trainer: Trainer, folder: Path, title: str) -> Checkpoint | None:
     """The checkpoint in `folder` of this training, if there is one. One that cannot be used is set aside."""
+    sweep(folder)
     if not trainer.checkpoints.all():
         return None
     try:

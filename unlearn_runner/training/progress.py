@@ -1,12 +1,39 @@
 """Progress on a terminal as a bar, elsewhere as plain lines."""
 
+import sys
 import time
+from contextlib import suppress
 from typing import Any, final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def run_console(quiet: bool = False) -> Console:
+    """Where a run says what it does. Text is text: no brackets or colons of a path mean a style or a picture."""
+    return Console(file=Lasting(sys.stdout), quiet=quiet, markup=False, emoji=False, highlight=False)
+
+
+@final
+class Lasting:
+    """A stream that may go away, with its terminal or the program at the other end of the pipe: the run goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 @final
@@ -29,8 +56,9 @@ class ProgressBar:
         status = self._status(values)
         if self.console.is_terminal:
             if self._bar is None:
-                columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-                self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
+                texts = ("{task.description}", "{task.fields[status]}")
+                title, status_of = (TextColumn(text, markup=False) for text in texts)
+                self._bar = Progress(title, BarColumn(), MofNCompleteColumn(), status_of, TimeRemainingColumn(),
                                      console=self.console)  # fmt: skip
                 self._bar.start()
                 self._bar.add_task(self.title, total=self.total, status="")

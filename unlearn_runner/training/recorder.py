@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from statistics import mean
@@ -11,15 +11,18 @@ from typing import Any, final
 
 from rich.console import Console
 
-from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+from unlearn_runner.cli import as_override, command_again
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, first_line, naming
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.training.checkpoint import Checkpoints
 from unlearn_runner.training.loggers import Logger, SafeLogger
 from unlearn_runner.training.pictures import draw_lambda
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
 from unlearn_runner.training.relearning import Relearning
 from unlearn_runner.training.run_folder import NoFolder, RunFolder
+from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.training.trainer import COSTS, Recorder, Trainer
 
 HEADLINES = (
@@ -80,12 +83,19 @@ class RunRecorder(Recorder):
     """
 
     def __init__(
-        self, folder: RunFolder | NoFolder, logger: Logger, config: dict[str, Any], max_steps: int, console: Console
+        self,
+        folder: RunFolder | NoFolder,
+        logger: Logger,
+        config: dict[str, Any],
+        max_steps: int,
+        console: Console,
+        interrupts: Interrupts,
     ):
         self.folder = folder
         self.logger = SafeLogger(logger, partial(console.print, markup=False, soft_wrap=True))
         self.config = config
         self.console = console
+        self.interrupts = interrupts
         self.started = time.perf_counter()
         self.progress = ProgressBar("unlearning", max_steps, console)
         self.evaluator: Evaluator | None = None  # set by `watch`
@@ -103,8 +113,9 @@ class RunRecorder(Recorder):
         self.trainer: Trainer | None = None
 
     def __enter__(self) -> "RunRecorder":
-        self.folder.write_summary("running", {})
+        self.interrupts.protect(RunRecorder.__exit__)
         try:
+            self.folder.write_summary("running", {})
             self.logger.start(self.folder.path, self.config)
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -112,23 +123,55 @@ class RunRecorder(Recorder):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.progress.close()
+        """Whatever fails on the way, and whatever signal comes, the rest is done; what failed first is raised."""
         status = STATUS.get(kind, "failed")
-        if kind is Interrupted and self.trainer is not None:
-            self.trainer.save()
-        if error is not None and self.trainer is not None and (kept := self.trainer.checkpoints.all()):
-            self.console.print(f"{status}; go on with resume_from_checkpoint={kept[-1]}", soft_wrap=True)
-        more = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         metrics = self.scores | self._costs()
+        failures: list[Exception] = []
+
+        def attempt(close: Callable[..., Any], *arguments: Any) -> None:
+            try:
+                close(*arguments)
+            except Exception as failure:
+                failures.append(failure)
+
+        attempt(self.progress.close)
+        if kind is Interrupted and self.trainer is not None:
+            attempt(self.trainer.save)
+        if error is not None:
+            attempt(self._say_how_to_go_on, status)
+        attempt(self._write_end, status, metrics, error)
+        kept = self.trainer is not None and self.trainer.plan.keep_checkpoints
+        if status == "finished" and not kept and not failures:
+            self.folder.drop_checkpoints()
+        attempt(self.folder.close)
+        self.interrupts.protect(None)  # the record is closed: a dashboard that does not answer may be left
+        attempt(self.logger.finish, metrics, status != "finished")
+        if error is None and failures:
+            raise failures[0]
+        for failure in failures:
+            self.console.print(f"the record is not whole: {first_line(failure)}", soft_wrap=True)
+        if error is None and self.interrupts.received is not None:
+            raise Interrupted("the run had finished when the signal came")
+
+    def _say_how_to_go_on(self, status: str) -> None:
+        if Checkpoints(self.folder.checkpoints).all():
+            again = command_again(as_override("resume_from_checkpoint", str(self.folder.path.resolve())))
+            self.console.print(f"{status}; go on with: {again}", soft_wrap=True)
+        elif status == "interrupted":  # there is nothing of the run, but of what it stands on
+            self.console.print(
+                f"{status} before the first checkpoint; what was made until now is in the cache, go on with: "
+                f"{command_again()}",
+                soft_wrap=True,
+            )
+
+    def _write_end(self, status: str, metrics: dict[str, float], error: BaseException | None) -> None:
+        more: dict[str, Any] = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         if self.intervals:
             more["intervals"] = self.intervals
         if self.not_finite:
             more["not_finite"] = list(self.not_finite)
-        self.folder.write_summary(
-            status, metrics, **more, provenance={"environment": environment(), "evaluation": self.provenance}
-        )
-        self.folder.close()
-        self.logger.finish(metrics, failed=status != "finished")
+        provenance = {"environment": environment(), "evaluation": self.provenance}
+        self.folder.write_summary(status, metrics, **more, provenance=provenance)
 
     def watch(
         self,
@@ -147,7 +190,7 @@ class RunRecorder(Recorder):
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
         self.provenance = {"data": data, **evaluator.provenance(base)}
         for sentence in (*evaluator.judge.doubts(), *evaluator.left_out()):
-            self.console.print(sentence, soft_wrap=True, markup=False)
+            self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the base model")
         try:
             self.before = evaluator.once(base)
@@ -229,7 +272,9 @@ class RunRecorder(Recorder):
         lines = [line for line in self.folder.lines() if line["step"] > rehearsals]
         self.scores |= self.reached | means_of(lines)
         path = self.folder.path / "samples" / "lambda.png"
-        if draw_lambda(lines, path):
+        with naming(path):
+            drawn = draw_lambda(lines, path)
+        if drawn:
             self.logger.image(step, "samples/lambda", path)
         self.costs["cost/sampling_seconds"] = after.seconds["sampling"]
         self.costs["cost/network_evaluations_per_sample"] = after.evaluations_per_sample
@@ -282,7 +327,7 @@ class RunRecorder(Recorder):
         if new := [key for key in values if key not in finite and key not in self.not_finite]:
             self.not_finite |= dict.fromkeys(new)
             text = f"{', '.join(new)}: not a finite number at step {step}, left out wherever it is none"
-            self.console.print(text, soft_wrap=True, markup=False)
+            self.console.print(text, soft_wrap=True)
         return finite
 
     def _record(self, step: int, prefix: str, evaluation: Evaluation, picture: str) -> None:

@@ -34,6 +34,7 @@ class Plan:
         evaluate_every: steps between two evaluations on the way; None: only at the end.
         checkpointing_steps: steps between two checkpoints; None: only when interrupted and at the end.
         checkpoints_total_limit: how many checkpoints to keep; None: all.
+        keep_checkpoints: keep them also when the run has finished, so that a longer one can go on from them.
         init: where the weights start, "base" or "scratch".
     """
 
@@ -44,6 +45,7 @@ class Plan:
     checkpointing_steps: PositiveInt | None = None
     checkpoints_total_limit: PositiveInt | None = None
     init: Literal["base", "scratch"] = "base"
+    keep_checkpoints: bool = False
 
 
 class Recorder(ABC):
@@ -77,7 +79,7 @@ DECIDING = ("loss/", "grad_norm/", "agent/reward")  # a run whose values here ar
 
 
 def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
-    """What a checkpoint must agree with to be resumed with this method on this dataset."""
+    """What a checkpoint of training on the side must agree with; the rest of what decides it is in its cache's key."""
     shapes = {name: list(weight.shape) for name, weight in method.networks[0].named_parameters()}
     return {"method": type(method).__name__, "model": fingerprint(shapes), "dataset": spec.name}
 
@@ -94,7 +96,7 @@ class Trainer:
     Raises:
         NonFiniteError: from `step`, when a loss or a gradient's norm of any step so far is not finite, or, before a
             checkpoint is written, a weight.
-        Interrupted: from `step`, after SIGINT or SIGTERM, when the step is finished and a checkpoint written.
+        Interrupted: from `step`, after SIGINT, SIGTERM or SIGHUP, when the step is finished and a checkpoint written.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Trainer:
         recorder: Recorder,
         checkpoints: Checkpoints,
         interrupts: Interrupts,
-        identity: dict[str, str],
+        identity: dict[str, Any],
         resettable: bool = False,
     ):
         self.method = method
@@ -125,6 +127,7 @@ class Trainer:
         self.after_step: Callable[[Metrics], None] | None = None
         self.companion: Stateful | None = None
         self._evaluated_at = 0
+        self._saved_at: tuple[int, Path] | None = None
         self._unlogged: list[tuple[int, Metrics]] = []
         self._initial = copy.deepcopy(self._learner_state()) if resettable else None
 
@@ -190,10 +193,14 @@ class Trainer:
         self.rehearsed = {name: getattr(self, name) for name in COSTS}
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this step, unless there is one: what comes between two steps is made again from it."""
+        if self._saved_at is not None and self._saved_at[0] == self.total_steps and self._saved_at[1].is_dir():
+            return self._saved_at[1]
         self.flush()
         require_finite(self.method.networks[0], f"after step {self.total_steps} the model")
-        return self.checkpoints.save(self.total_steps, self.state_dict(), self.identity)
+        path = self.checkpoints.save(self.total_steps, self.state_dict(), self.identity)
+        self._saved_at = (self.total_steps, path)
+        return path
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, with the evaluation that was due when it was written."""
@@ -212,6 +219,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_at = None
         self._load_learner_state(state_dict)
         if self.companion is not None:
             self.companion.load_state_dict(state_dict["companion"])
