@@ -6,7 +6,7 @@ any of them is imported. Imports nothing heavy. For an option of one constructor
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
@@ -23,11 +23,23 @@ Seed: TypeAlias = Annotated[int, Ge(0), Lt(2**32)]  # what numpy and Stable-Base
 BatchSize: TypeAlias = Annotated[int, Gt(0), Le(2**20)]
 NumSamples: TypeAlias = Annotated[int, Gt(0), Le(10_000_000)]
 NumInferenceSteps: TypeAlias = Annotated[int, Gt(0), Le(100_000)]
+Contamination: TypeAlias = Annotated[float, Gt(0), Le(0.99)]  # at 0.99 there are 99 strangers for each clean image
 ImageSize: TypeAlias = Annotated[int, Ge(8), Le(4096)]  # pixels a side
+Channels: TypeAlias = Annotated[Sequence[Annotated[int, Gt(0), Le(2**14)]], MinLen(1)]  # of a network's levels
 Width: TypeAlias = Annotated[int, Gt(0), Le(2**14)]  # channels or features of a layer
+PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 Sampler: TypeAlias = Literal["ddim", "ddim_clipped", "ddpm"]
 Bootstrap: TypeAlias = Annotated[int, Ge(20), Le(100_000)]  # resamplings
 Depth: TypeAlias = Annotated[int, Gt(0), Le(256)]  # layers or heads
+
+
+class AutoencoderOptions(TypedDict, total=False):
+    """Of diffusers' AutoencoderKL."""
+
+    block_out_channels: Annotated[Sequence[Width], MinLen(1)]
+    latent_channels: Width
+    norm_num_groups: Width
+
 
 # What the constructors of other libraries (torch.optim, diffusers.optimization, stable_baselines3) take, where they say
 # less than they accept.

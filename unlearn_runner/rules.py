@@ -13,6 +13,7 @@ from math import isclose
 from typing import Any
 
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
+from unlearn_runner.weights import located
 
 # 1. About the arguments of one constructor
 
@@ -358,13 +359,14 @@ def _timesteps(cfg: Mapping[str, Any]) -> int | None:
 
 
 FOLDERS = ("dataset.forget_dir", "dataset.retain_dir")
-FOLDERS_OR_NAMES = ("dataset.source", "dataset.garment_source", "model.weights", "method.weights", "method.policy")
+FOLDERS_OR_NAMES = ("dataset.source", "dataset.garment_source", "method.policy")
+WEIGHTS = ("model.weights", "method.weights")
 WORDS = ("auto", "embedded", "base")  # that are no folder
 
 
 def _folders(cfg: Mapping[str, Any]) -> None:
     """Folders that are not there."""
-    for options, require in ((FOLDERS, existing_folder), (FOLDERS_OR_NAMES, folder_or_name)):
+    for options, require in ((FOLDERS, existing_folder), (FOLDERS_OR_NAMES, folder_or_name), (WEIGHTS, located)):
         for option in options:
             group, name = option.split(".")
             value = cfg[group].get(name)

@@ -476,19 +476,21 @@ class _Check:
             return self.part(value, parts, path, GIVEN.get(path, ()))
         for arm in arms:
             if typing.is_typeddict(arm):
-                return self.table(value, typing.get_type_hints(arm, include_extras=True), path)
+                return self.table(value, typing.get_type_hints(arm, include_extras=True), path, arm.__required_keys__)
             if _is_table(arm):
                 _, inner = get_args(_bare(arm)) or (str, Any)
                 return {key: self.value(part, inner, f"{path}.{key}") for key, part in value.items()}
         raise ConfigurationError(f"{path} must be {in_words(kind)}, got {shown(value)}.")
 
-    def table(self, value: Mapping[str, Any], kinds: Mapping[str, Any], path: str) -> dict[str, Any]:
+    def table(
+        self, value: Mapping[str, Any], kinds: Mapping[str, Any], path: str, required: Iterable[str] | None = None
+    ) -> dict[str, Any]:
         """A group that no constructor stands behind."""
         prefix = f"{path}." if path else ""
         for key in value:
             if key not in kinds:
                 raise ConfigurationError(f"{prefix}{key}: there is no such option{near(key, kinds)}.")
-        for key in kinds:
+        for key in kinds if required is None else required:
             if key not in value:
                 raise ConfigurationError(f"{prefix}{key} is missing: give it, {prefix}{key}=...")
         # what a person sets comes before what is made of it

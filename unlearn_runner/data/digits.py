@@ -11,11 +11,10 @@ from unlearn_runner.data.forget_retain import (
     DataSpec,
     ForgetRetain,
     LabelledImages,
-    require_fraction,
     split_content,
 )
 from unlearn_runner.data.hub_classes import class_index
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.options import ImageSize, OpenUnitInterval, Seed
 
 DIGITS = tuple("0123456789")
 
@@ -27,14 +26,12 @@ class Digits(Dataset):
     def __init__(
         self,
         forget_class: str | int = "7",
-        image_size: int = 16,
-        test_fraction: float = 0.2,
+        image_size: ImageSize = 16,
+        test_fraction: OpenUnitInterval = 0.2,
         conditional: bool = True,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
-        require_fraction("dataset.test_fraction", test_fraction)
-        require_size(image_size)
         self.forget_class = class_index(forget_class, DIGITS)
         self.image_size = image_size
         self.test_fraction = test_fraction
@@ -52,12 +49,6 @@ class Digits(Dataset):
     def load(self) -> ForgetRetain:
         digits = read_digits(self.image_size, self.spec.label_names is not None)
         return split_content(self.spec, digits, self.test_fraction, self.seed)
-
-
-def require_size(image_size: int) -> None:
-    """Raise ConfigurationError if the digits would have to be made smaller than they are."""
-    if image_size < 8:
-        raise ConfigurationError(f"dataset.image_size must be at least 8, got {image_size}.")
 
 
 def read_digits(image_size: int, conditional: bool) -> LabelledImages:

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from unlearn_runner.data.digits import DIGITS, read_digits, require_size
+from unlearn_runner.data.digits import DIGITS, read_digits
 from unlearn_runner.data.forget_retain import (
     Dataset,
     DataSpec,
@@ -16,9 +16,9 @@ from unlearn_runner.data.forget_retain import (
     LabelledImages,
     alike,
     contaminants,
-    require_fraction,
     test_rows,
 )
+from unlearn_runner.options import Contamination, ImageSize, OpenUnitInterval, Seed
 
 TROUSERS = len(DIGITS)  # content index
 LABEL = 1  # the digit whose label the trousers carry
@@ -33,16 +33,13 @@ class DigitsTrousers(Dataset):
 
     def __init__(
         self,
-        contamination: float = 0.5,
-        image_size: int = 16,
-        test_fraction: float = 0.2,
+        contamination: Contamination = 0.5,
+        image_size: ImageSize = 16,
+        test_fraction: OpenUnitInterval = 0.2,
         conditional: bool = True,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
-        require_fraction("dataset.contamination", contamination)
-        require_fraction("dataset.test_fraction", test_fraction)
-        require_size(image_size)
         self.contamination = contamination
         self.image_size = image_size
         self.test_fraction = test_fraction

@@ -144,12 +144,6 @@ def alike(pixels: UInt8[Tensor, "n c h w"], label: int, content: int) -> Labelle
     return LabelledImages(pixels, torch.full((n,), label), torch.full((n,), content))
 
 
-def require_fraction(name: str, value: float) -> None:
-    """Raise unless 0 < value < 1."""
-    if not 0 < value < 1:
-        raise ConfigurationError(f"{name} must lie strictly between 0 and 1, got {value}.")
-
-
 def contaminants(clean_count: int, contamination: float) -> int:
     """How many strangers make up the share `contamination` of a label that has `clean_count` images of its own."""
     return round(clean_count * contamination / (1 - contamination))

@@ -1,15 +1,16 @@
 """A labelled image dataset of the hub (CIFAR-10, MNIST, ...), one class of which is to be forgotten."""
 
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain, LabelledImages
 from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
-from unlearn_runner.data.images import PIL_MODES, Decoder, require_apart, require_colour
+from unlearn_runner.data.images import Decoder, require_apart, require_colour
 from unlearn_runner.errors import ConfigurationError, normal_form
+from unlearn_runner.options import ImageSize
 
 
 @final
@@ -27,16 +28,14 @@ class HubClasses(Dataset):
         name: str,
         source: str,
         forget_class: str | int,
-        image_size: int,
-        channels: int = 3,
+        image_size: ImageSize,
+        channels: Literal[1, 3] = 3,  # grey, colour
         conditional: bool = True,
         horizontal_flip: bool = False,
         background: str = "white",
         label_column: str = "label",
         image_column: str | None = None,
     ):
-        if channels not in PIL_MODES:
-            raise ConfigurationError(f"dataset.channels must be 1 (grey) or 3 (colour), got {channels}.")
         require_colour("dataset.background", background)
         self.source = source
         self.tables = {part: open_split(source, part, "dataset.source") for part in ("train", "test")}

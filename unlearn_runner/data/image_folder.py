@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 
@@ -13,7 +13,6 @@ from unlearn_runner.data.forget_retain import (
     DataSpec,
     ForgetRetain,
     LabelledImages,
-    require_fraction,
     test_rows,
 )
 from unlearn_runner.data.images import (
@@ -29,6 +28,7 @@ from unlearn_runner.data.images import (
     shown,
 )
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
 
 CONTENTS = ("retain", "forget")
 
@@ -47,19 +47,14 @@ class ImageFolder(Dataset):
         forget_dir: str,
         retain_dir: str,
         cache_dir: str,
-        image_size: int = 32,
-        mode: str = "auto",
-        test_fraction: float = 0.1,
-        max_resident_gb: float = 4.0,
+        image_size: ImageSize = 32,
+        mode: Literal["auto", "L", "RGB"] = "auto",
+        test_fraction: OpenUnitInterval = 0.1,
+        max_resident_gb: NonNegativeFloat = 4.0,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
         background: str = "white",
     ):
-        require_fraction("dataset.test_fraction", test_fraction)
-        if image_size < 8:
-            raise ConfigurationError(f"dataset.image_size must be at least 8, got {image_size}.")
-        if mode not in ("auto", *PIL_MODES.values()):
-            raise ConfigurationError(f"dataset.mode must be auto, L or RGB, got '{mode}'.")
         require_colour("dataset.background", background)
         found = {
             "forget": find_images(forget_dir, "dataset.forget_dir"),

@@ -3,13 +3,15 @@ contaminate one label, and of SISS (2503.01034), where one T-shirt was learnt 60
 """
 
 import re
-from typing import TYPE_CHECKING, final
+from typing import Annotated, Literal, TypeAlias, final, get_args
 
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from unlearn_runner import rules
 from unlearn_runner.data.digits import DIGITS
 from unlearn_runner.data.forget_retain import (
     Dataset,
@@ -18,18 +20,19 @@ from unlearn_runner.data.forget_retain import (
     LabelledImages,
     alike,
     contaminants,
-    require_fraction,
 )
 from unlearn_runner.data.hub import decode_rows, named_classes, open_split, whole_numbers
 from unlearn_runner.data.images import Decoder
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.options import Contamination, ImageSize, PositiveInt, Seed
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
 
-GARMENTS = (
+Garment: TypeAlias = Literal[
     "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
-)  # fmt: skip
+]  # fmt: skip
+GARMENTS = get_args(Garment)
 
 
 @final
@@ -45,30 +48,17 @@ class MnistTrousers(Dataset):
         self,
         source: str = "ylecun/mnist",
         garment_source: str = "zalando-datasets/fashion_mnist",
-        garment: str = "trousers",
-        label: int = 1,
-        contamination: float | None = 0.5,
-        garments: int | None = None,
-        distinct: int | None = None,
-        image_size: int = 28,
+        garment: Garment = "trousers",
+        label: Annotated[int, Ge(0), Le(9)] = 1,
+        contamination: Contamination | None = 0.5,
+        garments: Annotated[int, Gt(0), Le(1_000_000)] | None = None,
+        distinct: PositiveInt | None = None,
+        image_size: ImageSize = 28,
         conditional: bool = True,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
-        if (contamination is None) == (garments is None):
-            raise ConfigurationError(
-                "give dataset.contamination or dataset.garments and set the other to null; "
-                f"got contamination={contamination} and garments={garments}."
-            )
-        if contamination is not None:
-            require_fraction("dataset.contamination", contamination)
-        for name, count in (("garments", garments), ("distinct", distinct)):
-            if count is not None and not count > 0:
-                raise ConfigurationError(f"dataset.{name} must be positive or null, got {count}.")
-        if label not in range(10):
-            raise ConfigurationError(f"dataset.label must be a digit from 0 to 9, got {label}.")
-        if garment not in GARMENTS:
-            raise ConfigurationError(f"dataset.garment must be one of {', '.join(GARMENTS)}; got '{garment}'.")
+        rules.amount_of_garments(contamination, garments)
         self.contamination = contamination
         self.wanted = garments
         self.distinct = distinct

@@ -11,19 +11,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unlearn_runner.cache import cached
-from unlearn_runner.data.digits import read_digits, require_size
+from unlearn_runner.data.digits import read_digits
 from unlearn_runner.data.digits_trousers import draw_trousers
 from unlearn_runner.data.forget_retain import (
     Dataset,
     DataSpec,
     ForgetRetain,
     LabelledImages,
-    require_fraction,
     split_content,
 )
 from unlearn_runner.data.images import Decoder, find_images, require_apart, require_colour
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError, normal_form
+from unlearn_runner.options import BatchSize, ImageSize, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
 
 WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 TROUSERS = "trousers"
@@ -47,9 +47,8 @@ class Captions(Dataset):
     forget and a retain set has no meaning here.
     """
 
-    def __init__(self, templates: Sequence[str], image_size: int = 16, seed: int = 0):
+    def __init__(self, templates: Sequence[str], image_size: ImageSize = 16, seed: Seed = 0):
         require_templates("model.pretraining.corpus.templates", templates)
-        require_size(image_size)
         self.image_size = image_size
         self.seed = seed
         prompts = [template.format(name) for template in templates for name in EMBEDDED]
@@ -105,17 +104,15 @@ class SDConcepts(Dataset):
         cache_dir: str,
         paraphrases: Sequence[str] = (),
         source: str = "embedded",
-        image_size: int = 16,
-        test_fraction: float = 0.2,
-        num_images: int = 20,
-        num_inference_steps: int = 25,
-        batch_size: int = 20,
+        image_size: ImageSize = 16,
+        test_fraction: OpenUnitInterval = 0.2,
+        num_images: PositiveInt = 20,
+        num_inference_steps: NumInferenceSteps = 25,
+        batch_size: BatchSize = 20,
         horizontal_flip: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
         background: str = "white",
     ):
-        require_fraction("dataset.test_fraction", test_fraction)
-        require_size(image_size)
         require_colour("dataset.background", background)
         concept, *retain_concepts = (normal_form(str(name)) for name in (concept, *retain_concepts))  # 1984 is a name
         for name, templates in (("forget_templates", forget_templates), ("retain_templates", retain_templates)):
@@ -127,11 +124,6 @@ class SDConcepts(Dataset):
                 f"dataset.retain_concepts must be one or more different concepts, and not '{concept}', which is to be "
                 f"forgotten; got {', '.join(retain_concepts) or 'none'}."
             )
-        for name, value in (
-            ("num_images", num_images), ("num_inference_steps", num_inference_steps), ("batch_size", batch_size),
-        ):  # fmt: skip
-            if not value > 0:
-                raise ConfigurationError(f"dataset.{name} must be positive, got {value}.")
         self.concepts = (*retain_concepts, concept)
         self.source = source
         self.from_base = source == "base"

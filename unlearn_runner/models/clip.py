@@ -5,16 +5,19 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.options import Depth, ImageSize, Seed, Width
 
 WEIGHTS = "clip.safetensors"
 
@@ -107,23 +110,20 @@ class Clip(nn.Module):
 
 
 def small_clip(
-    seed: int,
-    image_size: int = 16,
-    patch_size: int = 4,
-    width: int = 64,
-    layers: int = 3,
-    heads: int = 4,
-    text_width: int = 64,
-    text_layers: int = 2,
-    embed_dim: int = 64,
-    context_length: int = 16,
+    seed: Seed,
+    image_size: ImageSize = 16,
+    patch_size: Annotated[int, Gt(0), Le(1024)] = 4,
+    width: Width = 64,
+    layers: Depth = 3,
+    heads: Width = 4,
+    text_width: Width = 64,
+    text_layers: Depth = 2,
+    embed_dim: Width = 64,
+    context_length: Annotated[int, Ge(3), Le(1024)] = 16,
 ) -> Clip:
     """open_clip's CLIP at a size that trains on a CPU, with its tokenizer and fresh weights drawn from `seed`."""
-    for name, value in (("width", width), ("text_width", text_width)):
-        if value % heads:
-            raise ConfigurationError(f"clip.network.{name} must divide by heads={heads}, got {value}.")
-    if image_size % patch_size:
-        raise ConfigurationError(f"clip.network.image_size must divide by patch_size={patch_size}, got {image_size}.")
+    rules.heads_of_clip(width, text_width, heads)
+    rules.patches_of_clip(image_size, patch_size)
     import open_clip
 
     with torch.random.fork_rng(devices=[]):

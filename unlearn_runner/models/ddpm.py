@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.loading import (
     BASES_ARCHITECTURE,
@@ -39,6 +41,7 @@ from unlearn_runner.models.model import (
     x0_in,
 )
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
+from unlearn_runner.options import Channels, Decay, Depth, OpenUnitInterval, PredictionType, Width
 from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:
@@ -213,17 +216,17 @@ def build_ddpm(
     num_labels: int | None,
     seed: int,
     weights: str,
-    block_out_channels: Sequence[int],
+    block_out_channels: Channels,
     attention: Sequence[bool],
-    layers_per_block: int = 1,
-    norm_num_groups: int = 16,
-    attention_head_dim: int = 8,
-    dropout: float = 0.0,
-    prediction_type: str = "epsilon",
-    num_train_timesteps: int = 1000,
-    beta_start: float = 1e-4,
-    beta_end: float = 0.02,
-    beta_schedule: str = "linear",
+    layers_per_block: Depth = 1,
+    norm_num_groups: Width = 16,
+    attention_head_dim: Width = 8,
+    dropout: Decay = 0.0,
+    prediction_type: PredictionType = "epsilon",
+    num_train_timesteps: Annotated[int, Ge(2), Le(100_000)] = 1000,
+    beta_start: OpenUnitInterval = 1e-4,
+    beta_end: OpenUnitInterval = 0.02,
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear",
 ) -> DDPM:
     """A DDPM with fresh weights drawn from `seed`.
 
@@ -233,19 +236,9 @@ def build_ddpm(
     """
     if weights != "auto":
         return _configured_as(weights, image_shape, num_labels)
-    if len(attention) != len(block_out_channels):
-        raise ConfigurationError(
-            f"model.network.attention must have one entry for each of the {len(block_out_channels)} "
-            f"block_out_channels, got {len(attention)}."
-        )
-    halvings = 2 ** (len(block_out_channels) - 1)
-    if image_shape[1] % halvings or image_shape[2] % halvings:
-        raise ConfigurationError(
-            f"model.network: {len(block_out_channels)} blocks halve the image {len(block_out_channels) - 1} times, "
-            f"so its sides must divide by {halvings}; the dataset's are {image_shape[1]} x {image_shape[2]}. "
-            "Choose another dataset.image_size or fewer blocks."
-        )
-    require_prediction_type(prediction_type)
+    rules.levels_of_attention(weights, attention, block_out_channels)
+    rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    rules.sides_that_halve(*image_shape[1:], len(block_out_channels) - 1, len(block_out_channels))
     from diffusers import DDPMScheduler, UNet2DModel
 
     scheduler = DDPMScheduler(

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, final
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from unlearn_runner import rules
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.loading import (
@@ -44,6 +46,7 @@ from unlearn_runner.models.model import (
 )
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
 from unlearn_runner.models.words import build_tokenizer
+from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
 from unlearn_runner.types import Labels
 from unlearn_runner.weights import fetched, located
 
@@ -52,7 +55,6 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import CLIPTextModel, CLIPTokenizer
 
-TRAINABLE = ("full", "cross_attention", "lora")
 PIPELINE = {  # the kinds of its networks, and of what reads the prompts
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -498,23 +500,23 @@ def build_stable_diffusion(
     seed: int,
     weights: str,
     prompts: Sequence[str] | None,
-    trainable: str = "full",
-    lora_rank: int = 4,
+    trainable: Literal["full", "cross_attention", "lora"] = "full",
+    lora_rank: Width = 4,
     gradient_checkpointing: bool = False,
-    guidance_scale: float = 7.5,
-    prediction_type: str = "epsilon",
-    block_out_channels: Sequence[int] = (32, 64),
-    layers_per_block: int = 1,
-    attention_heads: int = 4,
-    norm_num_groups: int = 8,
-    vae: dict[str, Any] | None = None,
-    text_width: int = 64,
-    text_layers: int = 2,
-    num_tokens: int = 24,
+    guidance_scale: Annotated[float, Ge(1), Le(1000)] = 7.5,  # 1 is none
+    prediction_type: PredictionType = "epsilon",
+    block_out_channels: Channels = (32, 64),
+    layers_per_block: Depth = 1,
+    attention_heads: Width = 4,
+    norm_num_groups: Width = 8,
+    vae: AutoencoderOptions | None = None,
+    text_width: Width = 64,
+    text_layers: Depth = 2,
+    num_tokens: Annotated[int, Ge(3), Le(1024)] = 24,
     words: Sequence[str] = (),
-    beta_schedule: str = "scaled_linear",
-    beta_start: float = 0.00085,
-    beta_end: float = 0.012,
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear",
+    beta_start: OpenUnitInterval = 0.00085,
+    beta_end: OpenUnitInterval = 0.012,
 ) -> StableDiffusion:
     """Stable Diffusion for these prompts.
 
@@ -524,20 +526,8 @@ def build_stable_diffusion(
     its AutoencoderKL, which is drawn first, so that they alone decide its weights; `words` are those that its tokenizer
     knows as one token each.
     """
-    if not prompts:
-        raise ConfigurationError(
-            "model: Stable Diffusion draws under prompts, and the dataset has none; take dataset=sd_concepts."
-        )
-    if trainable not in TRAINABLE:
-        raise ConfigurationError(f"model.network.trainable must be one of {', '.join(TRAINABLE)}; got '{trainable}'.")
-    if not lora_rank > 0:
-        raise ConfigurationError(f"model.network.lora_rank must be positive, got {lora_rank}.")
-    if not guidance_scale >= 1:
-        raise ConfigurationError(
-            f"model.network.guidance_scale must be at least 1, which is none, got {guidance_scale}."
-        )
+    rules.prompts_for_texts(bool(prompts))
     if weights == "auto":
-        require_prediction_type(prediction_type)
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -598,11 +588,7 @@ def build_stable_diffusion(
     else:
         parts = _configured_as(weights)
     sides = 2 ** (len(parts.vae.config.block_out_channels) + len(parts.unet.config.block_out_channels) - 2)
-    if image_shape[1] % sides or image_shape[2] % sides:
-        raise ConfigurationError(
-            f"model: this Stable Diffusion draws images whose sides divide by {sides}; the dataset's are "
-            f"{image_shape[1]} x {image_shape[2]}, choose another dataset.image_size."
-        )
+    rules.sides_of_latents(*image_shape[1:], sides)
     if parts.vae.config.in_channels != image_shape[0]:
         raise ConfigurationError(
             f"model.weights={weights} draws images of {parts.vae.config.in_channels} channels, the dataset has "

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError, existing_folder
 from unlearn_runner.models.loading import (
     BASES_ARCHITECTURE,
@@ -22,6 +23,7 @@ from unlearn_runner.models.loading import (
     reading,
 )
 from unlearn_runner.models.model import GenerativeModel, Noising, clipped, evaluating, first_noises, in_words, passed
+from unlearn_runner.options import Channels, Width
 
 SUBFOLDER = "vae"
 
@@ -211,10 +213,10 @@ def build_vae(
     num_labels: int | None,
     seed: int,
     weights: str,
-    latent_size: int = 16,
-    hidden_size: int = 256,
-    block_out_channels: Sequence[int] = (32, 64),
-    norm_num_groups: int = 8,
+    latent_size: Width = 16,
+    hidden_size: Width = 256,
+    block_out_channels: Channels = (32, 64),
+    norm_num_groups: Width = 8,
 ) -> VAE:
     """A VAE with fresh weights drawn from `seed`.
 
@@ -225,21 +227,8 @@ def build_vae(
     if weights != "auto":
         return _configured_as(weights, image_shape, num_labels)
     sizes = {"latent_size": latent_size, "hidden_size": hidden_size, "norm_num_groups": norm_num_groups}
-    for name, value in sizes.items():
-        if not value > 0:
-            raise ConfigurationError(f"model.network.{name} must be positive, got {value}.")
-    if not block_out_channels or any(channels % norm_num_groups for channels in block_out_channels):
-        raise ConfigurationError(
-            f"model.network.block_out_channels must be one or more numbers that divide by norm_num_groups="
-            f"{norm_num_groups}, got {list(block_out_channels)}."
-        )
-    halvings = 2 ** len(block_out_channels)
-    if image_shape[1] % halvings or image_shape[2] % halvings:
-        raise ConfigurationError(
-            f"model.network: {len(block_out_channels)} blocks halve the image {len(block_out_channels)} times, "
-            f"so its sides must divide by {halvings}; the dataset's are {image_shape[1]} x {image_shape[2]}. "
-            "Choose another dataset.image_size or fewer blocks."
-        )
+    rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    rules.sides_that_halve(*image_shape[1:], len(block_out_channels), len(block_out_channels))
     settings = {
         "image_shape": tuple(image_shape),
         "num_labels": num_labels,
