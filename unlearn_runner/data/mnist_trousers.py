@@ -3,7 +3,7 @@ contaminate one label, and of SISS (2503.01034), where one T-shirt was learnt 60
 """
 
 import re
-from typing import Annotated, Literal, TypeAlias, final, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, final, get_args
 
 import numpy as np
 import torch
