@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -247,7 +246,7 @@ class atomic:
                 if file.is_file():
                     _flush(file)
             if self.path.is_dir():  # a folder cannot be replaced in one go; two renames are the next best
-                old = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent))
+                old = self.temporary.with_suffix(".old.tmp")
                 os.replace(self.path, old)
                 os.replace(self.temporary, self.path)
                 shutil.rmtree(old)
