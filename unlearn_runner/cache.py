@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -246,7 +247,7 @@ class atomic:
                 if file.is_file():
                     _flush(file)
             if self.path.is_dir():  # a folder cannot be replaced in one go; two renames are the next best
-                old = self.temporary.with_suffix(".old.tmp")
+                old = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".tmp", dir=self.path.parent))
                 os.replace(self.path, old)
                 os.replace(self.temporary, self.path)
                 shutil.rmtree(old)

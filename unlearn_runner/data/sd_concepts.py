@@ -23,7 +23,7 @@ from unlearn_runner.data.forget_retain import (
 from unlearn_runner.data.hub import stack_images
 from unlearn_runner.data.image_folder import image_files, open_all
 from unlearn_runner.data.streams import to_uint8
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
 
 WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 TROUSERS = "trousers"
@@ -183,8 +183,11 @@ class SDConcepts(Dataset):
         labels = torch.tensor(prompts).repeat_interleave(self.num_images)
 
         def make(folder: Path) -> None:
-            pixels = to_uint8(draw(labels), "images of dataset.source=base")
-            save_file({"pixels": pixels.cpu()}, folder / "images.safetensors")
+            try:
+                pixels = to_uint8(draw(labels)).cpu()
+            except NonFiniteError as error:
+                raise ConfigurationError(f"dataset.source=base: of what the base draws {error}.") from error
+            save_file({"pixels": pixels}, folder / "images.safetensors")
 
         key = {
             "base": base,

@@ -351,6 +351,8 @@ def described(part: Any) -> Any:
         return [described(value) for value in part]
     if isinstance(part, Tensor | np.ndarray):
         return part.tolist()
+    if isinstance(part, set | frozenset | torch.dtype):
+        return sorted(map(str, part)) if isinstance(part, set | frozenset) else str(part)
     if isinstance(part, GenerativeModel):
         return part.fingerprint()
     found = {"kind": type(part).__name__}
