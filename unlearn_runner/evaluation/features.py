@@ -1,7 +1,6 @@
 """Feature extractors beside the dataset's own classifier: what FID, KID and their kin measure distances in."""
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import final
@@ -134,7 +133,7 @@ def _fetch(url: str, path: Path) -> None:
         if path.is_file() and file_digest(path).startswith(digest):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(path):
+        if path.exists():
             print(f"{path} is damaged: set aside as {set_aside(path).name}, downloaded again", flush=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
     except (OSError, RuntimeError) as error:

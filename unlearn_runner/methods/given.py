@@ -31,7 +31,7 @@ class Given(Method):
             if pipeline_name(self.weights) == OneStepPipeline.__name__:
                 model = OneStep(model, OneStepPipeline.load_config(self.weights)["timestep"])
             (trial := copy.deepcopy(model)).load(self.weights)
-            require_finite(trial, "the given model")
+            require_finite(trial, "it")
         except Exception as error:  # what diffusers, torch, the hub's client and its HTTP library raise
             raise ConfigurationError(
                 f"method.weights={weights}: expected a model of the base's architecture, its folder or a hub id that "

@@ -383,7 +383,8 @@ def require_finite(network: nn.Module, name: str) -> None:
     if bad:
         total = sum(weight.numel() for weight in weights.values())
         raise NonFiniteError(
-            f"{sum(bad.values())} of {total} weights of {name} are not finite numbers, the first in {next(iter(bad))}"
+            f"{name} has weights that are not finite numbers, {sum(bad.values())} of {total}, the first in "
+            f"{next(iter(bad))}"
         )
 
 

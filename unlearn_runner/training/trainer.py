@@ -207,7 +207,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         self.flush()
-        require_finite(self.method.networks[0], f"the model after step {self.total_steps}")
+        require_finite(self.method.networks[0], f"after step {self.total_steps} the model")
         return self.checkpoints.save(self.total_steps, self.state_dict(), self.identity)
 
     def resume(self, checkpoint: Checkpoint) -> None:
