@@ -36,6 +36,25 @@ def test_open_clip_without_weights_says_what_to_give(tmp_path):
         feature_extractor("open_clip", None, "ViT-B-32", str(tmp_path / "none.pt"))
 
 
+def test_a_damaged_inception_is_fetched_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir()
+    file.write_text("half of it")
+    fetched = []
+
+    def download(url, path, **_):
+        fetched.append(path)
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ConfigurationError, match=r"could not be downloaded \(no network\); get it from https://"):
+        feature_extractor("inception")
+    assert fetched == [str(file)]
+    assert f"{file.name}.damaged-1, downloaded again" in capsys.readouterr().out
+    assert (file.parent / f"{file.name}.damaged-1").read_text() == "half of it"
+
+
 def test_inception_from_a_file(tmp_path, digits):
     """The real network of torch-fidelity, with random weights."""
     from torch_fidelity import feature_extractor_inceptionv3 as module

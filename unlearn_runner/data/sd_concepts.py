@@ -22,7 +22,7 @@ from unlearn_runner.data.forget_retain import (
 )
 from unlearn_runner.data.images import Decoder, find_images, require_apart, require_colour
 from unlearn_runner.data.streams import to_uint8
-from unlearn_runner.errors import ConfigurationError, normal_form
+from unlearn_runner.errors import ConfigurationError, NonFiniteError, normal_form
 from unlearn_runner.options import BatchSize, ImageSize, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
 
 WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
@@ -183,8 +183,11 @@ class SDConcepts(Dataset):
         labels = torch.tensor(prompts).repeat_interleave(self.num_images)
 
         def make(folder: Path) -> None:
-            pixels = to_uint8(draw(labels), "images of dataset.source=base")
-            save_file({"pixels": pixels.cpu()}, folder / "images.safetensors")
+            try:
+                pixels = to_uint8(draw(labels)).cpu()
+            except NonFiniteError as error:
+                raise ConfigurationError(f"dataset.source=base: of what the base draws {error}.") from error
+            save_file({"pixels": pixels}, folder / "images.safetensors")
 
         key = {
             "base": base,

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from unlearn_runner.cache import file_digest, set_aside
+from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.clip import activation_of, open_clip_network
 
@@ -58,10 +60,10 @@ class Inception(FeatureExtractor):
 
         in_hub = Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[-1])
         path = Path(weights).expanduser() if weights else in_hub
-        if not path.is_file():
-            if weights:
-                raise ConfigurationError(f"evaluation.extractor.inception_weights={weights}: there is no such file.")
-            _download(URL_INCEPTION_V3, path)
+        if not weights:
+            from_first(lambda: _fetch(URL_INCEPTION_V3, path))
+        elif not path.is_file():
+            raise ConfigurationError(f"evaluation.extractor.inception_weights={weights}: there is no such file.")
         try:
             weights = io.BytesIO()  # torch-fidelity reads weights as a pickle: it gets what is written here, no file
             torch.save(torch.load(path, map_location="cpu", weights_only=True), weights)
@@ -116,10 +118,15 @@ def _three_channels(images: UInt8[Tensor, "b c h w"]) -> UInt8[Tensor, "b 3 h w"
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _download(url: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _fetch(url: str, path: Path) -> None:
+    """Download the file if it is not there, or is damaged, which it is set aside for."""
     digest = path.stem.rsplit("-", 1)[-1]  # the URL's file name ends in the first digits of its SHA-256
     try:
+        if path.is_file() and file_digest(path).startswith(digest):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            print(f"{path} is damaged: set aside as {set_aside(path).name}, downloaded again", flush=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
     except (OSError, RuntimeError) as error:
         raise ConfigurationError(

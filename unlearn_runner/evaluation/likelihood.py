@@ -41,7 +41,7 @@ def flow_bits_per_dim(
     In tau = log(sigma/gamma) the ODE is dx/dtau = sigma (eps_theta(x, t(tau)) - sigma x), from the schedule's first
     timestep, where x = gamma x0, to its last, where x is taken for standard normal. The divergence is estimated with
     one Rademacher vector `probe` an image (Hutchinson), the same along the way. Solved by scipy's adaptive
-    Runge-Kutta 4(5), all images with one step size. Between timesteps, t is linear in tau. NaN where the solver fails.
+    Runge-Kutta 4(5), all images with one step size. Between timesteps, t is linear in tau. NaN where it fails.
     """
     from scipy.integrate import solve_ivp
 
@@ -59,15 +59,22 @@ def flow_bits_per_dim(
             (product,) = torch.autograd.grad(eps, x, probe)
         divergence = sigma * (product * probe).flatten(1).sum(1) - sigma**2 * d
         velocity = sigma * (eps.detach() - sigma * x.detach())
-        return torch.cat([velocity.flatten(), divergence]).double().cpu().numpy()
+        slopes = torch.cat([velocity.flatten(), divergence]).double().cpu().numpy()
+        if log_ratio == log_ratios[0] and not np.isfinite(slopes).all():
+            raise FloatingPointError  # scipy would look for a first step for ever
+        return slopes
 
     start = np.concatenate([(gammas[0] * x0).double().cpu().numpy().ravel(), np.zeros(b)])
+    nowhere = torch.full((b,), torch.nan, dtype=torch.float64)
     with evaluating(model):
-        solution = solve_ivp(
-            slope, (log_ratios[0], log_ratios[-1]), start, rtol=rtol, atol=atol, t_eval=log_ratios[-1:]
-        )
-    if not solution.success:  # the flow cannot be followed to its end
-        return torch.full((b,), torch.nan, dtype=torch.float64)
+        try:
+            solution = solve_ivp(
+                slope, (log_ratios[0], log_ratios[-1]), start, rtol=rtol, atol=atol, t_eval=log_ratios[-1:]
+            )
+        except FloatingPointError:
+            return nowhere
+    if not solution.success:
+        return nowhere
     end, divergence = solution.y[: b * d, -1].reshape(b, d), solution.y[b * d :, -1]
     log_prior = -0.5 * (end**2).sum(1) - 0.5 * d * math.log(2 * math.pi)
     log_density = log_prior + divergence + d * math.log(gammas[0])

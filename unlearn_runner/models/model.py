@@ -384,6 +384,8 @@ def described(part: Any) -> Any:
         return [described(value) for value in part]
     if isinstance(part, Tensor | np.ndarray):
         return part.tolist()
+    if isinstance(part, set | frozenset | torch.dtype):
+        return sorted(map(str, part)) if isinstance(part, set | frozenset) else str(part)
     if isinstance(part, GenerativeModel):
         return part.fingerprint()
     found = {"kind": type(part).__name__}
@@ -409,22 +411,20 @@ def _parts(whole: Any) -> dict[str, Any]:
 
 def require_finite(network: nn.Module, name: str) -> None:
     """Raise NonFiniteError, which calls the network `name`, if a weight is not a finite number."""
-    counts = {
-        key: (~weight.isfinite()).sum()
-        for key, weight in network.state_dict().items()
-        if weight.is_floating_point() and weight.numel() > 0
-    }
-    bad = {key: int(count) for key, count in counts.items() if count > 0}
+    weights = {key: weight for key, weight in network.state_dict().items() if weight.is_floating_point()}
+    bad = {key: count for key, weight in weights.items() if (count := int((~weight.isfinite()).sum()))}
     if bad:
+        total = sum(weight.numel() for weight in weights.values())
         raise NonFiniteError(
-            f"{name} has {sum(bad.values())} weights that are not finite numbers (in {', '.join(list(bad)[:3])})"
+            f"{name} has weights that are not finite numbers, {sum(bad.values())} of {total}, the first in "
+            f"{next(iter(bad))}"
         )
 
 
 def require_usable(base: GenerativeModel, source: str) -> None:
     """Raise ConfigurationError if a weight of the base, which came from model.weights=`source`, is not finite."""
     try:
-        require_finite(base, "it")
+        require_finite(base, "the base")
     except NonFiniteError as error:
         raise ConfigurationError(f"model.weights={source}: {error}; give others, or have them trained anew.") from error
 

@@ -89,7 +89,7 @@ def pretrained(
     def read(folder: Path) -> None:
         network = build(recipe.seed, data.spec)
         network.load(folder / "model")
-        require_finite(network, "it")
+        require_finite(network, "the model")
 
     return cached(cache_dir, kind, key, make, read, together=True, continues=CHECKPOINTS) / "model"
 
