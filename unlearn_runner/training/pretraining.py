@@ -123,7 +123,7 @@ def _pretrained_autoencoder(
 
     key = {**key, "version": VERSION, "data": learn.data.fingerprint}
     folder = cached(cache_dir, "autoencoders", key, make, together=True)
-    return network.vae.from_pretrained(folder / "model", subfolder="vae")
+    return network.vae.from_pretrained(folder / "model", subfolder="vae", use_safetensors=True)
 
 
 class _Learning:
