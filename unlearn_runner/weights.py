@@ -64,7 +64,7 @@ def located(source: str, option: str) -> Path | str:
     if path.is_file() or (path.suffix in (".safetensors", *PICKLES) and not path.is_dir()) or "://" in source:
         raise ConfigurationError(
             f"{option}={source}: expected a folder as diffusers' save_pretrained writes it, or a hub id, got a single "
-            "file; if it is a whole pipeline, write it as a folder once, with diffusers' "
+            "file or a link; if it is a whole pipeline, write it as a folder once, with diffusers' "
             "StableDiffusionPipeline.from_single_file(<file>, config=<folder of a pipeline like it>)"
             ".save_pretrained(<folder>)."
         )

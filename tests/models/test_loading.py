@@ -191,7 +191,9 @@ def test_a_single_file_is_refused_with_how_to_convert_it(tmp_path, name):
     if "nowhere" not in name and "://" not in name:
         Path(source).write_bytes(b"x")
     for make in (lambda: build(source), build_ddpm_of(source)):
-        with pytest.raises(ConfigurationError, match=r"model\.weights=.* got a single file; .*from_single_file"):
+        with pytest.raises(
+            ConfigurationError, match=r"model\.weights=.* got a single file or a link; .*from_single_file"
+        ):
             make()
 
 
@@ -235,6 +237,9 @@ def test_schedules_that_would_be_misread_are_refused(tiny_network, copied, tmp_p
             ("DiffusionPipeline", {}, "diffusers has no scheduler called DiffusionPipeline"),
             ("DDPMScheduler", {"prediction_type": "sample"}, "prediction_type must be one of"),
             ("DDPMScheduler", {"variance_type": "learned_range"}, "learnt variance"),
+            ("DDPMScheduler", {"num_train_timesteps": 1}, "no schedule on which the noise grows"),
+            ("DDPMScheduler", {"beta_schedule": "linear", "beta_start": -5.0}, "no schedule on which the noise"),
+            ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "flow models cannot"),
             (
                 "DDPMScheduler",
                 {"prediction_type": "epsilon", "rescale_betas_zero_snr": True},

@@ -23,7 +23,7 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # read, into the network's own; others a
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 PREFIX = "text_model."  # which transformers 4 puts before the names of CLIP's text encoder, and 5 does not
 BESIDE = ("position_ids", "text_projection.weight", "visual_projection.weight", "logit_scale")  # of a whole CLIP
-NOT_ARCHITECTURE = ("dropout", "sample_size", "scaling_factor", "force_upcast")  # of the same weights
+NOT_ARCHITECTURE = ("dropout", "scaling_factor", "force_upcast")  # of the same weights
 TEXT_ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps")  # what the shapes of weights do not tell
 
 
@@ -97,7 +97,7 @@ def scheduler_in(folder: Path) -> "SchedulerMixin":
     Raises ConfigurationError if it is not one of diffusers' for a schedule of alphas_cumprod, which noise is added by.
     """
     import diffusers
-    from diffusers import DDPMScheduler, SchedulerMixin
+    from diffusers import SchedulerMixin
 
     place = part_of(folder, "scheduler")
     name = _named_by_pipeline(folder) or json.loads((place / "scheduler_config.json").read_text()).get("_class_name")
@@ -105,12 +105,14 @@ def scheduler_in(folder: Path) -> "SchedulerMixin":
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ConfigurationError(f"{place}: diffusers has no scheduler called {name}.")
     scheduler = kind.from_pretrained(place)
-    own = getattr(scheduler, "alphas_cumprod", None)
-    if own is None or not torch.allclose(DDPMScheduler.from_config(scheduler.config).alphas_cumprod, own, atol=1e-6):
+    own, flow = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("use_flow_sigmas", False)
+    if own is None or flow or not torch.allclose(training_schedule(scheduler), own, atol=1e-6):
         raise ConfigurationError(
             f"{place} holds a {name}, whose noise is not that of a diffusion model with alphas_cumprod; flow models "
             "cannot be unlearned yet."
         )
+    if not bool(((own >= 0) & (own <= 1)).all()) or len(own) < 2 or own[-1] >= own[0]:
+        raise ConfigurationError(f"{place} describes no schedule on which the noise grows from step to step.")
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         raise ConfigurationError(f"{place} asks for a learnt variance, which the network does not answer.")
     return scheduler
@@ -199,12 +201,14 @@ def _spellings(name: str) -> Iterator[str]:
 
 def _require_architecture(network: nn.Module, folder: Path) -> None:
     """Raise ConfigurationError if a folder's config describes another network: not all of it shows in the shapes."""
-    from diffusers import ConfigMixin
+    from diffusers import ConfigMixin, UNet2DModel
 
     if isinstance(network, ConfigMixin):
         with torch.device("meta"):
             there = network_in(type(network), folder).config
-        names = [name for name in network.config if not name.startswith("_") and name not in NOT_ARCHITECTURE]
+        # a latent's size is chosen by who draws, that of pixels belongs to the model
+        apart = NOT_ARCHITECTURE if isinstance(network, UNet2DModel) else (*NOT_ARCHITECTURE, "sample_size")
+        names = [name for name in network.config if not name.startswith("_") and name not in apart]
     else:
         there, names = type(network.config).from_pretrained(folder).to_dict(), TEXT_ARCHITECTURE
     for name in names:
@@ -214,7 +218,10 @@ def _require_architecture(network: nn.Module, folder: Path) -> None:
 
 
 def _comparable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """A list as a tuple; of two equal numbers, the sides of a square, the one."""
+    if isinstance(value, list | tuple):
+        return value[0] if len(value) == 2 and value[0] == value[1] else tuple(value)
+    return value
 
 
 def _named_by_pipeline(folder: Path) -> str | None:

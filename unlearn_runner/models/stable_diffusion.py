@@ -646,8 +646,8 @@ def _require_stable_diffusion(folder: Path) -> None:
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise ConfigurationError(f"it is a {index.get('_class_name')}")
     for name, kind in PIPELINE.items():
-        if name in index:
-            require_kind(folder / name, str(index[name][1]).removesuffix("Fast"), kind)
+        found = (index.get(name) or [None])[-1]
+        require_kind(folder / name, found and found.removesuffix("Fast"), kind)
 
 
 def _require_fitting(parts: Parts) -> None:
