@@ -67,13 +67,30 @@ def owner_of(folder: Path, now: float | None = None) -> dict[str, Any] | None:
 
 
 def require_no_owner(folder: Path, now: float | None = None) -> None:
-    """Raise ConfigurationError if a living process writes into the folder."""
+    """Raise ConfigurationError if a living process writes into the folder.
+
+    One on another machine, which may have been killed a moment ago, is watched until it gives a sign of life or has
+    given none for two minutes: a job that is begun again on another node need not fail.
+    """
     owner = owner_of(folder, now)
-    if owner is not None:
+    if owner is not None and not (owner["machine"] != machine() and _falls_silent(folder, owner)):
         raise ConfigurationError(
             f"{folder} belongs to process {owner['pid']} on {owner['host']}, which is still running; wait until it has "
             f"ended or end it, or, if you know that it is gone, delete {folder / CLAIM}."
         )
+
+
+def _falls_silent(folder: Path, owner: dict[str, Any]) -> bool:
+    """Watch an owner on another machine; whether it has let go of the folder, or is dead."""
+    print(f"waiting for a sign of life of {folder}'s process {owner['pid']} on {owner['host']}", flush=True)
+    claim, end = folder / CLAIM, time.monotonic() + SILENCE
+    with suppress(OSError):  # it is gone
+        seen = claim.stat().st_mtime
+        while owner_of(folder) == owner and time.monotonic() < end:
+            time.sleep(BEAT / 20)
+            if claim.stat().st_mtime != seen and owner_of(folder) == owner:
+                return False
+    return owner_of(folder) in (owner, None)
 
 
 @final

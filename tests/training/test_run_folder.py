@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -246,29 +247,38 @@ def test_a_folder_has_one_owner_as_long_as_that_lives(tmp_path):
 import sys, time
 from pathlib import Path
 from unlearn_runner.owner import Ownership
-owned = Ownership(Path({str(tmp_path)!r}))
+owned = Ownership(Path({str(tmp_path / "run")!r}))
 print(flush=True)
 sys.stdin.read()
 """
+    interrupted(tmp_path / "run")
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    assert owner.owner_of(tmp_path)["pid"] == other.pid
-    with pytest.raises(ConfigurationError, match=rf"belongs to process {other.pid} on .*, which is still running"):
-        RunFolder(tmp_path, CONFIG)
-    assert not (tmp_path / "config.yaml").exists()
+    run = tmp_path / "run"
+    assert owner.owner_of(run)["pid"] == other.pid
+    before = (run / "config.yaml").stat().st_mtime_ns
+    for attempt in (
+        lambda: RunFolder(run, CONFIG),
+        lambda: checkpoint_to_resume("latest", tmp_path, identity_of_run(CONFIG)),
+        lambda: checkpoint_to_resume(str(run), tmp_path, identity_of_run(CONFIG)),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"belongs to process {other.pid} on .*, which is still running"):
+            attempt()
+    assert (run / "config.yaml").stat().st_mtime_ns == before
     other.send_signal(signal.SIGKILL)
     time.sleep(0.3)
-    assert owner.owner_of(tmp_path) is None, "dead, though nobody has asked after it yet"
+    assert owner.owner_of(run) is None, "dead, though nobody has asked after it yet"
     other.wait()
+    assert checkpoint_to_resume("latest", tmp_path, identity_of_run(CONFIG)).run_folder == run
     for rubble in (".config.yaml.1.tmp", "checkpoints/.step_000001.1.tmp/state.pt", ".model.1.tmp/unet/x"):
-        (tmp_path / rubble).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / rubble).write_text("")
-    folder = RunFolder(tmp_path, CONFIG)
-    assert not list(tmp_path.rglob(".*.tmp")), "the next owner sweeps"
+        (run / rubble).parent.mkdir(parents=True, exist_ok=True)
+        (run / rubble).write_text("")
+    folder = RunFolder(run, CONFIG)
+    assert not list(run.rglob(".*.tmp")), "the next owner sweeps"
     with pytest.raises(ConfigurationError, match=f"belongs to process {os.getpid()}"):
-        RunFolder(tmp_path, CONFIG)
+        RunFolder(run, CONFIG)
     folder.close()
-    assert owner.owner_of(tmp_path) is None
+    assert owner.owner_of(run) is None
 
 
 def test_an_owner_elsewhere_gives_signs_of_life(tmp_path, monkeypatch):
@@ -282,10 +292,12 @@ def test_an_owner_elsewhere_gives_signs_of_life(tmp_path, monkeypatch):
     owned.release()
 
     claim.write_text(json.dumps(theirs | {"machine": "another", "host": "node7"}))
+    monkeypatch.setattr(owner, "SILENCE", 0.5)
+    sign = threading.Timer(0.2, os.utime, [claim])
+    sign.start()
     with pytest.raises(ConfigurationError, match=rf"on node7, .* if you know that it is gone, delete {claim}"):
         owner.Ownership(tmp_path)
-    os.utime(claim, (time.time() - 200,) * 2)
-    taken = owner.Ownership(tmp_path)
+    taken = owner.Ownership(tmp_path)  # after half a second without another
     claim.write_text(json.dumps(theirs | {"machine": "another"}))  # it was only asleep, and has taken it back
     time.sleep(0.4)
     with pytest.raises(ConfigurationError, match="was taken over by another process"):
