@@ -85,7 +85,7 @@ def value_of(text: str) -> Any:
         return None
 
 
-def is_float(value: float) -> bool:
+def is_float(value: int | float) -> bool:
     """Whether a number is one of floating point's, which whole numbers of JSON need not be; NaN and infinity are."""
     try:
         float(value)
