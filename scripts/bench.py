@@ -476,16 +476,19 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from unlearn_runner.comparison.choices import Parser
+
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--network", choices=NETWORKS, default="small", help="the paper's UNet, or one of 1.1M weights")
     add("--methods", nargs="+", choices=[*REFERENCES, *SUBJECTS], metavar="NAME",
         default=BY_DEFAULT,
         help=f"of {', '.join([*REFERENCES, *SUBJECTS])} (default: all but {', '.join(ON_A_GPU)})")  # fmt: skip
-    add("--conditional", type=lambda text: {"true": True, "false": False}[text], default=True, metavar="true|false")
+    add("--conditional", type=truth, default=True, metavar="true|false")
     add("--batch-size", type=int, default=64)
     add("--image-size", type=int, default=28)
-    add("--hardware", default="auto", help="a group of conf/hardware")
+    hardware = sorted(path.stem for path in (ROOT / "conf" / "hardware").glob("*.yaml"))
+    add("--hardware", choices=hardware, default="auto", help="an option of conf/hardware")
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=5, help="of each subject in a round")
     add("--warm-up", type=int, default=2, help="steps before anything is timed")
@@ -501,6 +504,12 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got '{text}'")
+    return text == "true"
+
+
 def add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found, with the machine")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
@@ -514,6 +523,8 @@ def require_sensible(arguments: argparse.Namespace, *positive: str) -> None:
     for file in filter(None, (arguments.json, arguments.markdown)):
         if not file.parent.is_dir():
             sys.exit(f"{file} cannot be written: there is no folder {file.parent}.")
+        if file.is_dir():
+            sys.exit(f"{file} cannot be written: it is a folder.")
 
 
 def hand_over(found: dict[str, Any], table: str, arguments: argparse.Namespace) -> None:

@@ -11,36 +11,34 @@ model that never saw the forget set. Runs that were not measured alike come in t
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from unlearn_runner.comparison.choices import nearest
+from unlearn_runner.comparison.choices import Parser, nearest
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted, compare
-from unlearn_runner.comparison.render import csv_text, latex, markdown, terminal, terminal_tables, terminal_tests
+from unlearn_runner.comparison.render import (
+    Plain,
+    csv_text,
+    latex,
+    markdown,
+    markdown_escaped,
+    terminal,
+    terminal_tables,
+    terminal_tests,
+)
 from unlearn_runner.comparison.runs import Found, read_runs
 from unlearn_runner.comparison.statistics import TESTS
 from unlearn_runner.comparison.verdicts import sentence, verdicts_of
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, plain
 
-
-class Parser(argparse.ArgumentParser):
-    """One sentence for a mistake, with the nearest options for a mistyped one."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        found, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            options = [option for option in self._option_string_actions if option.startswith("--")]
-            self.error(f"there is no option '{unknown[0]}'{nearest(unknown[0].partition('=')[0], options)}.")
-        return found, unknown
-
-    def error(self, message):
-        sys.exit(message)
+BROKEN_PIPE = 141  # what a shell says of a command that SIGPIPE ended
 
 
 def parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs below it")
     add("--sort", metavar="METRIC", help="best first by this metric, or 'label' (default: forget_rate)")
@@ -69,6 +67,8 @@ def main() -> None:
         for file in filter(None, (arguments.html, arguments.grid, arguments.curves)):
             if not file.parent.is_dir():
                 raise ConfigurationError(f"{file} cannot be written: there is no folder {file.parent}.")
+            if file.is_dir():
+                raise ConfigurationError(f"{file} cannot be written: it is a folder.")
         found = read(arguments.folders)
         exported = arguments.csv or arguments.latex or arguments.markdown
         short = not (arguments.all or arguments.csv or arguments.markdown)
@@ -76,6 +76,7 @@ def main() -> None:
             arguments.metrics or [], short, arguments.sort, arguments.baseline, arguments.test, not arguments.no_marks
         )
         comparison = compare(found, wanted)
+<<<<<<< HEAD
         console, aside = terminal(), Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         if arguments.csv:
             print(csv_text([table[:1] + table[2:5] for table in comparison.tables]), end="")
@@ -86,6 +87,26 @@ def main() -> None:
             show(comparison, arguments, console)
         say(comparison, aside if exported else console)
         write(found, wanted, comparison, arguments, aside if exported else console)
+=======
+        console, aside = terminal(), Plain(stderr=True, soft_wrap=True)
+        rest = aside if exported else console
+        try:
+            if arguments.csv:
+                print(csv_text([table[:1] + table[2:5] for table in comparison.tables]), end="")
+            elif exported:
+                for table in comparison.tables:
+                    print(latex_of(table) if arguments.latex else markdown_of(table))
+            else:
+                show(comparison, arguments, console)
+            say(comparison, rest)
+            sys.stdout.flush()
+            status = 0
+        except BrokenPipeError:  # `| head` has read enough; the files are still written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = BROKEN_PIPE
+        write(found, wanted, comparison, arguments, rest)
+        sys.exit(status)
+>>>>>>> outside
     except ConfigurationError as error:
         sys.exit(str(error))
     except OSError as error:
@@ -97,6 +118,8 @@ def main() -> None:
 def read(folders: list[Path]) -> Found:
     """The runs below the folders. Raises ConfigurationError if a folder is not there or no run is finished."""
     for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigurationError(f"{folder} is a file; give the folder of a run, or one with runs below it.")
         if not folder.is_dir():
             beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
             near = nearest(str(folder), [str(other) for other in beside if other.is_dir()])
@@ -104,12 +127,12 @@ def read(folders: list[Path]) -> Found:
     found = read_runs(folders)
     if not found.runs:
         lines = [f"  {run.folder}: {run.why}" for run in found.apart]
-        raise ConfigurationError("\n".join(["no finished run in there.", *found.remarks, *lines]))
+        raise ConfigurationError(plain("\n".join(["no finished run in there.", *found.remarks, *lines])))
     return found
 
 
 def markdown_of(table: Table) -> str:
-    title = f"**{table.title}**\n\n" if table.title else ""
+    title = f"**{markdown_escaped(table.title)}**\n\n" if table.title else ""
     return f"{title}{markdown(table.rows, table.columns, table.cells)}\n"
 
 
@@ -148,13 +171,13 @@ def say(comparison: Comparison, console: Console) -> None:
     """What is to be said besides the tables."""
     for number, table in enumerate(comparison.tables, start=1):
         for remark in table.remarks:
-            console.print(f"Table {number}: {remark}" if table.title else remark, markup=False)
+            console.print(f"Table {number}: {remark}" if table.title else remark)
     for remark in comparison.remarks:
-        console.print(remark, markup=False)
+        console.print(plain(remark))
     if comparison.apart:
         console.print("Not in a table, and in no average:")
         for run in comparison.apart:
-            console.print(f"  {run.folder}: {run.why}", markup=False)
+            console.print(plain(f"  {run.folder}: {run.why}"))
 
 
 def write(
@@ -167,18 +190,22 @@ def write(
         whole = compare(found, wanted._replace(whole=True))
         page, remarks = report(whole, wanted)
         for remark in remarks:
-            console.print(remark, markup=False)
+            console.print(remark)
         arguments.html.write_text(page, encoding="utf-8")
-        console.print(f"The comparison as a page: {arguments.html}", markup=False)
+        console.print(f"The comparison as a page: {arguments.html}")
     table = comparison.tables[0]
     if arguments.grid:
         from unlearn_runner.comparison.pictures import pictures_of, side_by_side
 
         if pictures := pictures_of(table.runs, [row.label for row in table.rows]):
-            side_by_side(pictures).save(arguments.grid)
-            console.print(f"Samples of the lowest seed: {arguments.grid}", markup=False)
+            whole, remarks = side_by_side(pictures)
+            for remark in remarks:
+                console.print(plain(remark))
+        if pictures and whole is not None:
+            whole.save(arguments.grid, "PNG")
+            console.print(f"Samples of the lowest seed: {arguments.grid}")
         else:
-            console.print(f"{arguments.grid} is not written: no run has samples/after.png.", markup=False)
+            console.print(f"{arguments.grid} is not written: no run has samples/after.png that can be read.")
     if arguments.curves:
         from unlearn_runner.comparison.curves import curves_by_label
         from unlearn_runner.comparison.pictures import draw_curves
@@ -186,13 +213,13 @@ def write(
         keys = arguments.keys
         curves, remarks = curves_by_label(table.runs, 100, set(keys))
         for remark in remarks:
-            console.print(remark, markup=False)
+            console.print(remark)
         if curves:
             draw_curves(curves, keys, arguments.curves)
-            console.print(f"{', '.join(keys)} over the steps: {arguments.curves}", markup=False)
+            console.print(f"{', '.join(keys)} over the steps: {arguments.curves}")
         else:
             why = f"no run has {' or '.join(keys)} on the way in a metrics.jsonl"
-            console.print(f"{arguments.curves} is not written: {why}.", markup=False)
+            console.print(f"{arguments.curves} is not written: {why}.")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,9 @@ def markdown(found: dict) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from unlearn_runner.comparison.choices import Parser
+
+    parser = Parser(__doc__)
     add = parser.add_argument
     methods = [name for name in SUBJECTS if not name.startswith("rl_")]  # those take a roll-out at a time
     add("--method", choices=methods, default="siss", metavar="NAME", help=f"of {', '.join(methods)}")

@@ -6,10 +6,10 @@
 Needs `pip install 'unlearn_runner[dashboard]'` and, but for --dry-run, `wandb login`. docs/wandb.md says more.
 """
 
-import argparse
 import sys
 from typing import Any
 
+from unlearn_runner.comparison.choices import Parser
 from unlearn_runner.errors import first_line
 
 # The keys that runs log over their steps, and those that stand in their summaries at the end.
@@ -70,7 +70,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--project", default="unlearn_runner", help="as logger.project (default: %(default)s)")
     parser.add_argument("--entity", help="a user or a team; default: yours")
     parser.add_argument("--name", default=TITLE, help="the workspace's name (default: %(default)s)")
@@ -90,7 +90,7 @@ def main() -> None:
         entity = arguments.entity or wandb.Api().default_entity
         made = workspace(entity, arguments.project, arguments.name)
         made.save()
-    except (wandb.errors.Error, ValueError) as error:
+    except Exception as error:  # what wandb, its server and its HTTP library raise
         sys.exit(f"Weights & Biases: {first_line(error)} Log in with `wandb login`; --dry-run needs none.")
     print(made.url)
 

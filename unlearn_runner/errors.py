@@ -36,6 +36,8 @@ def first_line(error: Exception | str) -> str:
 
 def plain(text: str) -> str:
     """Text of others without what would move or colour a terminal."""
+    if text.isprintable():
+        return text
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unlearn_runner.comparison.runs import Run
+from unlearn_runner.comparison.runs import LARGEST, Run
+from unlearn_runner.errors import first_line
 
 Points = tuple[np.ndarray, np.ndarray]  # steps, values
 
@@ -46,8 +47,10 @@ def read_lines(path: Path) -> Lines:
             continue
         try:
             values = np.array(rows, dtype=float)
-        except (ValueError, TypeError):  # a line with a text or a null among numbers
-            good = [row for row in rows if all(isinstance(value, int | float) for value in row)]
+            if values.ndim != 2:
+                raise ValueError("lists among the numbers")
+        except (ValueError, TypeError, OverflowError):  # a line with a text, a null or too large a number among numbers
+            good = [row for row in rows if all(isinstance(value, int | float) and is_float(value) for value in row)]
             corrupt += len(rows) - len(good)
             values = np.array(good, dtype=float).reshape(-1, len(keys))
         steps, scores = values[:, keys.index("step")], frozenset(key for key in keys if key.startswith("eval/"))
@@ -63,10 +66,12 @@ def parsed(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The lines that are JSON objects, and how many others there are; none for a file that is not there."""
     if not path.is_file():
         return [], 0
+    if path.stat().st_size > LARGEST[path.name]:
+        raise ValueError(f"it has more than {LARGEST[path.name]} bytes")
     texts = [text for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if text.strip()]
     try:
         values = json.loads(f"[{','.join(texts)}]")  # at once: faster than line by line
-    except ValueError:
+    except (ValueError, RecursionError):
         values = [value_of(text) for text in texts]
     lines = [value for value in values if isinstance(value, dict)]
     return lines, max(0, len(texts) - len(lines))
@@ -76,8 +81,17 @@ def value_of(text: str) -> Any:
     """None for what is no JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
+
+
+def is_float(value: int | float) -> bool:
+    """Whether a number is one of floating point's, which whole numbers of JSON need not be; NaN and infinity are."""
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def in_order(parts: list[Points]) -> Points:
@@ -116,7 +130,11 @@ def curves_by_label(
         found: dict[str, list[Points]] = {}
         for run in same:
             path = run.folder / "metrics.jsonl"
-            lines = read_lines(path)
+            try:
+                lines = read_lines(path)
+            except (OSError, ValueError) as error:
+                remarks.append(f"{path} is not read: {first_line(error)}.")
+                continue
             if lines.corrupt:
                 remarks.append(f"{path}: {lines.corrupt} corrupt lines are skipped.")
             for key, points in lines.series.items():

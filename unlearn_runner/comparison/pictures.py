@@ -2,6 +2,7 @@
 
 import base64
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from PIL import Image, ImageDraw
 from unlearn_runner.comparison.comparison import Table
 from unlearn_runner.comparison.curves import Curve
 from unlearn_runner.comparison.runs import Run
+from unlearn_runner.errors import first_line
 
 PICTURES = 6_000_000  # bytes of all samples of a page
 COLUMNS = 8  # of a grid, on a page
 WIDEST = 480  # pixels of these columns
+HIGHEST = 6000  # pixels
 
 
 def pictures_of(runs: list[Run], rows: list[str]) -> dict[str, Path]:
@@ -35,20 +38,34 @@ def cell_size(grid: np.ndarray) -> int:
 
 
 def first_columns(path: Path, columns: int) -> Image.Image:
-    """The left part of a grid."""
-    grid = np.asarray(Image.open(path).convert("RGB"))
+    """The left part of a grid.
+
+    Raises whatever PIL raises for what is no whole PNG, or for one of more pixels than it thinks a picture has: that is
+    known from its first bytes, before memory is spent on them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=["PNG"]) as picture:
+            grid = np.asarray(picture.convert("RGB"))
     return Image.fromarray(grid[:, : columns * cell_size(grid) + 2])
 
 
-def side_by_side(pictures: dict[str, Path], columns: int = 6) -> Image.Image:
-    """The first columns of each grid under its title."""
-    strips = []
+def side_by_side(pictures: dict[str, Path], columns: int = 6) -> tuple[Image.Image | None, list[str]]:
+    """The first columns of each grid under its title, None if there is none; a sentence for each that is left out."""
+    strips, remarks = [], []
     for title, path in pictures.items():
-        grid = first_columns(path, columns)
+        try:
+            grid = first_columns(path, columns)
+        except Exception as error:  # what PIL raises for a damaged or an immense picture
+            remarks.append(f"{path} is left out: {first_line(error)}.")
+            continue
+        grid.thumbnail((HIGHEST, HIGHEST))  # smaller ones stay as they are
         strip = Image.new("RGB", (grid.width, grid.height + 18), "white")
         strip.paste(grid, (0, 18))
         ImageDraw.Draw(strip).text((3, 3), title, fill="black")
         strips.append(strip)
+    if not strips:
+        return None, remarks
     gap = 10
     width = sum(strip.width + gap for strip in strips) - gap
     whole = Image.new("RGB", (width, max(strip.height for strip in strips)), "white")
@@ -56,14 +73,16 @@ def side_by_side(pictures: dict[str, Path], columns: int = 6) -> Image.Image:
     for strip in strips:
         whole.paste(strip, (x, 0))
         x += strip.width + gap
-    return whole
+    return whole, remarks
 
 
 def as_data_uri(path: Path, columns: int, widest: int) -> str:
     """The first columns of a grid inside a page: a PNG of at most `widest` pixels, grey if it has no colour."""
     picture = first_columns(path, columns)
-    if picture.width > widest:
-        picture = picture.resize((widest, round(picture.height * widest / picture.width)), Image.Resampling.LANCZOS)
+    scale = min(widest / picture.width, HIGHEST / picture.height)
+    if scale < 1:
+        size = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize(tuple(size), Image.Resampling.LANCZOS)
     pixels = np.asarray(picture)
     if (pixels == pixels[..., :1]).all():
         picture = picture.convert("L")
@@ -97,7 +116,7 @@ def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], lis
     for title, at, path in wanted:
         try:
             uri = as_data_uri(path, COLUMNS, WIDEST) if spent < most_bytes else ""
-        except OSError:  # a picture cut off by a full disk; the others are still worth looking at
+        except Exception:  # a damaged or immense picture; the others are still worth looking at
             uri = ""
         spent += len(uri)
         if uri:
@@ -106,6 +125,11 @@ def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], lis
         else:
             left_out.append(title)
     return samples, left_out
+
+
+def no_formula(said: str) -> str:
+    """Text that matplotlib does not read as mathematics."""
+    return said.replace("$", r"\$")
 
 
 def draw_curves(curves: dict[str, dict[str, Curve]], keys: list[str], path: Path) -> None:
@@ -121,10 +145,10 @@ def draw_curves(curves: dict[str, dict[str, Curve]], keys: list[str], path: Path
         for number, (row, by_key) in enumerate(curves.items()):
             curve = by_key.get(key, Curve([], [], [], []))
             style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
-            (line,) = axes.plot(curve.steps, curve.mean, style, label=row, linewidth=1.5)
+            (line,) = axes.plot(curve.steps, curve.mean, style, label=no_formula(row), linewidth=1.5)
             if len(curves) <= 6:
                 axes.fill_between(curve.steps, curve.low, curve.high, alpha=0.12, color=line.get_color())
-        axes.set(xlabel="step", ylabel=key)
+        axes.set(xlabel="step", ylabel=no_formula(key))
         if axes.dataLim.ymin >= 0:
             axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)

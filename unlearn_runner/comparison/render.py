@@ -2,6 +2,8 @@
 
 import csv
 import io
+import re
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -98,20 +100,42 @@ def beside_each_other(
     return drawn
 
 
+class Plain(Console):
+    """A console for names of others: no markup, no emoji; raises BrokenPipeError when nobody reads on."""
+
+    def __init__(self, **more: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **more)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def terminal() -> Console:
     """As wide as the terminal; into a file or a pipe as wide as it needs."""
+<<<<<<< HEAD
     as_it_is = {"highlight": False, "markup": False, "emoji": False}  # labels and paths are no styles
     console = Console(soft_wrap=False, **as_it_is)
     return console if console.is_terminal else Console(width=10_000, **as_it_is)
+=======
+    console = Plain(soft_wrap=False)
+    return console if console.is_terminal else Plain(width=10_000)
+>>>>>>> outside
 
 
 def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]]) -> str:
     """One line for each metric, one column for each row: tables with many metrics stay readable."""
-    lines = ["| | " + " | ".join(row.label for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    lines = ["| | " + " | ".join(markdown_escaped(row.label) for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for column in columns:
         said = [markdown_cell(found.get(column)) for found in cells]
-        lines.append(f"| {column} | " + " | ".join(said) + " |")
+        lines.append(f"| {markdown_escaped(column)} | " + " | ".join(said) + " |")
     return "\n".join(lines)
+
+
+def markdown_escaped(said: str) -> str:
+    """Text that stays text in a cell: no markup, no HTML, no link, no mention, no end of the cell."""
+    said = " ".join(said.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    said = re.sub(r"([\\`*|\[\]$~@])|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9])", lambda found: f"\\{found[0]}", said)
+    return said.replace("://", "\\://").replace("www.", "www\\.")
 
 
 def markdown_cell(cell: Cell | None) -> str:
@@ -150,7 +174,11 @@ def latex_cell(cell: Cell | None) -> str:
 
 def escaped(said: str) -> str:
     """Text with LaTeX's own characters made harmless."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    said = " ".join(said.split())
+    special = {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+        "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    }  # fmt: skip
     return "".join(special.get(letter, f"\\{letter}" if letter in "&%$#_{}" else letter) for letter in said)
 
 
@@ -167,6 +195,16 @@ def csv_text(tables: list[tuple[str, list[Row], list[str], list[dict[str, Cell]]
                     ends = ("", "") if half is None else (cell.mean - half, cell.mean + half)
                     direction = "" if better(column) is None else better(column)
                     writer.writerow(
-                        [title, row.label, column, direction, cell.mean, *ends, cell.n, cell.of, int(cell.best)]
-                    )
+                        [*map(no_formula, (title, row.label, column)), direction, cell.mean, *ends, cell.n, cell.of,
+                         int(cell.best)]
+                    )  # fmt: skip
     return out.getvalue()
+
+
+def no_formula(said: str) -> str:
+    """Text that a spreadsheet shows instead of running it: after a quote if it begins like a formula."""
+    try:
+        float(said)  # a name that is a number stays one
+    except ValueError:
+        return f"'{said}" if said.startswith(("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")) else said
+    return said

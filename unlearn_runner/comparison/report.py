@@ -176,4 +176,5 @@ def command_of(folder: Path) -> str:
     place, root = Path(os.path.abspath(folder)), Path(__file__).parents[2]
     if (root / "train.py").is_file() and place.is_relative_to(root):
         place = place.relative_to(root)
+    place = f"./{place}" if str(place).startswith("-") else place  # else it would read as an option
     return f"python train.py --config-path {shlex.quote(str(place))} --config-name config"

@@ -1,10 +1,10 @@
 """Reads run folders: what each measured, under which settings, and what is wrong with the others. Loads no torch."""
 
 import json
-import math
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,14 @@ import yaml
 
 from unlearn_runner.errors import first_line
 from unlearn_runner.owner import owner_of
+from unlearn_runner.errors import first_line, plain
 from unlearn_runner.schema import SUMMARY_VERSION
 
 # libyaml's parser reads a config in 3 ms, the one in Python takes ten times as long.
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# Bounds of what is read of others' folders: bytes of a file, values of a config.yaml with its aliases written out.
+LARGEST = {"summary.json": 50_000_000, "config.yaml": 2_000_000, "metrics.jsonl": 1_000_000_000}
+MOST_VALUES = 100_000
 # Of provenance.evaluation: what took how long, and how intervals within one run were made, change no score.
 NO_SCORE = ("seconds", "bootstrap")
 
@@ -55,7 +59,9 @@ def read_runs(folders: list[Path]) -> Found:
     remarks: list[str] = []
     seen: set[Path] = set()
     for top in folders:
-        below = list(run_folders(top))
+        unreadable: list[OSError] = []
+        below = list(run_folders(top, unreadable.append))
+        remarks += [f"{error.filename} cannot be read: {error.strerror}." for error in unreadable]
         if not below:
             remarks.append(f"{top}: no run in there (a run has a summary.json).")
         for folder in below:
@@ -83,9 +89,12 @@ def read_runs(folders: list[Path]) -> Found:
     return Found(sorted(runs, key=lambda run: run.written), apart, remarks)
 
 
-def run_folders(top: Path) -> Iterator[Path]:
-    """Folders with a summary.json, or with the lines of a run that lost it, in alphabetical order."""
-    for folder, inner, files in os.walk(top):
+def run_folders(top: Path, say: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Folders with a summary.json, or with the lines of a run that lost it, in alphabetical order.
+
+    `say` is told of folders that cannot be read.
+    """
+    for folder, inner, files in os.walk(top, onerror=say):
         if "summary.json" in files or ("metrics.jsonl" in files and "config.yaml" in files):
             inner.clear()  # a run has no runs inside, but many files
             yield Path(folder)
@@ -96,15 +105,17 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
     """A finished run with the keys of its metrics that are no finite numbers; else why it stands apart."""
     path = folder / "summary.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(bounded_text(path))
         written = path.stat().st_mtime
     except FileNotFoundError:
         return Apart(folder, "there is no summary.json")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return Apart(folder, f"summary.json is unreadable, perhaps half-written: {first_line(error)}")
     try:
-        config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=YAML_LOADER)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = bounded_text(folder / "config.yaml")
+        require_few_values(text)
+        config = yaml.load(text, Loader=YAML_LOADER)
+    except Exception as error:  # OSError, YAMLError, and what its constructors raise for odd dates, keys and numbers
         return Apart(folder, f"config.yaml is unreadable: {first_line(error)}")
     try:
         label, method, seed = (
@@ -112,18 +123,25 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             config["choices"]["method"],
             config["seed"],
         )
+        label, method = one_line(label), one_line(method)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed {seed} is no whole number")
         if summary["status"] != "finished":
+<<<<<<< HEAD
             dead = summary["status"] == "running" and owner_of(folder) is None
             why = error_of(summary) or (": its process is gone, it was killed" if dead else "")
             return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + why)
+=======
+            return Apart(folder, f"{one_line(summary['status'])} ({label}, seed {seed})" + error_of(summary))
+>>>>>>> outside
         version = summary.get("version", 1)
-        numbers = {key: as_number(value) for key, value in summary["metrics"].items()}
+        numbers = {one_line(key): as_number(value) for key, value in summary["metrics"].items()}
         provenance = summary["provenance"]
         run = Run(
             folder=folder,
-            label=str(label),
-            method=str(method),
-            seed=int(seed),
+            label=label,
+            method=method,
+            seed=seed,
             metrics={key: value for key, value in numbers.items() if value is not None},
             facts=facts_of(config, provenance["evaluation"]),
             settings=settings_of(config.get("method") or {}),
@@ -131,32 +149,74 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             version=version if isinstance(version, int) else 1,
             written=written,
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
         return Apart(folder, f"summary.json or config.yaml {what}")
     return run, [key for key, value in numbers.items() if value is None]
 
 
+def bounded_text(path: Path) -> str:
+    """A file's text. Raises OSError, or ValueError for what is no file, is too large or no UTF-8."""
+    found, most = path.stat(), LARGEST[path.name]
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no regular file")
+    if found.st_size > most:
+        raise ValueError(f"it has {found.st_size} bytes, more than {most}")
+    return path.read_text(encoding="utf-8")
+
+
+def require_few_values(text: str) -> None:
+    """Raise ValueError if YAML's aliases make more than MOST_VALUES of few: a billion laughs in a kilobyte."""
+    if "&" not in text:  # no anchor, no alias
+        return
+    values, sizes = 0, {}
+    begun: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=YAML_LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            values += sizes.get(event.anchor, MOST_VALUES + 1)  # inside itself it has no end
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            begun.append((event.anchor, values))
+            sizes.pop(event.anchor, None)
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = begun.pop()
+            sizes[anchor] = values - before
+        if values > MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
+
+
+def one_line(value: Any) -> str:
+    """A name of others as one line without control characters."""
+    return " ".join(plain(str(value)).split())
+
+
 def error_of(summary: dict[str, Any]) -> str:
     """What ended the run, if it says so."""
-    return f": {str(summary['error']).splitlines()[0]}" if summary.get("error") else ""
+    return (
+        f": {plain(str(summary['error']).strip()).splitlines()[0]}" if str(summary.get("error") or "").strip() else ""
+    )
 
 
 def as_number(value: Any) -> float | None:
     """A finite float, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
+        return None  # of numbers beyond that there are no means, no squares and no columns
     return float(value)
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Keys joined by dots; lists become tuples, so that every value can be compared and hashed."""
+    """Keys joined by dots; all but numbers and null becomes text of one line, so that it can be compared and hashed."""
     result: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
             result |= flat(value, f"{prefix}{key}.")
         else:
-            result[f"{prefix}{key}"] = repr(value) if isinstance(value, list) else value
+            same = value is None or (isinstance(value, int | float) and value == value)
+            text = value if isinstance(value, str) else repr(value)
+            result[one_line(f"{prefix}{key}")] = value if same else one_line(text)
     return result
 
 
@@ -170,19 +230,21 @@ def facts_of(config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
     trained_here = "clip_digest" in evaluation and clip.get("training")
     if trained_here:  # its recipe says what it is: each seed trains its own
         no_score = (*no_score, "clip_digest")
-    facts = {
-        "dataset": choices.get("dataset"),
-        "model": choices.get("model"),
-        "steps": plan.get("max_steps"),
-        "batch_size": plan.get("batch_size"),
-        **{f"model.{key}": value for key, value in flat(model.get("network") or {}).items() if key != "weights"},
-        **{f"base training.{key}": value for key, value in settings_of(model.get("pretraining") or {}).items()},
-        **{f"clip.{key}": value for key, value in (settings_of(clip) if trained_here else {}).items()},
-        **{
-            f"evaluation.{key}": value
-            for key, value in flat({key: part for key, part in evaluation.items() if key not in no_score}).items()
-        },
-    }
+    facts = flat(
+        {
+            "dataset": choices.get("dataset"),
+            "model": choices.get("model"),
+            "steps": plan.get("max_steps"),
+            "batch_size": plan.get("batch_size"),
+            **{f"model.{key}": value for key, value in flat(model.get("network") or {}).items() if key != "weights"},
+            **{f"base training.{key}": value for key, value in settings_of(model.get("pretraining") or {}).items()},
+            **{f"clip.{key}": value for key, value in (settings_of(clip) if trained_here else {}).items()},
+            **{
+                f"evaluation.{key}": value
+                for key, value in flat({key: part for key, part in evaluation.items() if key not in no_score}).items()
+            },
+        }
+    )
     return {key: value for key, value in facts.items() if value is not None}
 
 
