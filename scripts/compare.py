@@ -76,18 +76,6 @@ def main() -> None:
             arguments.metrics or [], short, arguments.sort, arguments.baseline, arguments.test, not arguments.no_marks
         )
         comparison = compare(found, wanted)
-<<<<<<< HEAD
-        console, aside = terminal(), Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        if arguments.csv:
-            print(csv_text([table[:1] + table[2:5] for table in comparison.tables]), end="")
-        elif exported:
-            for table in comparison.tables:
-                print(latex_of(table) if arguments.latex else markdown_of(table))
-        else:
-            show(comparison, arguments, console)
-        say(comparison, aside if exported else console)
-        write(found, wanted, comparison, arguments, aside if exported else console)
-=======
         console, aside = terminal(), Plain(stderr=True, soft_wrap=True)
         rest = aside if exported else console
         try:
@@ -106,7 +94,6 @@ def main() -> None:
             status = BROKEN_PIPE
         write(found, wanted, comparison, arguments, rest)
         sys.exit(status)
->>>>>>> outside
     except ConfigurationError as error:
         sys.exit(str(error))
     except OSError as error:

@@ -112,14 +112,8 @@ class Plain(Console):
 
 def terminal() -> Console:
     """As wide as the terminal; into a file or a pipe as wide as it needs."""
-<<<<<<< HEAD
-    as_it_is = {"highlight": False, "markup": False, "emoji": False}  # labels and paths are no styles
-    console = Console(soft_wrap=False, **as_it_is)
-    return console if console.is_terminal else Console(width=10_000, **as_it_is)
-=======
     console = Plain(soft_wrap=False)
     return console if console.is_terminal else Plain(width=10_000)
->>>>>>> outside
 
 
 def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]]) -> str:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from unlearn_runner.errors import first_line
-from unlearn_runner.owner import owner_of
 from unlearn_runner.errors import first_line, plain
+from unlearn_runner.owner import owner_of
 from unlearn_runner.schema import SUMMARY_VERSION
 
 # libyaml's parser reads a config in 3 ms, the one in Python takes ten times as long.
@@ -127,13 +126,9 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed {seed} is no whole number")
         if summary["status"] != "finished":
-<<<<<<< HEAD
             dead = summary["status"] == "running" and owner_of(folder) is None
             why = error_of(summary) or (": its process is gone, it was killed" if dead else "")
-            return Apart(folder, f"{summary['status']} ({label}, seed {seed})" + why)
-=======
-            return Apart(folder, f"{one_line(summary['status'])} ({label}, seed {seed})" + error_of(summary))
->>>>>>> outside
+            return Apart(folder, f"{one_line(summary['status'])} ({label}, seed {seed})" + why)
         version = summary.get("version", 1)
         numbers = {one_line(key): as_number(value) for key, value in summary["metrics"].items()}
         provenance = summary["provenance"]

@@ -112,16 +112,11 @@ def _pretrained_autoencoder(
         learn(autoencoder, recipe, "all", folder, "training the autoencoder", keep)
 
     key = {**key, "version": VERSION, "data": learn.data.fingerprint}
-<<<<<<< HEAD
 
     def read(folder: Path) -> Any:
-        return network.vae.from_pretrained(folder / "model", subfolder="vae")
+        return network.vae.from_pretrained(folder / "model", subfolder="vae", use_safetensors=True)
 
     return read(cached(cache_dir, "autoencoders", key, make, read, together=True, continues=CHECKPOINTS))
-=======
-    folder = cached(cache_dir, "autoencoders", key, make, together=True)
-    return network.vae.from_pretrained(folder / "model", subfolder="vae", use_safetensors=True)
->>>>>>> weights
 
 
 class _Learning:
