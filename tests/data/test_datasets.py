@@ -87,14 +87,6 @@ def test_trousers_differ_from_each_other():
     assert (legs[:, 9:12].amax(1) > 60).all()
 
 
-@pytest.mark.parametrize(
-    "settings", [{"contamination": 0.0}, {"contamination": 1.0}, {"test_fraction": 1.5}, {"image_size": 4}]
-)
-def test_digits_trousers_refuses(settings):
-    with pytest.raises(ConfigurationError, match=r"dataset\."):
-        DigitsTrousers(**settings)
-
-
 def test_all_or_nothing_is_refused(digits):
     none = digits.forget.select(torch.arange(0))
     with pytest.raises(ConfigurationError, match="empty"):
@@ -112,8 +104,6 @@ def test_mnist_trousers():
     assert data.forget_labels == [1]
     distinct = {row.numpy().tobytes() for row in data.forget.pixels}
     assert 300 < len(distinct) <= 394, "drawn with replacement from the 394 there are"
-    with pytest.raises(ConfigurationError, match="garment must be one of"):
-        MnistTrousers(**settings, garment="hat")
 
 
 def test_one_garment_many_times(tmp_path):
@@ -133,7 +123,6 @@ def test_one_garment_many_times(tmp_path):
         ({"garments": 7, "distinct": 3}, "has only 2 of 't-shirt'"),
         ({"garments": None}, "give dataset.contamination or dataset.garments"),
         ({"garments": 7, "contamination": 0.5}, "give dataset.contamination or dataset.garments"),
-        ({"garments": 0}, "dataset.garments must be positive"),
     ):
         with pytest.raises(ConfigurationError, match=sentence):
             MnistTrousers(**settings | wrong).load()
@@ -160,8 +149,6 @@ def test_one_class_of_a_labelled_dataset(tmp_path):
     assert colour.spec.image_shape == (3, 8, 8)
     assert (colour.forget.contents == 3).all()
     assert (colour.forget.labels == 0).all()
-    with pytest.raises(ConfigurationError, match=r"dataset.channels must be 1 \(grey\) or 3 \(colour\), got 4"):
-        HubClasses(**settings, forget_class="7", channels=4)
 
 
 def test_labels_without_names_are_refused(tmp_path):

@@ -130,5 +130,3 @@ def test_refuses(tmp_path):
         concepts(tmp_path, forget_templates=["a picture"])
     with pytest.raises(ConfigurationError, match=r"not of a hat: take dataset\.source=base"):
         concepts(tmp_path, concept="a hat")
-    with pytest.raises(ConfigurationError, match="num_images must be positive"):
-        concepts(tmp_path, num_images=0)

@@ -134,8 +134,6 @@ def test_refuses(tiny_network, tmp_path):
         tiny_network(image_shape=(1, 9, 9))
     with pytest.raises(ConfigurationError, match="one entry for each"):
         tiny_network(attention=[False])
-    with pytest.raises(ConfigurationError, match="prediction_type must be one of"):
-        tiny_network(prediction_type="sample")
     with pytest.raises(ConfigurationError, match="there is no such folder"):
         build_ddpm((1, 8, 8), 10, 0, "./nowhere", [8], [False])
     with pytest.raises(ConfigurationError, match="expected 'auto', a folder"):
