@@ -95,8 +95,9 @@ def test_a_pickle_is_not_read(tmp_path):
             return open, (str(tmp_path / "written"), "w")
 
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match="objects, which could run code and are not read") as raised:
         feature_extractor("inception", str(tmp_path / "evil.pth"))
+    assert "weights_only" not in str(raised.value), "nobody is told to trust it"
     assert not (tmp_path / "written").exists()
 
 
