@@ -197,6 +197,24 @@ def test_a_single_file_is_refused_with_how_to_convert_it(tmp_path, name):
             make()
 
 
+def test_config_files_that_say_nothing_are_refused(pipeline, copied):
+    for name, reason in (
+        ("model_index.json", r"model_index\.json could not be read"),
+        ("unet/config.json", "unet could not be read"),
+        ("text_encoder/config.json", "text_encoder could not be read"),
+        ("scheduler/scheduler_config.json", "scheduler could not be read"),
+        ("tokenizer/tokenizer_config.json", "tokenizer could not be read"),
+    ):
+        for content, what in (("{", "is not JSON"), ("[]", "holds no settings"), (None, "there is no")):
+            (copied / name).write_text(content) if content else (copied / name).unlink()
+            with pytest.raises(ConfigurationError, match=rf"model\.weights=.*{reason}: .*{what}"):
+                build(copied)
+        shutil.copy(pipeline / name, copied / name)
+    (copied / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"tokenizer could not be read: the vocabulary in .* is damaged"):
+        build(copied)
+
+
 def test_parts_must_fit_each_other(copied):
     def refused(match, part, **entries):
         file = copied / part / "config.json"

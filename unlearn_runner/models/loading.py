@@ -25,8 +25,6 @@ PREFIX = "text_model."  # which transformers 4 puts before the names of CLIP's t
 BESIDE = ("position_ids", "text_projection.weight", "visual_projection.weight", "logit_scale")  # of a whole CLIP
 NOT_ARCHITECTURE = ("dropout", "scaling_factor", "force_upcast")  # of the same weights
 TEXT_ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps")  # what the shapes of weights do not tell
-
-
 BASES_ARCHITECTURE = "a model of the base's architecture, its folder or a hub id that can be reached"
 
 
@@ -62,10 +60,24 @@ def network_in(kind: Any, folder: Path) -> Any:
 
     Raises ConfigurationError if it describes another kind.
     """
-    config = kind.load_config(folder)
-    require_kind(folder, config.get("_class_name"), kind.__name__)
+    require_kind(folder, json_in(folder / "config.json").get("_class_name"), kind.__name__)
     with torch.random.fork_rng(devices=[]):  # the first weights, which others replace, cost no one a draw
-        return kind.from_config(config)
+        return kind.from_config(kind.load_config(folder))
+
+
+def json_in(file: Path) -> dict[str, Any]:
+    """What a config file says. Raises ConfigurationError if it is not there, where the libraries would ask the hub for
+    it, or says nothing.
+    """
+    if not file.is_file():
+        raise ConfigurationError(f"there is no {file}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is not JSON ({error}).") from error
+    if not isinstance(content, dict) or not content:
+        raise ConfigurationError(f"{file} holds no settings.")
+    return content
 
 
 def require_kind(folder: Path, found: str | None, expected: str) -> None:
@@ -100,7 +112,8 @@ def scheduler_in(folder: Path) -> "SchedulerMixin":
     from diffusers import SchedulerMixin
 
     place = part_of(folder, "scheduler")
-    name = _named_by_pipeline(folder) or json.loads((place / "scheduler_config.json").read_text()).get("_class_name")
+    config = json_in(place / "scheduler_config.json")
+    name = _named_by_pipeline(folder) or config.get("_class_name")
     kind = getattr(diffusers, name or "DDPMScheduler", None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ConfigurationError(f"{place}: diffusers has no scheduler called {name}.")
@@ -210,6 +223,7 @@ def _require_architecture(network: nn.Module, folder: Path) -> None:
         apart = NOT_ARCHITECTURE if isinstance(network, UNet2DModel) else (*NOT_ARCHITECTURE, "sample_size")
         names = [name for name in network.config if not name.startswith("_") and name not in apart]
     else:
+        json_in(folder / "config.json")
         there, names = type(network.config).from_pretrained(folder).to_dict(), TEXT_ARCHITECTURE
     for name in names:
         own = getattr(network.config, name)
@@ -226,8 +240,6 @@ def _comparable(value: Any) -> Any:
 
 def _named_by_pipeline(folder: Path) -> str | None:
     index = folder / "model_index.json"
-    entry = json.loads(index.read_text()).get("scheduler") if index.is_file() else None
-    if entry is None:
-        return None
-    library, name = entry
-    return name if library == "diffusers" else f"{library}.{name}"
+    entry = json_in(index).get("scheduler") if index.is_file() else None
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    return name if library in (None, "diffusers") else f"{library}.{name}"

@@ -1,7 +1,6 @@
 """Stable Diffusion 1.x and 2.x: diffusers' text-to-image parts behind the face that methods and evaluation use."""
 
 import copy
-import json
 import logging
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -15,11 +14,12 @@ from torch import Tensor
 
 from unlearn_runner import rules
 from unlearn_runner.distributed import in_shares
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.loading import (
     BASES_ARCHITECTURE,
     check_weights,
     fitting,
+    json_in,
     load_weights,
     network_in,
     reading,
@@ -610,6 +610,7 @@ def _configured_as(weights: str) -> Parts:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     def text_encoder() -> CLIPTextModel:
+        json_in(folder / "text_encoder" / "config.json")
         with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
             return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
 
@@ -642,7 +643,7 @@ def _configured_as(weights: str) -> Parts:
 
 
 def _require_stable_diffusion(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json_in(folder / "model_index.json")
     if index.get("_class_name") != "StableDiffusionPipeline":
         raise ConfigurationError(f"it is a {index.get('_class_name')}")
     for name, kind in PIPELINE.items():
@@ -675,7 +676,13 @@ def tokenizer_in(folder: Path) -> "CLIPTokenizer":
     """The tokenizer of a pipeline. transformers builds one of three tokens where it finds no vocabulary."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    json_in(folder / "tokenizer" / "tokenizer_config.json")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except Exception as error:
+        raise ConfigurationError(
+            f"the vocabulary in {folder / 'tokenizer'} is damaged ({first_line(error)})"
+        ) from error
     if len(tokenizer) < 256:  # the bytes alone are as many
         raise ConfigurationError("the tokenizer's vocabulary is not there")
     return tokenizer
