@@ -222,10 +222,13 @@ FULL = (
 @pytest.mark.parametrize("count", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 5, 9))])
 def test_a_few_images_to_forget_have_the_scores_that_they_can_have(run, tmp_path, capsys, count):
     """Nothing is held out of fewer than ten."""
-    for name, images in (("forget", count), ("retain", 4)):
+    for name, picture, images in (
+        ("forget", Image.linear_gradient("L"), count),
+        ("retain", Image.radial_gradient("L"), 4),
+    ):
         (tmp_path / name).mkdir()
         for number in range(images):
-            Image.linear_gradient("L").rotate(20 * number).save(tmp_path / name / f"{number}.png")
+            picture.rotate(20 * number, fillcolor=number).save(tmp_path / name / f"{number}.png")
     folder = run(
         "dataset=image_folder", "dataset.image_size=16", f"dataset.forget_dir={tmp_path / 'forget'}",
         f"dataset.retain_dir={tmp_path / 'retain'}", f"evaluation.bootstrap={'null' if count == 1 else 20}", *FULL,
