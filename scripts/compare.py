@@ -80,7 +80,8 @@ def main() -> None:
         rest = aside if exported else console
         try:
             if arguments.csv:
-                print(csv_text([table[:1] + table[2:5] for table in comparison.tables]), end="")
+                lines = csv_text([table[:1] + table[2:5] for table in comparison.tables])
+                sys.stdout.writelines(lines.splitlines(keepends=True))  # Python passes over a pipe that closes in one
             elif exported:
                 for table in comparison.tables:
                     print(latex_of(table) if arguments.latex else markdown_of(table))
