@@ -79,7 +79,7 @@ WRONG = [
     (["dataset=mnist_trousers", "dataset.garment=hat"], "dataset.garment must be one of t-shirt, trousers"),
     (["model.network.prediction_type=sample"], "model.network.prediction_type must be one of epsilon, v_prediction"),
     (["model=vae", "model.network.latent_size=0"], "model.network.latent_size must be a whole number in"),
-    ([*SD, "model.network.guidance_scale=0.5"], r"model.network.guidance_scale must be a number in \[1, 1000\], got 0.5"),
+    ([*SD, "model.network.guidance_scale=0.5"], r"guidance_scale must be a number in \[1, 1000\], got 0.5"),
     ([*SD, "model.network.vae.norm_num_groups=5"], "vae.block_out_channels must divide by norm_num_groups=5"),
     ([*SD, "+model.network.vae.layers=5"], "model.network.vae.layers: there is no such option"),
     # names
