@@ -132,10 +132,11 @@ class Agent:
     def play(self) -> None:
         """One run with the policy's mean action; goes on where a checkpoint left off."""
         self.env.features.frozen = True
-        while not self.trainer.done:
-            action, _ = self.model.policy.predict(self.env.observation, deterministic=True)
-            self.env.forget()
-            self.env.step(action)
+        with self.randomness.inside():  # as while it learns, so that a step's generators are the run's
+            while not self.trainer.done:
+                action, _ = self.model.policy.predict(self.env.observation, deterministic=True)
+                self.env.forget()
+                self.env.step(action)
 
     def rollout_started(self) -> None:
         """Keep what the rollout will change."""
