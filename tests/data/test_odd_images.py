@@ -123,7 +123,7 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 def turned() -> list[tuple[str, bytes, np.ndarray | str, int]]:
     cases = []
-    for suffix in FORMATS.keys() & {"jpg", "png", "webp", "tif", "avif"}:
+    for suffix in sorted(FORMATS.keys() & {"jpg", "png", "webp", "tif", "avif"}):  # in one order for all workers
         format, options, off = FORMATS[suffix]
         for number, turn in TURNED.items():
             exif = Image.Exif()
