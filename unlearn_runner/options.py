@@ -15,6 +15,7 @@ LARGEST = 2**31 - 1
 PositiveInt: TypeAlias = Annotated[int, Gt(0), Le(LARGEST)]
 NonNegativeInt: TypeAlias = Annotated[int, Ge(0), Le(LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, Gt(0)]  # finite, as every float of the configuration
+LearningRate: TypeAlias = Annotated[float, Gt(0), Le(1e37)]  # above, float32 overflows
 NonNegativeFloat: TypeAlias = Annotated[float, Ge(0)]
 UnitInterval: TypeAlias = Annotated[float, Ge(0), Le(1)]  # [0, 1]
 OpenUnitInterval: TypeAlias = Annotated[float, Gt(0), Lt(1)]  # (0, 1)
@@ -44,7 +45,7 @@ class AutoencoderOptions(TypedDict, total=False):
 # What the constructors of other libraries (torch.optim, diffusers.optimization, stable_baselines3) take, where they say
 # less than they accept.
 FOREIGN: dict[str, Any] = {
-    "lr": PositiveFloat,
+    "lr": LearningRate,
     "betas": tuple[Decay, Decay],
     "eps": PositiveFloat,
     "weight_decay": NonNegativeFloat,
@@ -63,7 +64,7 @@ FOREIGN: dict[str, Any] = {
     "num_cycles": PositiveInt,
     "power": PositiveFloat,
     "policy": Literal["MlpPolicy"],
-    "learning_rate": PositiveFloat,
+    "learning_rate": LearningRate,
     "batch_size": BatchSize,
     "n_steps": PositiveInt,
     "n_epochs": PositiveInt,

@@ -23,7 +23,7 @@ import pydantic
 
 from unlearn_runner import options, rules
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.options import FOREIGN, BatchSize, PositiveFloat, PositiveInt, Seed
+from unlearn_runner.options import FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
 
 TRUSTED = ("unlearn_runner.", "torch.optim.", "diffusers.optimization.", "stable_baselines3.")
 FILLED_IN = ("model", "generator", "labels", "clip")  # by the runner, of a method
@@ -588,7 +588,7 @@ AnyMetric = (
 class Budget(TypedDict):
     max_steps: PositiveInt
     batch_size: BatchSize
-    learning_rate: PositiveFloat
+    learning_rate: LearningRate
 
 
 class Paths(TypedDict):

@@ -22,7 +22,7 @@ from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.features import FeatureExtractor
 from unlearn_runner.models.model import require_finite
-from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed, Width
+from unlearn_runner.options import BatchSize, LearningRate, PositiveInt, Seed, Width
 from unlearn_runner.types import make_generator
 
 
@@ -60,7 +60,7 @@ class ClassifierRecipe:
     num_features: Width = 64
     max_steps: PositiveInt = 300
     batch_size: BatchSize = 128
-    learning_rate: PositiveFloat = 2e-3
+    learning_rate: LearningRate = 2e-3
     max_shift: Annotated[int, Ge(0), Le(1024)] = 1  # pixels of random translation; mirrored where the dataset mirrors
     seed: Seed = 0
 

@@ -15,7 +15,14 @@ from unlearn_runner.evaluation.classifier import Judge
 from unlearn_runner.evaluation.metrics import PromptMetric, share
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
-from unlearn_runner.options import BatchSize, NumInferenceSteps, NumSamples, PositiveFloat, PositiveInt, Seed
+from unlearn_runner.options import (
+    BatchSize,
+    LearningRate,
+    NumInferenceSteps,
+    NumSamples,
+    PositiveInt,
+    Seed,
+)
 from unlearn_runner.types import make_generator
 
 
@@ -122,7 +129,7 @@ class Robustness(PromptMetric):
         num_restarts: Annotated[int, Gt(0), Le(1000)] = 2,
         num_steps: PositiveInt = 60,
         batch_size: BatchSize = 16,
-        learning_rate: PositiveFloat = 0.05,
+        learning_rate: LearningRate = 0.05,
         num_samples: NumSamples = 40,
         num_inference_steps: NumInferenceSteps = 25,
         seed: Seed = 0,

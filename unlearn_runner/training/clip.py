@@ -18,7 +18,7 @@ from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import require_finite
-from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
+from unlearn_runner.options import BatchSize, LearningRate, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
 
@@ -34,7 +34,7 @@ class ClipTraining:
     corpus: Dataset
     max_steps: PositiveInt = 600
     groups: BatchSize = 8
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: LearningRate = 1e-3
     corrupt: bool = True
     seed: Seed = 0
 
