@@ -84,11 +84,17 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     def build_network(seed: int, spec=dataset.spec):
         return hardware.prepare(build_model(cfg["model"]["network"], spec, seed))
 
+    # the network late: importing it takes longest, and what is wrong elsewhere shall be said before
+    plan, driver = make(cfg["trainer"]), make(cfg["driver"])
+    logger = make(cfg["logger"]) if is_first() else NoLogger()
+    evaluation = make(cfg["evaluation"])
+    num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
+    num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
+    require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, num_labels)
     network = build_network(seed)
     if network.prompts is not None:
         require_told_apart(network, dataset.spec.labels)
     pretraining = make(cfg["model"]["pretraining"])
-    plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     if plan.init == "base":
         network.freeze_for_unlearning()
     clip, clip_training = make(cfg["clip"]["network"]), make(cfg["clip"]["training"])
@@ -96,10 +102,6 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         hardware.place(clip)
     method = build_method(cfg["method"], network, dataset.spec, make_generator(seed, "method", hardware.device), clip)
     total_steps = driver.total_steps(method, plan)
-    evaluation = make(cfg["evaluation"])
-    num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, network.num_labels)
-    logger = make(cfg["logger"]) if is_first() else NoLogger()
     identity = from_first(lambda: identity_of_run(cfg))
     outputs, extendable = Path(cfg["paths"]["outputs"]), driver.extendable
     checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], outputs, identity, extendable)

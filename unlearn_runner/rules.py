@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from inspect import signature
 from math import isclose
+from pathlib import Path
 from typing import Any
 
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
@@ -372,6 +373,12 @@ def _folders(cfg: Mapping[str, Any]) -> None:
             value = cfg[group].get(name)
             if isinstance(value, str) and value not in WORDS:
                 require(value, option)
+    wanted = cfg["resume_from_checkpoint"]
+    if wanted not in (None, "latest") and not Path(wanted).expanduser().is_dir():
+        raise ConfigurationError(
+            f"resume_from_checkpoint={wanted}: expected latest, a run folder or its checkpoints/step_<n>; found no "
+            "checkpoint there."
+        )
 
 
 def _models_and_methods(cfg: Mapping[str, Any]) -> None:
