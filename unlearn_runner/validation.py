@@ -674,6 +674,8 @@ def require_groups(cfg: Mapping[str, Any], kinds: Mapping[str, Any] | None = Non
             inner = next((arm for arm in arms if typing.is_typeddict(arm)), None)
             if inner is not None:
                 require_groups(value, typing.get_type_hints(inner, include_extras=True), f"{option}.")
+        elif isinstance(value, str) and "${" in value:
+            continue
         elif key in cfg and all(_is_part(arm) or _is_table(arm) for arm in arms):
             raise ConfigurationError(f"{option} must be {in_words(kind)}, got {shown(value)}.")
 

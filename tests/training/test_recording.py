@@ -37,10 +37,12 @@ def test_signal_outside_a_shield_raises_at_once():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that signals are told apart by: `clock[0] += 3`."""
+    """The time that signals are told apart by: `clock[0] += 3`. Also where nohup started the tests."""
     now = [100.0]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setattr("unlearn_runner.training.signals.time.monotonic", lambda: now[0])
-    return now
+    yield now
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_second_signal_does_not_wait(clock):
@@ -277,7 +279,7 @@ def test_a_run_does_not_depend_on_its_dashboard(tmp_path):
     for at in CALLS:
         (tmp_path / at).mkdir()
         folder = RunFolder(tmp_path / at, {"seed": 0})
-        with RunRecorder(folder, Failing(at), {}, 1, Console(file=out, width=200)) as recorder:
+        with RunRecorder(folder, Failing(at), {}, 1, Console(file=out, width=200), Interrupts()) as recorder:
             recorder.note(1, {"loss/retain": 1.0})
             recorder.logger.image(1, "samples/lambda", tmp_path)
             recorder.logger.table("results", [], [])
