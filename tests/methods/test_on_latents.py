@@ -59,7 +59,8 @@ def test_every_method_is_looked_at():
     marked([*((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora")], SLOW),
 )
 def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, method, trainable):
-    cfg = configuration(composed, folder, method, f"model.network.trainable={trainable}", "trainer.max_steps=3")
+    more = ["method.update_every=3", "method.agent.batch_size=3"] * (method == "rl_lambda")  # whole rollouts
+    cfg = configuration(composed, folder, method, f"model.network.trainable={trainable}", "trainer.max_steps=3", *more)
     data = dataset_of(cfg).load()
 
     def begun(place):
