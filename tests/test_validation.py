@@ -210,6 +210,19 @@ def test_what_is_trusted_besides_is_said(composed):
     assert composed("security.allow=[collections.]", debug=False)["security"] == {"allow": []}, "not handed on"
 
 
+def test_a_class_of_ones_own_is_checked_like_ours(composed, tmp_path, monkeypatch):
+    (tmp_path / "of_mine.py").write_text(
+        "from unlearn_runner.evaluation.metrics import IS\n"
+        "from unlearn_runner.options import PositiveInt\n\n\n"
+        "class Mine(IS):\n    def __init__(self, count: PositiveInt = 3):\n        super().__init__()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = ["+evaluation.metrics.mine={_target_: of_mine.Mine, count: %s}", "security.allow=[of_mine.]"]
+    assert composed(mine[0] % 2, mine[1], debug=False)["evaluation"]["metrics"]["mine"]["count"] == 2
+    with pytest.raises(ConfigurationError, match="evaluation.metrics.mine.count must be a whole number above 0, got 0"):
+        composed(mine[0] % 0, mine[1], debug=False)
+
+
 @pytest.mark.parametrize(
     ("text", "refused"),
     [

@@ -71,10 +71,13 @@ def _file_of(module: str) -> Path | None:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    if spec is None or spec.origin is None or not spec.submodule_search_locations:
+    if spec is None:
         return None
-    path = Path(spec.submodule_search_locations[0], *below)
-    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+    if not spec.submodule_search_locations:  # a module of one file
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") and not below else None
+    paths = [Path(place, *below) for place in spec.submodule_search_locations]
+    files = [file for path in paths for file in (path / "__init__.py", path.with_suffix(".py"))]
+    return next((file for file in files if file.is_file()), None)
 
 
 class Source(collections.abc.Mapping):
