@@ -15,7 +15,7 @@ from rich.console import Console
 from unlearn_runner.errors import ConfigurationError, Interrupted
 from unlearn_runner.training.loggers import Logger, SafeLogger, WandbLogger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
-from unlearn_runner.training.recorder import RunRecorder
+from unlearn_runner.training.recorder import ProgressRecorder, RunRecorder
 from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.signals import Interrupts
 
@@ -295,3 +295,34 @@ def test_peak_memory_where_nothing_counts_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert peak_memory_gb() is None
+
+
+def test_a_look_that_is_interrupted_leaves_no_line(composed, digits, tmp_path):
+    """Wherever in it the signal comes: it is taken again when the run goes on."""
+    from trainers import build_trainer
+
+    class Interrupting(ProgressRecorder):
+        lines = 0
+
+        def state_dict(self):
+            return {"lines": self.lines}
+
+        def load_state_dict(self, state_dict):
+            self.lines = state_dict["lines"]
+
+        def evaluate(self, model, step):
+            self.lines += 1
+            if not looks:
+                looks.append(step)
+                raise Interrupted("SIGTERM received")
+
+    looks = []
+    recorder = Interrupting.__new__(Interrupting)
+    recorder.log = recorder.note = recorder.finish = lambda *_: None
+    trainer = build_trainer(composed("method=siss"), digits, tmp_path, recorder=recorder)
+    trainer.step()
+    with pytest.raises(Interrupted):
+        trainer.step()
+    assert (recorder.lines, trainer.state_dict()["counters"]["_evaluated_at"]) == (0, 0)
+    trainer._evaluate_or_finish()
+    assert (recorder.lines, trainer._evaluated_at) == (1, 2)

@@ -14,7 +14,7 @@ import torch
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.forget_retain import DataSpec
 from unlearn_runner.data.streams import BatchStream
-from unlearn_runner.errors import NonFiniteError
+from unlearn_runner.errors import Interrupted, NonFiniteError
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
@@ -248,11 +248,18 @@ class Trainer:
         return every is not None and self.run_step % every == 0
 
     def _evaluate_or_finish(self) -> None:
-        """Whichever of them is due."""
+        """Whichever of them is due. Of one that is interrupted the record keeps nothing, for it is made again."""
         if self.rehearsing:
             return
-        if self.done:
-            self.recorder.finish(self.method.model, self.total_steps)
-        elif self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.total_steps:
-            self.recorder.evaluate(self.method.model, self.total_steps)
-            self._evaluated_at = self.total_steps
+        due = self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.total_steps
+        record, evaluated_at = self.recorder.state_dict(), self._evaluated_at
+        try:
+            if self.done:
+                self.recorder.finish(self.method.model, self.total_steps)
+            elif due:
+                self.recorder.evaluate(self.method.model, self.total_steps)
+                self._evaluated_at = self.total_steps
+        except Interrupted:
+            self.recorder.load_state_dict(record)
+            self._evaluated_at = evaluated_at
+            raise
