@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from unlearn_runner.comparison.choices import Parser, nearest
+from unlearn_runner.comparison.choices import Parser
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted, compare
 from unlearn_runner.comparison.render import (
     Plain,
@@ -32,7 +32,7 @@ from unlearn_runner.comparison.render import (
 from unlearn_runner.comparison.runs import Found, read_runs
 from unlearn_runner.comparison.statistics import TESTS
 from unlearn_runner.comparison.verdicts import sentence, verdicts_of
-from unlearn_runner.errors import ConfigurationError, plain
+from unlearn_runner.errors import ConfigurationError, near, plain
 
 BROKEN_PIPE = 141  # what a shell says of a command that SIGPIPE ended
 
@@ -110,8 +110,8 @@ def read(folders: list[Path]) -> Found:
             raise ConfigurationError(f"{folder} is a file; give the folder of a run, or one with runs below it.")
         if not folder.is_dir():
             beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-            near = nearest(str(folder), [str(other) for other in beside if other.is_dir()])
-            raise ConfigurationError(f"{folder}: there is no such folder{near}.")
+            others = [str(other) for other in beside if other.is_dir()]
+            raise ConfigurationError(f"{folder}: there is no such folder{near(str(folder), others)}.")
     found = read_runs(folders)
     if not found.runs:
         lines = [f"  {run.folder}: {run.why}" for run in found.apart]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from unlearn_runner.cli import as_override, command_again, one_sentence
-from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, naming
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, writing
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_the_command_that_goes_on(monkeypatch):
     ],
 )
 def test_a_full_disk_names_the_place(tmp_path, capsys, error, number):
-    with pytest.raises(OSError) as raised, naming(tmp_path / "state.pt"):
+    with pytest.raises(OSError) as raised, writing(tmp_path / "state.pt"):
         raise error
     assert (raised.value.errno, raised.value.filename) == (number, str(tmp_path / "state.pt"))
     with pytest.raises(SystemExit), one_sentence():
@@ -132,7 +132,7 @@ def test_a_full_disk_names_the_place(tmp_path, capsys, error, number):
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(ZeroDivisionError), naming(tmp_path):
+    with pytest.raises(ZeroDivisionError), writing(tmp_path):
         raise ZeroDivisionError
-    with open("/dev/full", "w") as full, pytest.raises(OSError, match="/a/b"), naming(tmp_path):
+    with open("/dev/full", "w") as full, pytest.raises(OSError, match="/a/b"), writing(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device", "/a/b") from OSError(full.name)

@@ -1,4 +1,4 @@
-"""Grids of runs: what fails is told, what is finished is not done again, and every launcher does the same."""
+"""Grids of runs: what fails is reported, what is finished is not done again, and every launcher does the same."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def failures(outputs: Path) -> list[dict]:
 
 
 def test_a_sweep_goes_on_where_it_broke(tmp_path, shared_cache):
-    """A job that fails is told and recorded; the next command makes up for what is missing, and for nothing else."""
+    """A job that fails is reported and recorded; the next command makes up for what is missing alone."""
     code, said = sweep("method.lambd=0.3,1.3", "seed=0", "logger=wandb", outputs=tmp_path, cache=shared_cache)
     assert code == 1
     assert said.strip().splitlines()[-1] == WRONG_LAMBDA

@@ -449,7 +449,7 @@ def test_mistakes_get_one_sentence(tmp_path, refused, overrides, sentence):
     said = refused("debug=default", *overrides)
     assert re.search(sentence, said), said
     assert "Traceback" not in said
-    assert not (tmp_path / "c").exists(), "nothing is made before the mistake is told"
+    assert not (tmp_path / "c").exists(), "nothing is made before the mistake is reported"
     assert not runs_below(tmp_path / "o")
 
 
@@ -579,7 +579,7 @@ def test_a_run_whose_end_cannot_be_written_says_so_and_can_be_gone_on_with(run, 
 
 @pytest.mark.slow  # tests/test_kills.py stops runs anywhere
 def test_interrupted_while_the_base_is_trained(tmp_path):
-    """The command is told again, for the base's training goes on; as printed, in odd folders, by a shell."""
+    """The command to repeat is printed, and the base's training goes on; as printed, in odd folders, by a shell."""
     outputs, cache = tmp_path / "o[/x] y=z", tmp_path / "c é, 'q'"
     settings = ("debug=default", "logger=jsonl", "model.pretraining.max_steps=100")
     process = subprocess.Popen(

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from test_train import environment
 
 from unlearn_runner.cli import as_override, refuse_what_hydra_would_run
+from unlearn_runner.constructors import constructor_of
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.rules import parts
-from unlearn_runner.validation import constructor_of
 
 SD = ("model=sd_tiny", "dataset=sd_concepts")
 ADAPTIVE = "method.lambd"

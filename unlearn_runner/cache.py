@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from unlearn_runner.distributed import from_first, own_copy
-from unlearn_runner.errors import ConfigurationError, first_line, naming
+from unlearn_runner.errors import ConfigurationError, first_line, writing
 
-KEY, MANIFEST = "key.json", "manifest.json"
-VERSION = 1  # of the manifest
+KEY, DIGESTS = "key.json", "manifest.json"
+DIGESTS_VERSION = 1
 
 _found_whole: dict[Path, list[tuple[str, int, int]]] = {}  # entries by this process, with their files' sizes and times
 
@@ -133,10 +133,10 @@ def _require_whole(folder: Path, key: dict[str, Any], read: Callable[[Path], Any
     """Raise ValueError, or what reading its files raises, unless the entry is whole and of this key."""
     if json.loads((folder / KEY).read_text()) != json.loads(_as_json(key)):
         raise ValueError(f"{KEY} is that of another entry")
-    if os.path.lexists(folder / MANIFEST):
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+    if os.path.lexists(folder / DIGESTS):
+        files = json.loads((folder / DIGESTS).read_text())["files"]
         if KEY not in files:
-            raise ValueError(f"{MANIFEST} does not name the files")
+            raise ValueError(f"{DIGESTS} does not name the files")
         for name, wanted in files.items():
             if file_digest(folder / name) != wanted:
                 raise ValueError(f"{name} has changed")
@@ -148,9 +148,9 @@ def _require_whole(folder: Path, key: dict[str, Any], read: Callable[[Path], Any
 
 
 def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DIGESTS)
     digests = {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
-    write_json(folder / MANIFEST, {"version": VERSION, "files": digests})
+    write_json(folder / DIGESTS, {"version": DIGESTS_VERSION, "files": digests})
 
 
 def _acquire(lock: FileLock, folder: Path, fault: str) -> None:
@@ -260,7 +260,7 @@ class atomic:
             shutil.rmtree(self.temporary, ignore_errors=True)
         else:
             self.temporary.unlink(missing_ok=True)
-        with naming(self.path):
+        with writing(self.path):
             raise error
 
 

@@ -37,8 +37,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from unlearn_runner.errors import NO_ROOM, ConfigurationError, first_line, known_cause, no_room
-from unlearn_runner.validation import checked, near, require_groups
+from unlearn_runner.errors import NO_ROOM, ConfigurationError, first_line, known_cause, near, no_room
+from unlearn_runner.validation import checked, require_groups
 
 CONF = Path(__file__).parents[1] / "conf"
 

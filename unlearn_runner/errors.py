@@ -4,8 +4,9 @@ import errno
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 ADVICE = ("weights_only", "weights only", "safe_globals", "allow_pickle")  # torch's and NumPy's words about a pickle
@@ -42,8 +43,24 @@ def plain(text: str) -> str:
     return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
+def near(name: str, known: Iterable[str]) -> str:
+    """ "; near it: a, b" of the names that are most like a mistyped one; "" if none is."""
+    known = sorted(known)
+    same_end = [other for other in known if name and other.rpartition("/")[2] == name.rpartition("/")[2]]
+    alike = list(dict.fromkeys([*same_end, *get_close_matches(name, known, n=3, cutoff=0.5)]))[:3]
+    return f"; near it: {', '.join(alike)}" if alike else ""
+
+
+def no_checkpoint(wanted: str) -> ConfigurationError:
+    """The sentence for a place where there is nothing to resume from."""
+    return ConfigurationError(
+        f"resume_from_checkpoint={wanted}: expected latest, a run folder or its checkpoints/step_<n>; found no "
+        "checkpoint there."
+    )
+
+
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """What is written in here to `path`: where there is no room for it, the error says so and names the place.
 
     Neither Python's writes nor torch's, safetensors' and Pillow's name the file that the disk had no room for.

@@ -26,8 +26,8 @@ NumSamples: TypeAlias = Annotated[int, Gt(0), Le(10_000_000)]
 NumInferenceSteps: TypeAlias = Annotated[int, Gt(0), Le(100_000)]
 Contamination: TypeAlias = Annotated[float, Gt(0), Le(0.99)]  # at 0.99 there are 99 strangers for each clean image
 ImageSize: TypeAlias = Annotated[int, Ge(8), Le(4096)]  # pixels a side
-Channels: TypeAlias = Annotated[Sequence[Annotated[int, Gt(0), Le(2**14)]], MinLen(1)]  # of a network's levels
 Width: TypeAlias = Annotated[int, Gt(0), Le(2**14)]  # channels or features of a layer
+Channels: TypeAlias = Annotated[Sequence[Width], MinLen(1)]  # of a network's levels
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction"]
 Sampler: TypeAlias = Literal["ddim", "ddim_clipped", "ddpm"]
 Bootstrap: TypeAlias = Annotated[int, Ge(20), Le(100_000)]  # resamplings
@@ -37,7 +37,7 @@ Depth: TypeAlias = Annotated[int, Gt(0), Le(256)]  # layers or heads
 class AutoencoderOptions(TypedDict, total=False):
     """Of diffusers' AutoencoderKL."""
 
-    block_out_channels: Annotated[Sequence[Width], MinLen(1)]
+    block_out_channels: Channels
     latent_channels: Width
     norm_num_groups: Width
 
@@ -79,5 +79,5 @@ FOREIGN: dict[str, Any] = {
     "learning_starts": NonNegativeInt,
     "train_freq": PositiveInt,
     "gradient_steps": PositiveInt | Literal[-1],
-    "policy_kwargs": Mapping[str, Annotated[Sequence[Width], MinLen(1)]] | None,
+    "policy_kwargs": Mapping[str, Channels] | None,
 }

@@ -13,7 +13,8 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
+from unlearn_runner.constructors import makes
+from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.weights import located
 
 # 1. About the arguments of one constructor
@@ -310,9 +311,10 @@ def a_clip(option: str, there: bool) -> None:
 
 def check(cfg: Mapping[str, Any]) -> None:
     """All of the above, and what else is known of a configuration before anything is built."""
+    timesteps = _timesteps(cfg)
     for path, node in parts(cfg):
         of_constructor(node)
-        if "num_inference_steps" in node and (timesteps := _timesteps(cfg)) is not None:
+        if timesteps is not None and "num_inference_steps" in node:
             require_steps(node["num_inference_steps"], timesteps, f"{path}.num_inference_steps")
     _folders(cfg)
     _models_and_methods(cfg)
@@ -346,8 +348,6 @@ def _name(node: Mapping[str, Any]) -> str:
 
 
 def _is_diffusion(cfg: Mapping[str, Any]) -> bool:
-    from unlearn_runner.validation import makes
-
     return makes(cfg["model"]["network"]["_target_"], "models.model.DiffusionModel")
 
 
@@ -375,10 +375,7 @@ def _folders(cfg: Mapping[str, Any]) -> None:
                 require(value, option)
     wanted = cfg["resume_from_checkpoint"]
     if wanted not in (None, "latest") and not Path(wanted).expanduser().is_dir():
-        raise ConfigurationError(
-            f"resume_from_checkpoint={wanted}: expected latest, a run folder or its checkpoints/step_<n>; found no "
-            "checkpoint there."
-        )
+        raise no_checkpoint(wanted)
 
 
 def _models_and_methods(cfg: Mapping[str, Any]) -> None:
@@ -491,7 +488,7 @@ def _evaluation(cfg: Mapping[str, Any]) -> None:
                     f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
                     f"{path}.metrics.{name}=null."
                 )
-            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, clip)
+            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
         if asked and "Rates" not in map(_name, metrics.values()):
@@ -504,7 +501,6 @@ def enough_samples(
     node: Mapping[str, Any],
     sampling: Mapping[str, Any],
     evaluation: Mapping[str, Any],
-    clip: Any,
 ) -> None:
     """Whether there are as many samples as a metric splits, or compares; for each class it is asked again later."""
     features = {"classifier": evaluation["classifier"]["num_features"], "inception": 2048}.get(

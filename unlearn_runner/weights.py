@@ -101,9 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     variants = _variants(folder)
     if not variants:
-        others = sorted(
-            file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-        )
+        others = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
         found = f"only {others[0]}, a pickle, which can run code and is not read" if others else "none"
         raise ConfigurationError(
             f"there must be weights as safetensors in {folder}, found {found}; save the model again with "

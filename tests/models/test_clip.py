@@ -138,7 +138,7 @@ class Malicious:
 
 @pytest.mark.parametrize("kind", ["torch", "pickle", "script", "npz", "cut"])
 def test_a_file_that_holds_more_than_weights_is_not_read(configured, tmp_path, kind):
-    """And nobody is told to trust it."""
+    """And no message advises to trust it."""
     mark, file = tmp_path / "mark", tmp_path / ("weights.npz" if kind == "npz" else "weights.pt")
     if kind == "torch":
         torch.save(configured | {"extra": Malicious(mark)}, file)

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable
 
-from unlearn_runner.comparison.choices import nearest
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, near
 
 COLUMNS = (
     "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
@@ -65,7 +64,7 @@ def choose(wanted: Iterable[str], keys: set[str]) -> list[str]:
     for name in wanted:
         column = name.removeprefix("eval/")
         if column not in there:
-            raise ConfigurationError(f"no run has a metric '{name}'{nearest(column, there)}.")
+            raise ConfigurationError(f"no run has a metric '{name}'{near(column, there)}.")
         chosen.append(column)
     return chosen
 

@@ -91,7 +91,7 @@ def read_runs(folders: list[Path]) -> Found:
 def run_folders(top: Path, say: Callable[[OSError], None] | None = None) -> Iterator[Path]:
     """Folders with a summary.json, or with the lines of a run that lost it, in alphabetical order.
 
-    `say` is told of folders that cannot be read.
+    `say` gets a line for each folder that cannot be read.
     """
     for folder, inner, files in os.walk(top, onerror=say):
         if "summary.json" in files or ("metrics.jsonl" in files and "config.yaml" in files):

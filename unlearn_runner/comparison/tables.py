@@ -4,11 +4,10 @@ from collections import Counter
 from statistics import mean
 from typing import Any, NamedTuple
 
-from unlearn_runner.comparison.choices import nearest
 from unlearn_runner.comparison.columns import HIGH, LOW, ORACLE, better, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, half_width, holm, paired
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, near
 
 BASE, REFERENCE = "base", "oracle"
 
@@ -254,4 +253,4 @@ def tests_of(rows: list[Row], columns: list[str], baseline: str, test: str) -> d
 def require_baseline(baseline: str, labels: set[str]) -> None:
     """Raise ConfigurationError with the nearest names unless some table has this row."""
     if baseline not in labels:
-        raise ConfigurationError(f"no run has the label '{baseline}' for a baseline{nearest(baseline, labels)}.")
+        raise ConfigurationError(f"no run has the label '{baseline}' for a baseline{near(baseline, labels)}.")

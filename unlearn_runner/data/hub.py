@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner.data.images import Decoder, counted, find_images, shown
+from unlearn_runner.data.images import Decoder, counted, find_images, printable
 from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name, normal_form
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def decode_rows(
             if file is None or (file["bytes"] is None and not file["path"]):
                 raise ConfigurationError(f"{where} has no image; take the row away.")
             if file["bytes"] is None:
-                yield shown(Path(file["path"])), Path(file["path"])
+                yield printable(Path(file["path"])), Path(file["path"])
             else:
                 yield where, file["bytes"]
 
@@ -150,6 +150,6 @@ def unread_images(source: str, read: list[Path], option: str) -> list[str]:
     left = [path for path in found.files if os.path.realpath(path) not in known]
     if left:
         found.notes.append(
-            f"{option}={source}: {counted(len(left), 'image{s}')} in neither split, so not read ({shown(left[0])})."
+            f"{option}={source}: {counted(len(left), 'image{s}')} in neither split, so not read ({printable(left[0])})."
         )
     return found.notes

@@ -22,10 +22,10 @@ from unlearn_runner.data.images import (
     common_mode,
     counted,
     find_images,
-    naming,
+    printable,
+    reading_image,
     require_apart,
     require_colour,
-    shown,
 )
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
@@ -73,7 +73,7 @@ class ImageFolder(Dataset):
         if both:
             raise ConfigurationError(
                 f"{counted(len(both), 'image{s}')} of dataset.forget_dir lie in dataset.retain_dir too "
-                f"({shown(Path(min(both)))}); keep the folders apart."
+                f"({printable(Path(min(both)))}); keep the folders apart."
             )
         mode = common_mode(self.files["forget"] + self.files["retain"]) if mode == "auto" else mode
         channels = {name: count for count, name in PIL_MODES.items()}[mode]
@@ -120,7 +120,7 @@ class ImageFolder(Dataset):
 
         stamps = []
         for file in files:
-            with naming(shown(file)):
+            with reading_image(printable(file)):
                 stat = file.stat()
             stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
         key = {"files": stamps, "shape": shape, "background": decoder.background, "decoding": DECODING}

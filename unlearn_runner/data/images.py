@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError, existing_folder, first_line, folders_named, normal_form
 
-# Each is told by its first bytes, and reading it runs no other program (as PIL does for EPS).
+# Each is recognised by its first bytes, and reading it runs no other program (as PIL does for EPS).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
 PIL_MODES = {1: "L", 3: "RGB"}
 DECODING = 2  # which pixels a file becomes; in cache keys, so raise it when they change
@@ -70,7 +70,7 @@ def find_images(folder: str, option: str) -> Found:
                 left[HIDDEN].append(place)
                 continue
             raise ConfigurationError(
-                f"{option}={folder}: {shown(place)} cannot be listed ({error.strerror}); mend that or take it away."
+                f"{option}={folder}: {printable(place)} cannot be listed ({error.strerror}); mend that or take it away."
             ) from error
         for entry in entries:
             path = Path(entry.path)
@@ -108,13 +108,13 @@ def counted(n: int, what: str) -> str:
 def examples(what: str, paths: list[Path]) -> str:
     """The first of these paths, or how many files have which suffix, the most frequent first."""
     if what != UNREAD:
-        return shown(min(paths))
+        return printable(min(paths))
     counts = Counter(path.suffix.lower() or "no suffix" for path in paths)
     most = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
     return ", ".join(f"{suffix}: {counts[suffix]}" for suffix in most[:5]) + (", ..." if len(most) > 5 else "")
 
 
-def shown(path: Path) -> str:
+def printable(path: Path) -> str:
     """A path as it can be printed on one line, also where its bytes are no text or would command the terminal."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -144,8 +144,8 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-class naming:
-    """`with naming(name):` whatever goes wrong inside is said of this image, in one sentence."""
+class reading_image:
+    """`with reading_image(name):` whatever goes wrong inside is said of this image, in one sentence."""
 
     def __init__(self, name: str):
         self.name = name
@@ -174,10 +174,10 @@ def common_mode(files: list[Path]) -> str:
     """ "L" if every image is grey, "RGB" if every one is coloured; only headers are read."""
     seen: dict[str, Path] = {}
     for file in files:
-        with naming(shown(file)), open_image(file) as image:
+        with reading_image(printable(file)), open_image(file) as image:
             seen.setdefault("L" if Image.getmodebase(image.mode) == "L" else "RGB", file)
     if len(seen) > 1:
-        found = "; ".join(f"{shown(file)} is {mode}" for mode, file in sorted(seen.items()))
+        found = "; ".join(f"{printable(file)} is {mode}" for mode, file in sorted(seen.items()))
         raise ConfigurationError(
             f"expected images that are all grey (L) or all coloured (RGB), found mixed ones ({found}); "
             "say what to convert them to with dataset.mode=RGB or dataset.mode=L."
@@ -284,7 +284,7 @@ class Decoder:
             pixels = torch.from_file(str(into), shared=True, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
         array = pixels.numpy()
         for row, (name, source) in enumerate(images):
-            with naming(name):
+            with reading_image(name):
                 if isinstance(source, Path):
                     with open_image(source) as opened:
                         opened.verify()  # checksums, where the format has some
@@ -300,7 +300,7 @@ class Decoder:
 
     def files(self, files: list[Path], into: Path | None = None) -> UInt8[Tensor, "n c h w"]:
         """The pixels of these files."""
-        return self.stack(((shown(file), file) for file in files), len(files), into)
+        return self.stack(((printable(file), file) for file in files), len(files), into)
 
     def notes(self, option: str) -> list[str]:
         """A sentence for each thing that was decided for some images."""
@@ -340,7 +340,7 @@ def require_apart(
     wanted = dict(digests(forget))
     both = [(wanted[digest], file) for digest, file in digests(retain) if digest in wanted]
     if both:
-        pairs = ", ".join(f"{shown(one)} = {shown(other)}" for one, other in both[:3])
+        pairs = ", ".join(f"{printable(one)} = {printable(other)}" for one, other in both[:3])
         raise ConfigurationError(
             f"{len(both)} of the images to keep are, pixel for pixel at this size, images to forget ({pairs}"
             f"{', ...' if len(both) > 3 else ''}); take them from one side."

@@ -292,6 +292,8 @@ class CriticGuided(Method):
         named = labels is not None and len(labels.names) > 0
         rules.fits("CriticGuided", isinstance(model, DiffusionModel), named, prompts=named)
         rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
+        rules.prompts_of_both_kinds(forget_share, num_rollouts)
+        rules.history_of_rewards(history, least_history)
         rules.enough_steps_to_learn_from(minibatches, num_rollouts, timestep_share, num_inference_steps)
         self.reads = Streams(retain=None, forget=False)
         self.trained, self.clip, self.labels = model, clip, labels

@@ -329,6 +329,8 @@ class Student(Method):
         eta: PositiveFloat,
         lambd: UnitInterval | LambdaController,
     ):
+        rules.something_to_forget(distil_share, max_steps)
+        rules.something_distilled(distil_share, max_steps)
         self.trio = Trio(model, "hybrid", noise)
         self.student = copy.deepcopy(self.trio.fake)
         self.begin_student = FirstWeights((self.student, self.trio.teacher))

@@ -226,6 +226,7 @@ class SFD(Method):
         alpha: float = 1.2,
         distil_share: Annotated[float, Ge(0), Lt(1)] = 0.0,  # at 1 nothing would be forgotten
     ):
+        rules.something_to_forget(distil_share, max_steps)
         self.trio = Trio(model, "SFD", noise)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks

@@ -31,7 +31,7 @@ from unlearn_runner.models.model import (
     clipped,
     evaluating,
     first_noises,
-    in_words,
+    labels_in_words,
     noise_in,
     passed,
     pipeline_name,
@@ -238,6 +238,8 @@ def build_ddpm(
         return _configured_as(weights, image_shape, num_labels)
     rules.levels_of_attention(weights, attention, block_out_channels)
     rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    rules.heads_of_channels(weights, block_out_channels, attention, attention_head_dim)
+    rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
     rules.sides_that_halve(*image_shape[1:], len(block_out_channels) - 1, len(block_out_channels))
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -289,8 +291,8 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
             check_weights({"unet": unet}, folder)
     if network.image_shape != tuple(image_shape) or num_labels_there != num_labels:
         raise ConfigurationError(
-            f"model.weights={weights} makes images of {network.image_shape} with {in_words(num_labels_there)}, "
-            f"the dataset has {tuple(image_shape)} with {in_words(num_labels)}; choose weights and a dataset "
+            f"model.weights={weights} makes images of {network.image_shape} with {labels_in_words(num_labels_there)}, "
+            f"the dataset has {tuple(image_shape)} with {labels_in_words(num_labels)}; choose weights and a dataset "
             "that fit each other."
         )
     return network

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.options import PredictionType
 from unlearn_runner.types import Passes
 
-PREDICTIONS = ("epsilon", "v_prediction")
 NO_RESULT = ("training", "network_evaluations", "passes", "tuning", "seed")  # attributes of models that change none
 BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version")  # of configurations of libraries
 
@@ -285,10 +285,9 @@ def require_prediction_type(prediction_type: str, alphas_cumprod: Float[Tensor, 
     eps_pred tells nothing of x0 where x_t is pure noise, as at the last step of a schedule with zero terminal SNR
     (2305.08891).
     """
-    if prediction_type not in PREDICTIONS:
-        raise ConfigurationError(
-            f"the model's prediction_type must be one of {', '.join(PREDICTIONS)}, got '{prediction_type}'."
-        )
+    if prediction_type not in get_args(PredictionType):
+        known = ", ".join(get_args(PredictionType))
+        raise ConfigurationError(f"the model's prediction_type must be one of {known}, got '{prediction_type}'.")
     if prediction_type == "epsilon" and alphas_cumprod is not None and not bool((alphas_cumprod > 0).all()):
         raise ConfigurationError(
             "on a schedule with zero terminal SNR (rescale_betas_zero_snr) the model's prediction_type must be "
@@ -317,7 +316,7 @@ def pipeline_name(source: str | Path) -> str | None:
     return json.loads(index.read_text()).get("_class_name") if index.is_file() else None
 
 
-def in_words(num_labels: int | None) -> str:
+def labels_in_words(num_labels: int | None) -> str:
     """For messages: "10 labels", "no labels"."""
     return "no labels" if num_labels is None else f"{num_labels} labels"
 

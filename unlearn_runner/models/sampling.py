@@ -10,8 +10,6 @@ from torch import Tensor
 
 from unlearn_runner.models.model import DiffusionModel
 
-SAMPLERS = ("ddim", "ddim_clipped", "ddpm")
-
 
 def sampling_scheduler(config: Mapping[str, Any], sampler: str, num_inference_steps: int, **more: Any) -> Any:
     """The sampler "ddim" (deterministic, eta = 0, 2010.02502) or "ddpm" (ancestral) on the schedule of `config`.

@@ -527,6 +527,10 @@ def build_stable_diffusion(
     knows as one token each.
     """
     rules.prompts_for_texts(bool(prompts))
+    rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    rules.heads_of_latents(weights, block_out_channels, attention_heads)
+    rules.heads_of_texts(weights, text_width)
+    rules.channels_of_autoencoder(weights, vae)
     if weights == "auto":
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel

@@ -22,7 +22,15 @@ from unlearn_runner.models.loading import (
     part_of,
     reading,
 )
-from unlearn_runner.models.model import GenerativeModel, Noising, clipped, evaluating, first_noises, in_words, passed
+from unlearn_runner.models.model import (
+    GenerativeModel,
+    Noising,
+    clipped,
+    evaluating,
+    first_noises,
+    labels_in_words,
+    passed,
+)
 from unlearn_runner.options import Channels, Width
 
 SUBFOLDER = "vae"
@@ -252,7 +260,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
     found, found_labels = tuple(vae.config.image_shape), vae.config.num_labels
     if found != tuple(image_shape) or found_labels != num_labels:
         raise ConfigurationError(
-            f"model.weights={weights} makes images of {found} with {in_words(found_labels)}, the dataset has "
-            f"{tuple(image_shape)} with {in_words(num_labels)}; choose weights and a dataset that fit each other."
+            f"model.weights={weights} makes images of {found} with {labels_in_words(found_labels)}, the dataset has "
+            f"{tuple(image_shape)} with {labels_in_words(num_labels)}; choose weights and a dataset that fit."
         )
     return VAE(vae)

@@ -12,7 +12,7 @@ import torch
 
 from unlearn_runner.cache import atomic, file_digest, set_aside, write_json
 from unlearn_runner.distributed import is_first
-from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.errors import ConfigurationError, first_line, no_checkpoint
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 VERSION = 2  # 2: digests, and an identity of all options; before, of method, model and dataset
@@ -36,7 +36,7 @@ class Checkpoint(NamedTuple):
         """Raise ConfigurationError, naming what differs, unless it is of a run of this identity."""
         found = "; ".join(
             f"of another {name} ({there}) than this run's ({here})"
-            for name, there, here in told(differences(self.identity, identity))
+            for name, there, here in for_a_person(differences(self.identity, identity))
         )
         if found:
             raise ConfigurationError(
@@ -51,7 +51,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def told(differing: dict[str, tuple[Any, Any]]) -> list[tuple[str, Any, Any]]:
+def for_a_person(differing: dict[str, tuple[Any, Any]]) -> list[tuple[str, Any, Any]]:
     """Differences for a person: of an exchanged part its name alone, of one value in several places the first."""
     exchanged = [key.removesuffix(TARGET) for key in differing if key.endswith(TARGET)]
     found: dict[tuple[str, str, str], tuple[str, Any, Any]] = {}
@@ -107,13 +107,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not (folder / MANIFEST).is_file():
         found = Checkpoints(folder / "checkpoints").all()
         if not found:
-            raise ConfigurationError(
-                f"resume_from_checkpoint={path}: expected a run folder or its checkpoints/step_<n>, "
-                "found no checkpoint there."
-            )
+            raise no_checkpoint(str(path))
         folder = found[-1]
     try:
-        manifest = require_whole(folder)
+        require_whole(folder)
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint that is known to be whole. Raises ConfigurationError if it holds what torch does not load."""
+    try:
+        manifest = read_manifest(folder)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever it is that damaged files make torch raise
         raise damaged(folder, error) from error

@@ -12,7 +12,7 @@ from typing import Any, final
 from rich.console import Console
 
 from unlearn_runner.cli import as_override, command_again
-from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, first_line, naming
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, first_line, writing
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.checkpoint import Checkpoints
@@ -231,9 +231,7 @@ class RunRecorder(Recorder):
         self.progress.update(step, values)
 
     def note(self, step: int, values: dict[str, float]) -> None:
-        finite = self._finite(step, values)
-        self.folder.append(step, finite)
-        self.logger.log(step, finite)
+        self._append(step, values)
 
     def evaluate(self, model: GenerativeModel, step: int) -> None:
         with _named(f"the model after step {step}"):
@@ -272,7 +270,7 @@ class RunRecorder(Recorder):
         lines = [line for line in self.folder.lines() if line["step"] > rehearsals]
         self.scores |= self.reached | means_of(lines)
         path = self.folder.path / "samples" / "lambda.png"
-        with naming(path):
+        with writing(path):
             drawn = draw_lambda(lines, path)
         if drawn:
             self.logger.image(step, "samples/lambda", path)
@@ -339,9 +337,15 @@ class RunRecorder(Recorder):
 
     def _write(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """Scores, of which the finite ones are returned."""
-        finite = self._finite(step, values)
+        finite = self._append(step, values)
         self.scores |= finite
-        self.note(step, finite)
+        return finite
+
+    def _append(self, step: int, values: dict[str, float]) -> dict[str, float]:
+        """A line of what is finite, which is returned."""
+        finite = self._finite(step, values)
+        self.folder.append(step, finite)
+        self.logger.log(step, finite)
         return finite
 
     def _costs(self) -> dict[str, float]:

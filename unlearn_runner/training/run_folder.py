@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unlearn_runner.cache import atomic, fingerprint, sweep, write_json
 from unlearn_runner.distributed import from_first
-from unlearn_runner.errors import ConfigurationError, naming
+from unlearn_runner.errors import ConfigurationError, no_checkpoint, writing
 from unlearn_runner.hardware import Hardware
 from unlearn_runner.owner import CLAIM, Ownership, require_no_owner
 from unlearn_runner.schema import METRICS_VERSION, SUMMARY_VERSION
@@ -25,9 +25,10 @@ from unlearn_runner.training.checkpoint import (
     damaged,
     differences,
     newest_whole,
-    open_checkpoint,
     put_aside,
+    read_checkpoint,
     read_manifest,
+    require_whole,
 )
 from unlearn_runner.weights import weights_identity
 
@@ -160,7 +161,7 @@ class RunFolder:
     def append(self, step: int, values: dict[str, float | int]) -> None:
         """One line of metrics.jsonl."""
         self._owner.require()
-        with naming(self.path / LINES):
+        with writing(self.path / LINES):
             self._lines.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
             self._lines.flush()
 
@@ -312,7 +313,7 @@ def checkpoint_to_resume(
     folder = from_first(lambda: _newest(wanted, outputs, identity) if wanted == "latest" else _given(wanted, identity))
     if folder is None:
         return None
-    checkpoint = open_checkpoint(folder)
+    checkpoint = read_checkpoint(folder)
     run = checkpoint.run_folder
     longer = continued(identity, checkpoint).get(PARENT) != checkpoint.identity.get(PARENT)
     if longer and not extendable:
@@ -339,24 +340,20 @@ def _newest(wanted: str, outputs: Path, identity: dict[str, Any]) -> Path | None
 
 
 def _given(wanted: str, identity: dict[str, Any]) -> Path:
-    folder = Path(wanted).expanduser().resolve()
-    if (folder / MANIFEST).is_file():
-        folder, faults = folder, {}
+    run = Path(wanted).expanduser().resolve()
+    if (run / MANIFEST).is_file():
+        folder, faults = run, {}
     else:
-        run = folder
         folder, faults = newest_whole(run)
         if folder is None and not faults:
             if status_of(run) == "finished":
                 raise finished_already(wanted)
-            raise ConfigurationError(
-                f"resume_from_checkpoint={wanted}: expected a run folder or its checkpoints/step_<n>, "
-                "found no checkpoint there."
-            )
+            raise no_checkpoint(wanted)
         if folder is None:
             newest, fault = next(iter(faults.items()))
             raise damaged(newest, ValueError(fault))
     try:
-        manifest = read_manifest(folder)
+        manifest = require_whole(folder) if folder == run else read_manifest(folder)
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
     continued(identity, Checkpoint(folder, manifest["step"], manifest["identity"], {}))

@@ -49,7 +49,7 @@ class Plan:
 
 
 class Recorder(ABC):
-    """Who is told what happens. Stateful, so that a resumed run's record goes on where it stopped."""
+    """Receives what happens in training. Stateful, so that a resumed run's record goes on where it stopped."""
 
     @abstractmethod
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -252,11 +252,13 @@ class Trainer:
         if self.rehearsing:
             return
         due = self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.total_steps
+        if not self.done and not due:
+            return
         record, evaluated_at = self.recorder.state_dict(), self._evaluated_at
         try:
             if self.done:
                 self.recorder.finish(self.method.model, self.total_steps)
-            elif due:
+            else:
                 self.recorder.evaluate(self.method.model, self.total_steps)
                 self._evaluated_at = self.total_steps
         except Interrupted:
