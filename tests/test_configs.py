@@ -52,7 +52,9 @@ OVERRIDES = [
     for name in options("method/override")
 ]
 VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS
-SLOW = {*VARIANTS} - {*LAMBDAS, ("siss", "model=vae"), ("retrain", "model=vae"), HYBRIDS[2], HYBRIDS[-1]}
+SLOW = {*VARIANTS, ("ddpo",), ("sfd_two_stage",)} - {
+    *LAMBDAS, ("siss", "model=vae"), ("retrain", "model=vae"), HYBRIDS[-1],
+}  # fmt: skip
 METHODS = [(method,) for method in COMPLETE if method not in ASKING_PROMPTS] + VARIANTS
 
 

@@ -226,38 +226,50 @@ def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:
     return process
 
 
-def test_signal_finishes_the_step_and_latest_goes_on(tmp_path, shared_cache):
-    """SIGTERM in the middle of training; `latest` continues in the same folder; the result is the uninterrupted one.
-    What is said runs as it is printed.
+def test_signal_finishes_the_step_and_the_printed_command_goes_on(run, resumed, tmp_path, shared_cache):
+    """SIGTERM in the middle of training, in a folder of an odd name. What is printed runs as it is, and continues in
+    the same folder; the result is the uninterrupted one.
     """
-    settings = ("debug=default", "logger=jsonl", "trainer.max_steps=60", "evaluation.every=null",
-                "trainer.checkpointing_steps=null")  # fmt: skip
+    settings = ("trainer.max_steps=60", "evaluation.every=null", "trainer.checkpointing_steps=null")
     outputs = tmp_path / "a[/b] :smile: c=é,'{x}'"
-    process = in_training(*settings, outputs=outputs, cache=shared_cache)
+    process = in_training("debug=default", "logger=jsonl", *settings, outputs=outputs, cache=shared_cache)
     for _ in range(3):
         process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     (folder,) = runs_below(outputs)
     assert summary(folder)["status"] == "interrupted"
-    printed = said.split("interrupted; go on with: ")[1].splitlines()[0]
-    stopped_at = lines(folder)[-1]["step"]
-    assert 0 < stopped_at < 60
+    assert 0 < lines(folder)[-1]["step"] < 60
 
-    resumed = command(*settings, "resume_from_checkpoint=latest", outputs=outputs, cache=shared_cache)
-    assert resumed.returncode == 0, resumed.stderr
-    assert list(outputs.glob("*/*/*")) == [folder], "in the same folder, and no empty one is left"
-    assert summary(folder)["status"] == "finished"
-    assert "resume_from_checkpoint: null" in (folder / "config.yaml").read_text()
-    assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 61))
+    printed = said.split("interrupted; go on with: ")[1].splitlines()[0]
     again = subprocess.run(
         printed.replace("python", sys.executable, 1), shell=True, capture_output=True, text=True,
         env=environment(outputs, shared_cache),
     )  # fmt: skip
-    assert f"resume_from_checkpoint={folder}: this run has finished, nothing is left to do" in again.stderr
-    other = command(*settings, "resume_from_checkpoint=latest", outputs=tmp_path / "other", cache=shared_cache)
-    assert other.returncode == 0, "latest begins anew where there is nothing to resume"
-    assert_same_bits(weights_of(folder), weights_of(runs_below(tmp_path / "other")[0]))
+    assert again.returncode == 0, again.stderr
+    assert list(outputs.glob("*/*/*")) == [folder], "in the same folder, and no empty one is left"
+    assert summary(folder)["status"] == "finished"
+    assert "resume_from_checkpoint: null" in (folder / "config.yaml").read_text()
+    assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 61))
+    with pytest.raises(ConfigurationError, match="this run has finished, nothing is left to do"):
+        resumed(folder, *settings)
+    assert_same_bits(weights_of(folder), weights_of(run(*settings)))
+
+
+def test_latest_goes_on_or_begins(run, composed, tmp_path):
+    """With the newest unfinished run of this configuration in its folder, or anew where there is none."""
+    import train
+
+    outputs = tmp_path / "outputs"
+    whole = run(*KEPT, folder="whole")
+    for folder in ("anew", "fresh"):
+        (outputs / folder).mkdir()
+    latest = composed(*KEPT, "resume_from_checkpoint=latest")
+    assert train.unlearn(latest, outputs / "anew") == outputs / "anew", "one that has finished is not gone on with"
+    break_off(whole, "step_000004")
+    assert train.unlearn(latest, outputs / "fresh") == whole
+    assert not any((outputs / "fresh").iterdir())
+    assert_same_bits(weights_of(whole), weights_of(outputs / "anew"))
 
 
 def test_non_finite_loss_stops_the_run(run, tmp_path):
@@ -371,6 +383,7 @@ def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, mo
     assert summary(folder)["metrics"]["eval/lasting_deletion_steps"] == 3
 
 
+@pytest.mark.slow  # test_cache.py has it of one entry
 def test_parallel_jobs_make_one_base(tmp_path):
     """Two commands at once with an empty cache: one trains base and classifier, the other waits and reads."""
     outputs, cache = tmp_path / "outputs", tmp_path / "cache"

@@ -72,6 +72,7 @@ def test_generator_of_one_step_has_every_score_but_the_attacks(run):
     assert "eval/attack_success" not in scores
 
 
+@pytest.mark.slow
 def test_run_on_what_the_base_draws(run, shared_cache):
     more = (
         *SMALL,

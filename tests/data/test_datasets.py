@@ -128,6 +128,7 @@ def test_one_garment_many_times(tmp_path):
             MnistTrousers(**settings | wrong).load()
 
 
+@pytest.mark.slow  # what it shares with MNIST is below, in small
 @needs_shared
 def test_cifar10():
     settings = {"name": "cifar10", "source": str(SHARED / "cifar10"), "image_size": 32}

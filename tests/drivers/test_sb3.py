@@ -179,7 +179,7 @@ def test_online_learns_within_the_one_run(driven, setup):
     assert not [key for _, values in recorder.notes for key in values if not key.startswith("agent/")]
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(("setup",), marked([(setup,) for setup in SETUPS], {("sac episodic",)}))
 def test_same_seed_same_bits_and_the_global_generators_are_left_alone(driven, setup):
     ends = []
     for folder, disturbance in (("a", 1), ("b", 2)):
@@ -210,7 +210,7 @@ def left_by(trainer, recorder) -> tuple:
     ("setup", "at"),
     marked(
         [(setup, at) for setup in SETUPS for at in ((3, 8, 9, 18) if "episodic" in setup else (1, 4, 7, 8))],
-        {(setup, 8) for setup in SETUPS},
+        {(setup, 8) for setup in SETUPS} | {("ppo episodic probe", 3), ("sac episodic", 3), ("sac episodic", 18)},
     ),
 )
 def test_interrupted_and_resumed_is_not_interrupted(driven, wholes, setup, at):

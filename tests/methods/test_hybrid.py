@@ -148,11 +148,12 @@ def test_mixture_score_asks_the_posterior(monkeypatch):
     ("variant", "settings"),
     [
         ("multi_class", {"beta": 3.0}),
-        pytest.param("siss_sfd_labels", {"lambd": ClosedForm(initial=0.3)}, marks=pytest.mark.slow),
-        pytest.param("siss_sfd_labels", {"lambd": 0.5}, marks=pytest.mark.slow),
+        ("siss_sfd_labels", {"lambd": ClosedForm(initial=0.3)}),
+        ("siss_sfd_labels", {"lambd": 0.5}),
     ],
     ids=["multi_class", "labels closed_form", "labels constant"],
 )
+@pytest.mark.slow
 def test_known_gaussians_converge(variant, settings):
     """The nearest of the kept classes, or the override: N(1, .8); the forgotten one begins at N(.5, .7)."""
     method = build(

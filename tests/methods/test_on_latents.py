@@ -23,8 +23,8 @@ DISTILLING = {
     "hybrid with a student": ("method.variant=siss_sfd_student", "method.distil_share=0.4"),
 }  # fmt: skip
 SLOW = {  # the same kinds of step as others'
-    ("siss_no_is", "full"), ("adaptive_siss", "full"), ("neg_grad", "full"), ("erase_diff", "full"),
-    ("critic_guided", "full"), ("sfd",), ("hybrid of mixed labels",), ("hybrid with a student",),
+    *((method, "full") for method in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
+    ("critic_guided", "lora"), ("sfd",), ("sfd_two_stage",), ("hybrid of mixed labels",), ("hybrid with a student",),
 }  # fmt: skip
 SMALL = ("method.num_inference_steps=3", "method.num_rollouts=4", "method.critic_steps=1")
 

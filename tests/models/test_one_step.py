@@ -73,6 +73,7 @@ def test_ratios_are_the_papers_timesteps_on_its_schedule(tiny_network):
         timestep_with_ratio(linear, 200.0, "x")
 
 
+@pytest.mark.slow
 def test_a_run_of_distillation_is_evaluated_like_any_other(run):
     """Without what a model without a likelihood cannot be asked; the base has it."""
     folder = run(
