@@ -309,18 +309,7 @@ def test_failing_evaluation_loses_nothing(run, tmp_path, monkeypatch):
 
 def test_the_whole_evaluation(run, tmp_path):
     """Every metric of evaluation=full, with intervals, an oracle and relearning, on a model that knows nothing."""
-    few = [
-        "nll.num_images=1", "nll.num_bound_images=2", "nll.num_timesteps=3", "nll.rtol=0.5", "nll.atol=0.5",
-        "mia.num_images=4", "mia.timesteps=[100]", "fid.per_class=false", "kid.per_class=false",
-    ]  # fmt: skip
-    folder = run(
-        "evaluation=full",
-        "evaluation.oracle=true",
-        "evaluation.bootstrap=20",
-        "evaluation.relearning.max_steps=2",
-        "evaluation.relearning.every=2",
-        *(f"evaluation.metrics.{setting}" for setting in few),
-    )
+    folder = run("evaluation=full", "evaluation.oracle=true", "evaluation.bootstrap=20")
     content = summary(folder)
     wanted = {
         "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
@@ -340,11 +329,7 @@ def test_the_whole_evaluation(run, tmp_path):
 
 
 def test_a_vae_has_the_whole_evaluation_and_keeps_its_encoder(run):
-    full = run(
-        "model=vae", "evaluation=full", "evaluation.oracle=true", "evaluation.relearning.max_steps=2",
-        "evaluation.relearning.every=2", "evaluation.metrics.nll.num_importance_samples=4",
-        *(f"evaluation.metrics.{name}.per_class=false" for name in ("fid", "kid")), folder="full",
-    )  # fmt: skip
+    full = run("model=vae", "evaluation=full", "evaluation.oracle=true", folder="full")
     metrics = summary(full)["metrics"]
     wanted = {
         "forget_rate", "retain_accuracy", "fid_retain", "ssim_retain", "nll_forget", "nll_retain", "nll_bound_forget",
