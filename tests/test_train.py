@@ -504,7 +504,7 @@ def resumed(composed, tmp_path):
 
     def resume(folder: Path, *overrides: str) -> Path:
         fresh = tmp_path / "outputs" / "fresh"
-        fresh.mkdir(exist_ok=True)
+        fresh.mkdir(parents=True, exist_ok=True)
         return train.unlearn(composed(f"resume_from_checkpoint={folder}", *overrides), fresh)
 
     return resume

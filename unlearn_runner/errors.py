@@ -47,7 +47,8 @@ def near(name: str, known: Iterable[str]) -> str:
     """ "; near it: a, b" of the names that are most like a mistyped one; "" if none is."""
     known = sorted(known)
     same_end = [other for other in known if name and other.rpartition("/")[2] == name.rpartition("/")[2]]
-    alike = list(dict.fromkeys([*same_end, *get_close_matches(name, known, n=3, cutoff=0.5)]))[:3]
+    whole_word = [other for other in known if len(name) > 2 and name in re.split(r"[_/.]", other)]
+    alike = list(dict.fromkeys([*same_end, *whole_word, *get_close_matches(name, known, n=3)]))[:3]
     return f"; near it: {', '.join(alike)}" if alike else ""
 
 

@@ -207,7 +207,19 @@ def test_verdicts_name_the_best_and_its_doubts(tmp_path):
     assert (forgets.question, forgets.label, forgets.close) == ("forgets best", "best", ["near"])
     assert sentence(forgets) == "not told apart by these seeds: near"
     assert (costs.label, costs.close, costs.unknown) == ("far", [], [])
-    assert "told apart from all" in sentence(costs)
+    assert sentence(costs) == "the same difference in every seed, so without a test: best, near"
+
+
+def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
+    for seed in range(3):
+        for method in ("a", "b"):
+            make_run(tmp_path, method, seed, {"eval/forget_rate": 0.0})
+        make_run(tmp_path, "c", seed, {"eval/forget_rate": 0.5 + 0.01 * seed})
+    (forgets,) = verdicts_of(only(tmp_path).rows)
+    assert (forgets.label, forgets.equal, forgets.apart) == ("a", ["b"], ["c"])
+    assert sentence(forgets) == "equal: b"
+    (forgets,) = verdicts_of([row for row in only(tmp_path).rows if row.label != "b"])
+    assert sentence(forgets) == "told apart from all others (p < 0.05)"
 
 
 def test_tradeoffs_have_a_front_and_a_hypervolume(tmp_path):

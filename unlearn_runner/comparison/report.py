@@ -124,7 +124,7 @@ def cards_of(table: Table, test: str) -> list[dict[str, str]]:
                     "question": verdict.question,
                     "label": listed(names, 2),
                     "value": f"{verdict.column} {text(by_label[verdict.label][verdict.column])}",
-                    "sentence": sentence(verdict._replace(equal=[])),
+                    "sentence": sentence(verdict),
                 }
             )
     return cards

@@ -25,6 +25,8 @@ class Verdict(NamedTuple):
     equal: list[str]  # methods with exactly its mean
     close: list[str]  # p after Holm's correction is 0.05 or more
     unknown: list[str]  # too few common seeds for a test
+    constant: list[str]  # differ by the same amount in every seed, so that there is no spread to test by
+    apart: list[str]  # p after Holm's correction is below 0.05
 
 
 def verdicts_of(rows: list[Row], test: str = "t") -> list[Verdict]:
@@ -46,16 +48,15 @@ def verdict_on(question: str, column: str, methods: list[Row], may_win: list[Row
     equal = [row.label for row in others if mean(row.values[column].values()) == centre]
     results = [paired(row.values[column], best.values[column], test) for row in others]
     corrected = holm([None if result is None else result.p for result in results])
-    constant = [result is not None and result.n > 1 and result.p is None for result in results]  # differ all the same
-    told = list(zip(others, corrected, constant, strict=True))
-    return Verdict(
-        question,
-        column,
-        best.label,
-        equal,
-        [row.label for row, p, _ in told if p is not None and p >= 0.05 and row.label not in equal],
-        [row.label for row, p, same in told if p is None and not same and row.label not in equal],
-    )
+    verdict = Verdict(question, column, best.label, equal, [], [], [], [])
+    for row, result, p in zip(others, results, corrected, strict=True):
+        if row.label in equal:
+            continue
+        if p is not None:
+            (verdict.close if p >= 0.05 else verdict.apart).append(row.label)
+        else:
+            (verdict.constant if result is not None and result.n > 1 else verdict.unknown).append(row.label)
+    return verdict
 
 
 def sentence(verdict: Verdict) -> str:
@@ -65,6 +66,7 @@ def sentence(verdict: Verdict) -> str:
         (verdict.equal, "equal"),
         (verdict.close, "not told apart by these seeds"),
         (verdict.unknown, "too few common seeds for a test"),
+        (verdict.constant, "the same difference in every seed, so without a test"),
     ):
         if names:
             said.append(f"{words}: {listed(names)}")
