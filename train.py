@@ -1,14 +1,13 @@
 """One command: compose a configuration, make a model forget, measure it. See README.md."""
 
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from unlearn_runner.assembly import make
 from unlearn_runner.cli import configuration, failure_on_record, one_sentence
 
 
@@ -32,7 +31,7 @@ def run(cfg: dict, fresh_folder: Path) -> float | tuple[float, ...] | None:
     from unlearn_runner.distributed import joined, launch, started_outside
     from unlearn_runner.training.run_folder import finished, objectives
 
-    processes = instantiate(cfg["hardware"]).processes
+    processes = make(cfg["hardware"]).processes
     places = (Path(cfg["paths"]["outputs"]), fresh_folder.parent)
     folder = finished(places, cfg) if cfg.get("skip_finished") else None
     if folder is not None:
@@ -72,7 +71,6 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.training.trainer import Trainer
     from unlearn_runner.types import make_generator
 
-    make = partial(instantiate, _convert_="all")
     console, seed = run_console(quiet=not is_first()), cfg["seed"]
     cache_dir = Path(cfg["paths"]["cache"]).expanduser()
 
@@ -177,7 +175,7 @@ def build_model(node, spec, seed):
     names = spec.label_names
     prompts = {"prompts": names} if "prompts" in node else {}
     num_labels = None if names is None else len(names)
-    return instantiate(node, _convert_="all", image_shape=spec.image_shape, num_labels=num_labels, seed=seed, **prompts)
+    return make(node, image_shape=spec.image_shape, num_labels=num_labels, seed=seed, **prompts)
 
 
 def drawn_by(network, dataset, device):
@@ -195,7 +193,7 @@ def drawn_by(network, dataset, device):
 def build_method(node, network, spec, generator, clip=None):
     """The method of a configuration; one that draws labels or asks CLIP has a key for the dataset's and the group's."""
     given = {name: part for name, part in (("labels", spec.labels), ("clip", clip)) if name in node}
-    return instantiate(node, _convert_="all", model=network, generator=generator, **given)
+    return make(node, model=network, generator=generator, **given)
 
 
 if __name__ == "__main__":

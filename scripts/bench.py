@@ -126,10 +126,10 @@ def composed(overrides: list[str]) -> dict[str, Any]:
 def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overrides: str) -> Subject:
     """One of SUBJECTS or REFERENCES on a network of its own, all of them from the same seed."""
     import torch
-    from hydra.utils import instantiate
     from rich.console import Console
 
     from train import build_method, build_model
+    from unlearn_runner.assembly import make
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.progress import ProgressBar
@@ -138,7 +138,6 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
     from unlearn_runner.training.trainer import Trainer, identity_of
     from unlearn_runner.types import Streams, make_generator
 
-    make = partial(instantiate, _convert_="all")
     cfg = composed(
         [
             "dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
@@ -343,13 +342,11 @@ def ratios_of(seconds: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]
 
 def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds to draw 1,000 samples with 25 steps, and to score them by all metrics of `evaluation=quick`."""
-    from hydra.utils import instantiate
-
     from train import build_model
+    from unlearn_runner.assembly import make
     from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator
 
-    make = partial(instantiate, _convert_="all")
     cfg = composed(["dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
                     f"dataset.conditional={arguments.conditional}", f"hardware={arguments.hardware}",
                     "evaluation.num_samples=500", "evaluation.classifier.max_steps=50",

@@ -477,7 +477,7 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(  # of types that the tests' own type checker would refuse first
     "overrides, sentence",
     [
-        (["method.lambd=variance"], r"\[0, 1\] .*got 'variance'; or did you mean method/lambd=variance"),
+        (["method.lambd=variance"], r"\[0, 1\] .*got 'variance'; did you mean method/lambd=variance"),
         (["evaluation.threshold=few"], r"evaluation\.threshold must be a number in \[0, 1\] or null, got 'few'"),
     ],
 )

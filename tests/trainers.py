@@ -1,14 +1,13 @@
 """Trainers of debug configurations, and all that they learn, for tests to compare."""
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from rich.console import Console
 
 from train import build_method, build_model
+from unlearn_runner.assembly import make
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.training.checkpoint import Checkpoints
@@ -19,7 +18,6 @@ from unlearn_runner.training.trainer import Recorder, Trainer, identity_of
 from unlearn_runner.types import make_generator
 
 CPU = torch.device("cpu")
-make = partial(instantiate, _convert_="all")
 
 
 def build_trainer(

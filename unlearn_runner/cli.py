@@ -1,6 +1,5 @@
 """The command line: what a configuration may ask for, and what a person sees when a command cannot go on."""
 
-import argparse
 import errno
 import json
 import os
@@ -10,13 +9,12 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -37,10 +35,11 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from unlearn_runner.errors import NO_ROOM, ConfigurationError, first_line, known_cause, near, no_room
-from unlearn_runner.validation import checked, require_groups
+from unlearn_runner.errors import NO_ROOM, first_line, known_cause, near, no_room
+from unlearn_runner.trust import CONF, allowed, arguments_for_hydra, literal
+from unlearn_runner.validation import NEEDED, checked, require_groups
 
-CONF = Path(__file__).parents[1] / "conf"
+TYPED: list[str] = []  # the command as it was typed
 
 # No library reads a pickle from elsewhere in this process, not even one that asks torch for weights_only=False.
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -85,8 +84,7 @@ def as_override(key: str, value: str) -> str:
         override = OverridesParser.create().parse_override(plain)
         if "${" not in value and not override.is_sweep_override() and override.value() == value:
             return shlex.quote(plain)
-    literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)  # for OmegaConf no interpolation
-    return shlex.quote(f"{key}={QuotedString(literal, Quote.single).with_quotes()}")
+    return shlex.quote(f"{key}={QuotedString(literal(value), Quote.single).with_quotes()}")
 
 
 def command_again(*overrides: str) -> str:
@@ -95,7 +93,8 @@ def command_again(*overrides: str) -> str:
     script = Path(sys.argv[0]).name == "train.py" and HydraConfig.initialized()
     if not script or HydraConfig.get().mode == RunMode.MULTIRUN:
         return " ".join(("the same command", *(["with"] if overrides else []), *overrides))
-    kept = [shlex.quote(argument) for argument in sys.argv if not (keys and argument.lstrip("+").startswith(keys))]
+    typed = TYPED or sys.argv
+    kept = [shlex.quote(argument) for argument in typed if not (keys and argument.lstrip("+").startswith(keys))]
     return " ".join(("python", *kept, *overrides))
 
 
@@ -106,55 +105,8 @@ def configuration(cfg: DictConfig) -> dict[str, Any]:
     """The composed configuration, resolved and checked. Raises ConfigurationError with one sentence."""
     require_groups(OmegaConf.to_container(cfg, resolve=False))
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    found.setdefault("security", {"allow": []})  # folders of runs before there was such an option
-    allow = found["security"]["allow"] if _of_the_runner() else _allowed_by_the_command()
     found["security"] = {"allow": []}  # trust is not handed on with a run's folder
-    if not isinstance(allow, list) or not all(isinstance(prefix, str) and prefix for prefix in allow):
-        raise ConfigurationError(f"security.allow must be a list of texts that are not empty, got {allow}.")
-    return checked(found, allow, CONF)
-
-
-def _of_the_runner() -> bool:
-    """Whether all that is composed lies in the runner's own conf/, conf/local included."""
-    sources = HydraConfig.get().runtime.config_sources
-    return {source.path for source in sources if source.provider not in ("hydra", "schema")} == {str(CONF)}
-
-
-def _allowed_by_the_command() -> list[str]:
-    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-    given = [override.value() for override in overrides if override.key_or_group == "security.allow"]
-    return list(given[-1]) if given and isinstance(given[-1], list) else []
-
-
-def refuse_what_hydra_would_run(arguments: Sequence[str]) -> None:
-    """Raise ConfigurationError if the command names a configuration file, such as a run folder's, that speaks to Hydra.
-
-    What it says there (callbacks, launchers, further files) takes effect before anything could be checked.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-path", "-cp")
-    parser.add_argument("--config-dir", "-cd")
-    parser.add_argument("--config-name", "-cn", default="train")
-    named, _ = parser.parse_known_args(list(arguments))
-    script = Path(sys.argv[0]).resolve().parent
-    places = [script / named.config_path] if named.config_path else []
-    places += [Path(named.config_dir)] if named.config_dir else []
-    for place in places:
-        file = place / (named.config_name if named.config_name.endswith(".yaml") else f"{named.config_name}.yaml")
-        if not file.is_file() or file.resolve().parent == CONF:
-            continue
-        text = file.read_text(encoding="utf-8", errors="replace")
-        try:
-            content = yaml.load(text, yaml.CSafeLoader if hasattr(yaml, "CSafeLoader") else yaml.SafeLoader)
-        except yaml.YAMLError:
-            content = {}  # Hydra says what is wrong with it
-        keys = {key for key in ("hydra", "defaults") if isinstance(content, dict) and key in content}
-        if keys or re.search(r"^\s*#\s*@package", text, re.MULTILINE):
-            what = " and ".join(sorted(keys)) or "a package"
-            raise ConfigurationError(
-                f"{file} sets {what}, by which Hydra could be made to run other code; a run's configuration has none "
-                "of it. Take it out, or put the file into conf/ if you trust it."
-            )
+    return checked(found, allowed(cfg), CONF)
 
 
 # 2. What a person sees when it cannot go on
@@ -196,7 +148,8 @@ def one_sentence() -> Iterator[None]:
     full = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra lets exceptions through to here
     try:
-        refuse_what_hydra_would_run(sys.argv[1:])
+        TYPED[:] = sys.argv
+        sys.argv[1:] = arguments_for_hydra(sys.argv[1:], NEEDED)
         yield
     except (KeyboardInterrupt, Exception, _Through) as error:
         if isinstance(error, _Through):
@@ -207,6 +160,8 @@ def one_sentence() -> Iterator[None]:
         with suppress(OSError):  # a terminal that was closed
             print(mistake, file=sys.stderr, flush=True)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    finally:
+        TYPED.clear()
 
 
 def _mistake(error: BaseException) -> str | None:
@@ -249,13 +204,43 @@ def _of_composition(error: Exception) -> str:
             return f"'{error.override}': expected option=value, as in seed=1."
         quoted = as_override(option, value.strip("'\""))
         return f"{error.override}: this value has to be quoted; write {quoted}"
+    if (group := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", str(error))) is not None:
+        above, _, name = group[1].rpartition("/")
+        having = _choices_with(above, name)
+        where = f"; these have: {', '.join(f'{above}={choice}' for choice in having)}" if having else ""
+        return f"{group[1]}: this {above or 'configuration'} has no such group of options{where}."
+    if (several := re.match(r"Ambiguous value for argument '(.+?)=(.*?)'\n", str(error))) is not None:
+        key, values = several.groups()
+        return (
+            f"{key}={values}: several values are a sweep, python train.py -m ...; of one value with a comma write "
+            f"{as_override(key, values)}, of a list '{key}=[{values}]'."
+        )
+    if (key := re.match(r"Could not delete from config\. '(\S+)' does not exist", str(error))) is not None:
+        return f"~{key[1]}: there is nothing to take away: no such option, or it is null."
     if isinstance(below, (ConfigAttributeError, ConfigKeyError)) and below.full_key:
         siblings = [] if below.parent_node is None or below.parent_node._is_none() else list(below.parent_node)
         return f"{below.full_key}: there is no such option{near(str(below.key), map(str, siblings))}."
     if isinstance(below, InterpolationKeyError):
         wanted = re.search(r"'([^']*)' not found", str(below))
+        if str(below.full_key).startswith("hydra."):
+            return (
+                f"{below.full_key}: its text has ${{{wanted[1] if wanted else ''}}}, which is read as the name of an "
+                r"option; for the characters themselves write \${."
+            )
         return (
             f"{below.full_key} takes its value from {wanted[1] if wanted else 'another option'}, which there is not "
             "with these groups; choose a dataset, model and method that have it."
         )
+    if getattr(below, "full_key", None):
+        return f"{below.full_key}: {first_line(below)}"
     return " ".join(str(below).split())
+
+
+def _choices_with(group: str, name: str) -> list[str]:
+    """The choices of a group that have a group of options of this name themselves."""
+    found = []
+    for file in sorted((CONF / group).glob("*.yaml")) if group else ():
+        defaults = OmegaConf.load(file).get("defaults", ())
+        if any(name in part for part in defaults if OmegaConf.is_dict(part)):
+            found.append(file.stem)
+    return found

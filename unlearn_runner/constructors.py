@@ -7,9 +7,10 @@ the syntax tree, also through the imports of other modules.
 import ast
 import collections.abc
 import importlib.util
+import inspect
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -166,6 +167,7 @@ class Option(NamedTuple):
 
     type: Any
     required: bool
+    default: Any = inspect.Parameter.empty  # where there is none, or no plain value
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _of_class(source: Source, node: ast.ClassDef) -> dict[str, Option]:
     )
     for part in node.body if is_record else []:
         if isinstance(part, ast.AnnAssign) and "ClassVar" not in ast.unparse(part.annotation):
-            fields[part.target.id] = Option(source.evaluate(part.annotation), part.value is None)
+            fields[part.target.id] = _option(source, part.annotation, part.value)
     return fields
 
 
@@ -250,17 +252,42 @@ def _signature(source: Source, node: ast.FunctionDef, owner: str, skip: int = 0)
     defaults = [*[None] * (len(named) - len(arguments.defaults)), *arguments.defaults]
     named, defaults = [*named[skip:], *arguments.kwonlyargs], [*defaults[skip:], *arguments.kw_defaults]
     found = {
-        argument.arg: Option(
-            Any if argument.annotation is None else source.evaluate(argument.annotation), default is None
-        )
+        argument.arg: _option(source, argument.annotation, default)
         for argument, default in zip(named, defaults, strict=True)
     }
     further = source.found.get("FURTHER_OPTIONS") if arguments.kwarg is not None else None
     if isinstance(further, ast.Assign):
         for target in ast.literal_eval(further.value).get(owner, ()):
             others = constructor_of(target).options.items()
-            found = {key: Option(kind, required=False) for key, (kind, _) in others} | found
+            found = {key: option._replace(required=False) for key, option in others} | found
     return found
+
+
+def _option(source: Source, annotation: ast.expr | None, default: ast.expr | None) -> Option:
+    kind = Any if annotation is None else source.evaluate(annotation)
+    try:
+        return Option(kind, required=True) if default is None else Option(kind, False, ast.literal_eval(default))
+    except ValueError:
+        return Option(kind, required=False)
+
+
+def with_defaults(node: Any) -> Any:
+    """A configuration in which every group of options has all options of its constructor."""
+    if isinstance(node, (list, tuple)):
+        return [with_defaults(part) for part in node]
+    if not isinstance(node, Mapping):
+        return node
+    constructor = constructor_of(node["_target_"]) if "_target_" in node else None
+    defaults = (
+        {}
+        if constructor is None
+        else {
+            name: option.default
+            for name, option in constructor.options.items()
+            if option.default is not inspect.Parameter.empty
+        }
+    )
+    return defaults | {key: with_defaults(part) for key, part in node.items()}
 
 
 def arms_of(kind: Any) -> list[Any]:

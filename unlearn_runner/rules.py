@@ -310,7 +310,9 @@ def a_clip(option: str, there: bool) -> None:
 
 
 def check(cfg: Mapping[str, Any]) -> None:
-    """All of the above, and what else is known of a configuration before anything is built."""
+    """All of the above, and what else is known of a configuration before anything is built; it holds the defaults of
+    all constructors.
+    """
     timesteps = _timesteps(cfg)
     for path, node in parts(cfg):
         of_constructor(node)
@@ -439,7 +441,7 @@ def whole_rollouts(method: Mapping[str, Any], max_steps: int) -> None:
     agent = method["agent"]
     on_policy = _name(agent) == "PPO"
     if not on_policy:
-        divides(max_steps, "method.agent.train_freq", agent.get("train_freq", 1))
+        divides(max_steps, "method.agent.train_freq", agent["train_freq"])
     elif method["training"] == "online":
         divides(max_steps, "method.update_every", method["update_every"])
         batches_of(method["update_every"], "method.update_every", agent.get("batch_size"))
@@ -508,13 +510,13 @@ def enough_samples(
     )
     if metric == "FID":
         least, why = (
-            max(node.get("min_samples", 100), features + 1),
+            max(node["min_samples"], features + 1),
             f"its min_samples, and more than {features} features",
         )
     elif metric in ("KID", "PrecisionRecall"):
-        least, why = node.get("min_samples", 100), "its min_samples"
+        least, why = node["min_samples"], "its min_samples"
     elif metric == "IS":
-        least, why = node.get("splits", 1), "its splits"
+        least, why = node["splits"], "its splits"
     else:
         return
     count = sampling["num_samples"]

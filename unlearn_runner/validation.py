@@ -17,7 +17,7 @@ import annotated_types
 import pydantic
 
 from unlearn_runner import options, rules
-from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package
+from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package, with_defaults
 from unlearn_runner.errors import ConfigurationError, near
 from unlearn_runner.options import FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
 
@@ -229,7 +229,7 @@ class _Check:
         prefix = f"{path}." if path else ""
         for key in value:
             if key not in kinds:
-                raise ConfigurationError(f"{prefix}{key}: there is no such option{near(key, kinds)}.")
+                raise ConfigurationError(f"{prefix}{key}: there is no such option{near(str(key), kinds)}.")
         for key in kinds if required is None else required:
             if key not in value:
                 raise ConfigurationError(f"{prefix}{key} is missing: give it, {prefix}{key}=...")
@@ -271,7 +271,7 @@ class _Check:
             option = constructor.options.get(key)
             if option is None:
                 known = [name for name in constructor.options if name not in (*FILLED_IN, *given)]
-                raise ConfigurationError(f"{path}.{key}: {constructor.name} has no such option{near(key, known)}.")
+                raise ConfigurationError(f"{path}.{key}: {constructor.name} has no such option{near(str(key), known)}.")
             if key in given or (key in FILLED_IN and _is_part(arms_of(option.type)[0])):
                 if part is not None:
                     raise ConfigurationError(f"{path}.{key} must be null, got {shown(part)}: the runner fills it in.")
@@ -297,11 +297,12 @@ class _Check:
                 self._plain(part, f"{path}[{index}]")
 
     def _meant(self, path: str, value: Any) -> str:
-        """Where an option's name is a group's, and the value one of its choices."""
+        """Where an option's name is a group's, how to choose of the group."""
         group = path.replace(".", "/")
-        if self.groups is not None and isinstance(value, str) and (self.groups / group / f"{value}.yaml").is_file():
-            return f"; or did you mean {group}={value}?"
-        return ""
+        choices = sorted(file.stem for file in self.groups.glob(f"{group}/*.yaml")) if self.groups is not None else []
+        if not choices:
+            return ""
+        return f"; did you mean {group}={value}" if value in choices else f"; or choose {group}={'|'.join(choices)}"
 
 
 # 3. The schema of what stands outside of constructors
@@ -396,6 +397,9 @@ class Configuration(TypedDict):
     logger: in_package("training.loggers.Logger")
 
 
+NEEDED = [key for key, kind in Configuration.__annotations__.items() if type(None) not in arms_of(kind)]
+
+
 def require_groups(cfg: Mapping[str, Any], kinds: Mapping[str, Any] | None = None, path: str = "") -> None:
     """Raise ConfigurationError where a value stands for a whole group of options, in a configuration that is not
     resolved yet: what refers to the group's options could not be.
@@ -421,5 +425,5 @@ def checked(cfg: Mapping[str, Any], allow: Sequence[str] = (), groups: Path | No
     """
     kinds = typing.get_type_hints(Configuration, include_extras=True)
     found = _Check([*TRUSTED, *allow], groups).table(cfg, kinds, "")
-    rules.check(found)
+    rules.check(with_defaults(found))
     return found

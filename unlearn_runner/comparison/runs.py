@@ -152,7 +152,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
 
 def bounded_text(path: Path) -> str:
     """A file's text. Raises OSError, or ValueError for what is no file, is too large or no UTF-8."""
-    found, most = path.stat(), LARGEST[path.name]
+    found, most = path.stat(), LARGEST.get(path.name, LARGEST["config.yaml"])
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is no regular file")
     if found.st_size > most:

@@ -47,7 +47,10 @@ class Checkpoint(NamedTuple):
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two identities do not agree in: the values of both, NOT_THERE where one has none."""
-    pairs = {key: (there.get(key, NOT_THERE), here.get(key, NOT_THERE)) for key in {**there, **here}}
+    keys = {**there, **here}
+    pairs = {
+        key: (there.get(key, NOT_THERE), here.get(key, NOT_THERE)) for key in keys if f"{key}{TARGET}" not in keys
+    }  # of a part that one of the two has, and the other null, its class is enough
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -132,7 +135,7 @@ def require_whole(folder: Path) -> dict[str, Any]:
     size = (folder / STATE).stat().st_size
     if size != manifest["files"][STATE]:
         raise ValueError(f"{STATE} has {size} bytes instead of {manifest['files'][STATE]}")
-    if "digests" in manifest and file_digest(folder / STATE) != manifest["digests"][STATE]:
+    if file_digest(folder / STATE) != manifest["digests"][STATE]:
         raise ValueError(f"{STATE} has changed since it was written")
     return manifest
 
@@ -141,12 +144,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises OSError or ValueError if there is none or it is damaged."""
     manifest = json.loads((folder / MANIFEST).read_text())
     try:
-        files, digests = manifest["files"], manifest.get("digests", {STATE: ""})
+        version, files, digests = manifest["version"], manifest["files"], manifest.get("digests", {STATE: ""})
         found = (manifest["step"], manifest["identity"], files[STATE], digests[STATE])
     except (KeyError, TypeError, AttributeError):
-        found = ()
+        version, found = None, ()
     if [type(value) for value in found] != [int, dict, int, str]:
         raise ValueError(f"{MANIFEST} does not say what it has to")
+    if version != VERSION:
+        raise ValueError(f"it is of version {version}, and this unlearn_runner reads version {VERSION}")
     return manifest
 
 

@@ -30,6 +30,7 @@ from unlearn_runner.training.checkpoint import (
     read_manifest,
     require_whole,
 )
+from unlearn_runner.trust import literal
 from unlearn_runner.weights import weights_identity
 
 LINES, SUMMARY = "metrics.jsonl", "summary.json"
@@ -141,7 +142,7 @@ class RunFolder:
             self._owner = Ownership(path)
             sweep(path)
             with atomic(path / "config.yaml") as temporary:
-                temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+                temporary.write_text(yaml.safe_dump(literal(config), sort_keys=False, allow_unicode=True))
             self._lines = open(path / LINES, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
             if self._lines.tell() == 0:  # a resumed run goes on in the file that it has
                 self.append(0, {"version": METRICS_VERSION})
@@ -323,7 +324,11 @@ def checkpoint_to_resume(
         )
     if not longer and status_of(run) == "finished":
         raise finished_already(wanted)
-    require_log(run / LINES, checkpoint.state["recorder"]["position"])
+    try:
+        position = checkpoint.state["recorder"]["position"]
+    except (KeyError, TypeError) as error:
+        raise damaged(folder, ValueError(f"it has no {error}")) from error
+    require_log(run / LINES, position)
     return checkpoint
 
 

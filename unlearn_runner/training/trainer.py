@@ -14,11 +14,11 @@ import torch
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.forget_retain import DataSpec
 from unlearn_runner.data.streams import BatchStream
-from unlearn_runner.errors import Interrupted, NonFiniteError
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
-from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints
+from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, damaged
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.types import Metrics, Stateful
 
@@ -205,8 +205,13 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, with the evaluation that was due when it was written."""
         checkpoint.require(self.identity)
-        with self.interrupts.shield():
-            self.load_state_dict(checkpoint.state)
+        try:
+            with self.interrupts.shield():
+                self.load_state_dict(checkpoint.state)
+        except ConfigurationError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # it is whole, and not what it should be
+            raise damaged(checkpoint.folder, error) from error
         self._evaluate_or_finish()
 
     def state_dict(self) -> dict[str, Any]:

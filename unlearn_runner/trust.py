@@ -1,0 +1,227 @@
+"""What a command takes from elsewhere is data: nothing of a run folder's configuration is run.
+
+Hydra runs what a configuration says to it (callbacks, launchers, further files, resolvers) while it composes, before
+anything could be checked. So it never reads a configuration from elsewhere: that is read here, and Hydra gets a copy.
+What a configuration may name by `_target_` is checked after composing, by unlearn_runner/validation.py.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser  # so that options are understood as Hydra will, abbreviations too
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from unlearn_runner.comparison.runs import bounded_text, require_few_values
+from unlearn_runner.errors import ConfigurationError, first_line, near
+
+CONF = Path(__file__).parents[1] / "conf"
+FROM_ELSEWHERE = "configuration_from_elsewhere"  # its name in Hydra's ConfigStore
+SPEAKS_TO_HYDRA = ("hydra", "defaults")
+OF_THE_JOB = ("runtime", "overrides", "searchpath")  # of Hydra's own configuration: what differs from job to job
+CHANGES_THE_PROCESS = ("env_set", "env_copy", "chdir")  # of hydra.job
+
+
+# 1. The command
+
+
+def arguments_for_hydra(arguments: Sequence[str], needed: Sequence[str] = ()) -> list[str]:
+    """A command's arguments as Hydra is to see them: options first, then overrides, and instead of a configuration from
+    elsewhere its copy. `needed` are options that cannot be taken away.
+
+    Raises ConfigurationError with one sentence for what Hydra does not understand, or could be made to run code by.
+    """
+    parser = get_args_parser()
+    parser.error = _refuse
+    found, unknown = parser.parse_known_intermixed_args(list(arguments))
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        known = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
+        raise ConfigurationError(
+            f"{unknown[0]}: there is no such option of the command{near(name, known)}; options of a run are written "
+            "without dashes, as in method=siss seed=1."
+        )
+    if found.experimental_rerun is not None:
+        raise ConfigurationError(
+            "--experimental-rerun reads a pickle, which can run code; to make a run again take its folder: "
+            "--config-path <run folder> --config-name config."
+        )
+    overrides = _parsed(found.overrides)
+    for override in overrides:
+        if override.is_delete() and override.key_or_group in needed:
+            raise ConfigurationError(f"~{override.key_or_group}: no run goes without; choose another one instead.")
+        for value in _values(override):
+            if ".." in value.split("/") and ("/" in override.key_or_group or (CONF / override.key_or_group).is_dir()):
+                raise ConfigurationError(f"{override.input_line}: an option of a group lies in conf/.")
+    file = _primary(found)
+    if file.resolve().parent != CONF.resolve():
+        ConfigStore.instance().store(FROM_ELSEWHERE, data_of(file))
+        found.config_name = FROM_ELSEWHERE
+    found.config_path = None
+    if found.config_dir is not None and Path(found.config_dir).is_dir():
+        _require_silence(found, overrides)
+    return [*_options(parser, found), *found.overrides]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigurationError(f"{message}; `python train.py --help` lists what there is.")
+
+
+def _options(parser: argparse.ArgumentParser, found: argparse.Namespace) -> Iterator[str]:
+    """The options of a command that were given, each in one word."""
+    for action in parser._actions:
+        value = getattr(found, action.dest, None)
+        if action.option_strings and value is not None and value is not False:
+            yield action.option_strings[0] + ("" if value is True else f"={value}")
+
+
+def _primary(found: argparse.Namespace) -> Path:
+    """The file that the composition begins with."""
+    name = found.config_name or "train"
+    name = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
+    place = CONF if found.config_path is None else Path(sys.argv[0]).resolve().parent / found.config_path
+    places = [place, *([Path(found.config_dir)] if found.config_dir is not None else [])]
+    for place in places:
+        if (place / name).is_file():
+            return place / name
+    raise ConfigurationError(f"there is no configuration {name} in {' or '.join(str(place) for place in places)}.")
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Those that can be parsed; of the others Hydra says what is wrong."""
+    found = []
+    for override in overrides:
+        with suppress(HydraException):
+            found += OverridesParser.create().parse_overrides([override])
+    return found
+
+
+def _values(override: Override) -> list[str]:
+    """What an override sets an option to, in a sweep one after the other."""
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()] if override.is_discrete_sweep() else []
+    return [str(override.value())]
+
+
+# 2. A configuration from elsewhere
+
+
+def data_of(file: Path) -> dict[str, Any]:
+    """A configuration, such as a run folder's, as plain data that trusts nothing.
+
+    Raises ConfigurationError if it cannot be read, or says more than values and what they refer to.
+    """
+    try:
+        text = bounded_text(file)
+        require_few_values(text)
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"{file} is no configuration that can be read: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{file} must hold options and their values, got {type(content).__name__}.")
+    if said := [key for key in SPEAKS_TO_HYDRA if key in content]:
+        raise ConfigurationError(
+            f"{file} sets {' and '.join(said)}, by which Hydra could be made to run other code; a run's configuration "
+            "has none of it. Take it out, or put the file into conf/ if you trust it."
+        )
+    for text in _texts(content):
+        if (reference := RESOLVER.search(text)) is not None:
+            raise ConfigurationError(
+                f"{file} holds '{reference[0]}', which would be computed when it is read; write the file with "
+                "--cfg job --resolve, or put it into conf/ if you trust it."
+            )
+    return content | {"security": {"allow": []}}
+
+
+# In a text an odd number of backslashes before ${ makes it plain; all but a path of options in it is computed.
+RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{(?![\w.\[\]]*\}).*", re.DOTALL)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _texts(key)
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+
+
+def literal(value: Any) -> Any:
+    """Resolved values as a configuration again, in which no text refers to anything, whatever is in it."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, dict):
+        return {key: literal(part) for key, part in value.items()}
+    return [literal(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+# 3. Groups from elsewhere
+
+
+def _require_silence(found: argparse.Namespace, overrides: Sequence[Override]) -> None:
+    """Raise ConfigurationError if the files of --config-dir say anything to Hydra: its configuration of itself must be
+    what it is without them.
+    """
+    about_hydra = [override.input_line for override in overrides if override.key_or_group.startswith("hydra")]
+    wanted = _said_to_hydra("train", about_hydra)
+    folder = str(Path(found.config_dir).resolve()).replace("\\", "\\\\").replace("'", "\\'")
+    for choice in _choices(overrides):
+        composed = _said_to_hydra(found.config_name or "train", [*choice, f"hydra.searchpath=['file://{folder}']"])
+        if differing := [key for key in {**wanted, **composed} if wanted.get(key) != composed.get(key)]:
+            raise ConfigurationError(
+                f"--config-dir={found.config_dir} sets hydra.{differing[0]}, by which Hydra could be made to run other "
+                "code; put the file into conf/ if you trust it."
+            )
+
+
+def _choices(overrides: Sequence[Override]) -> Iterator[list[str]]:
+    """The overrides of jobs in which every value of a sweep occurs."""
+    values = [[f"{o.get_key_element()}={v}" for v in _values(o)] if o.is_sweep_override() else [o.input_line]
+              for o in overrides]  # fmt: skip
+    first = [lines[0] for lines in values if lines]
+    yield first
+    for index, lines in enumerate(lines for lines in values if lines):
+        for line in lines[1:]:
+            yield [*first[:index], line, *first[index + 1 :]]
+
+
+def _said_to_hydra(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = compose(name, list(overrides), return_hydra_config=True).hydra
+    found = OmegaConf.to_container(hydra, resolve=False)
+    job = found.pop("job")
+    return {key: value for key, value in found.items() if key not in OF_THE_JOB} | {
+        f"job.{key}": job.get(key) for key in CHANGES_THE_PROCESS
+    }
+
+
+# 4. What may be named
+
+
+def allowed(cfg: DictConfig) -> list[str]:
+    """The prefixes of `_target_` that the user trusts, by `security.allow` in conf/ or on the command line."""
+    sources = HydraConfig.get().runtime.config_sources
+    if {source.path for source in sources if source.provider not in ("hydra", "schema")} == {str(CONF)}:
+        found = OmegaConf.select(cfg, "security.allow", default=[])
+    else:  # what else is composed is not asked
+        given = [o.value() for o in _parsed(HydraConfig.get().overrides.task) if o.key_or_group == "security.allow"]
+        found = given[-1] if given else []
+    found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    if not isinstance(found, list) or not all(isinstance(prefix, str) and prefix for prefix in found):
+        raise ConfigurationError(f"security.allow must be a list of texts that are not empty, got {found}.")
+    return found
