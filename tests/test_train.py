@@ -439,6 +439,13 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["experiment=mnist_trouser"], r"experiment=mnist_trouser: there is no such option; near it: mnist_trousers"),
         (["experiment=null"], r"a group needs one of its options, got null"),
         (["+method.lambda=0.5"], r"method\.lambda: SISS has no such option; near it: lambd"),
+        (["~method"], r"~method: no run goes without"),
+        (["~objective"], r"~objective: there is nothing to take away: no such option, or it is null"),
+        (["method=siss", "method/lambd=blend"], r"method/lambd: this method has no such .*: method=adaptive_siss"),
+        (["hydra.run.dir=null"], r"hydra\.run\.dir: field 'hydra\.run\.dir' is not Optional"),
+        (["seed=1,2"], r"seed=1,2: several values are a sweep, python train\.py -m .* a list 'seed=\[1,2\]'"),
+        (["--method", "siss"], r"--method: there is no such option of the command; .* as in method=siss"),
+        (["hardware=gpu"], r"hardware=gpu: there is no such option; near it: multi_gpu, single_gpu, cpu"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_sentence(tmp_path, refused, overrides, sentence):

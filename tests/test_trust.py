@@ -65,7 +65,7 @@ def test_a_configuration_from_elsewhere_is_plain_data(elsewhere, text, options):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("hydra/launcher/basic.yaml", f"# @package _global_\n{CALLBACK}"),
+        ("hydra/launcher/basic.yaml", "defaults: [evil@_global_]\n"),
         ("local/default.yaml", PACKAGE),
         ("local/default.yaml", f"# @a b\u2028{PACKAGE}"),
         ("tuned/model/ddpm_tiny_adaptive_siss.yaml", f"# @package _global_\n{CALLBACK}"),
@@ -75,6 +75,7 @@ def test_a_configuration_from_elsewhere_is_plain_data(elsewhere, text, options):
 )
 def test_what_lies_beside_it_is_not_composed(elsewhere, name, text):
     """Of --config-path nothing but the one file is taken; of --config-dir nothing that speaks to Hydra."""
+    elsewhere("hydra/launcher/evil.yaml", CALLBACK)
     folder = elsewhere(name, text)
     arguments = arguments_for_hydra(["--config-path", str(folder), "--config-name", "config"])
     assert arguments == [f"--config-name={FROM_ELSEWHERE}"]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import COMPLETE, ROOT, options
+from conftest import COMPLETE, ROOT, marked, options
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_train import environment
@@ -19,6 +19,7 @@ from unlearn_runner.cli import as_override
 from unlearn_runner.constructors import constructor_of
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.rules import parts
+from unlearn_runner.validation import checked
 
 SD = ("model=sd_tiny", "dataset=sd_concepts")
 ADAPTIVE = "method.lambd"
@@ -239,6 +240,45 @@ def command(*overrides: str, folder: Path) -> subprocess.CompletedProcess:
         [sys.executable, str(ROOT / "train.py"), *overrides],
         capture_output=True, text=True, timeout=300, env=environment(folder / "o", folder / "c"), cwd=folder,
     )  # fmt: skip
+
+
+def groups_below(node, path=()):
+    """Every option and every group of options, by its path."""
+    if isinstance(node, dict):
+        for key, part in node.items():
+            yield (*path, key)
+            yield from groups_below(part, (*path, key))
+
+
+STARTS = [
+    ("method=siss",),
+    ("method=rl_lambda", "method.update_every=2", "method.agent.batch_size=2"),
+    ("method=hybrid", "evaluation=full"),
+    ("model=vae", "method=retrain"),
+    (*SD, "method=critic_guided", "evaluation=prompts", "method.critic_warmup=0"),
+]
+
+
+@pytest.mark.parametrize(("start",), marked([(start,) for start in STARTS], {(start,) for start in STARTS[1:]}))
+def test_nothing_but_a_sentence_comes_of_any_option_that_is_gone_or_odd(composed, start):
+    """Without one it is the constructor's default that counts, also for combinations."""
+    cfg = composed(*start)
+    for path in list(groups_below(cfg)):
+        above = cfg
+        for key in path[:-1]:
+            above = above[key]
+        kept = dict(above)
+        for odd in (above, None, -1, 0.5, "x", [], [{}], {1: 2}, {"_target_": 3}):
+            if odd is above:
+                del above[path[-1]]
+            else:
+                above[path[-1]] = odd
+            try:
+                checked(cfg)
+            except ConfigurationError as error:
+                assert "\n" not in str(error)
+        above |= kept
+    assert checked(cfg) == cfg
 
 
 # Many of them, by chance

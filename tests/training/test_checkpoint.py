@@ -7,7 +7,14 @@ import torch
 
 from unlearn_runner.cache import atomic, cached, file_digest, fingerprint
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.training.checkpoint import Checkpoints, newest_whole, open_checkpoint, put_aside
+from unlearn_runner.training.checkpoint import (
+    Checkpoints,
+    differences,
+    for_a_person,
+    newest_whole,
+    open_checkpoint,
+    put_aside,
+)
 
 STATE = {"weights": {"a": torch.arange(1000.0)}, "counters": {"step": 3, "seconds": 0.5}}
 IDENTITY = {"method": "SISS", "model": "abc"}
@@ -97,7 +104,23 @@ def test_an_older_whole_one_takes_the_place_of_a_damaged_one(tmp_path, capsys):
     assert (checkpoints.folder / "step_000003.damaged-1" / "manifest.json").is_file(), "nothing is deleted"
 
 
-def test_what_differs_is_told_once_and_by_its_name(tmp_path):
+def test_one_of_another_version_is_named(tmp_path):
+    path = Checkpoints(tmp_path / "checkpoints").save(1, STATE, IDENTITY)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+    with pytest.raises(ConfigurationError, match="it is of version 1, and this unlearn_runner reads version 2"):
+        open_checkpoint(path)
+
+
+def test_a_part_that_one_of_two_runs_has_differs_once():
+    there = {"clip.network": None, "clip.training": None}
+    here = {"clip.network._target_": "a.small_clip", "clip.network.seed": 0, "clip.training._target_": "a.ClipTraining"}
+    assert for_a_person(differences(there, here)) == [
+        ("clip.network", "none", "small_clip"), ("clip.training", "none", "ClipTraining"),
+    ]  # fmt: skip
+
+
+def test_what_differs_is_said_once_and_by_its_name(tmp_path):
     there = {
         "method._target_": "a.SISS",
         "method.lambd": 0.5,
