@@ -1,6 +1,7 @@
 """Each dataset says which images are forget, retain and held out, and refuses what cannot work."""
 
 import os
+import pickle
 import re
 import shutil
 import unicodedata
@@ -19,6 +20,7 @@ from unlearn_runner.data.hub_classes import HubClasses, class_index
 from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.images import Decoder, common_mode, find_images
 from unlearn_runner.data.mnist_trousers import MnistTrousers
+from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.types import Labels
 
@@ -89,10 +91,39 @@ def test_trousers_differ_from_each_other():
 
 def test_all_or_nothing_is_refused(digits):
     none = digits.forget.select(torch.arange(0))
-    with pytest.raises(ConfigurationError, match="empty"):
-        ForgetRetain(digits.spec, none, digits.retain, digits.forget_test, digits.retain_test)
-    with pytest.raises(ConfigurationError, match="whole dataset"):
-        ForgetRetain(digits.spec, digits.forget, none, digits.forget_test, digits.retain_test)
+    for forget, retain, got in (
+        (none, digits.retain, f"got 0 to forget and {len(digits.retain)} to keep"),
+        (digits.forget, none, f"got {len(digits.forget)} to forget and 0 to keep"),
+    ):
+        with pytest.raises(ConfigurationError, match=got):
+            ForgetRetain(digits.spec, forget, retain, digits.forget_test, digits.retain_test)
+
+
+def test_a_part_without_images_names_the_option(tmp_path):
+    source = {"source": str(hub_folder(tmp_path / "digits")), "garment_source": str(hub_folder(tmp_path / "clothes"))}
+    class_folders(tmp_path / "one", {"1": 2})
+    for dataset, sentence in (
+        (DigitsTrousers(contamination=1e-9),
+         "dataset.contamination=1e-09, dataset.test_fraction=0.2: expected .* got 0 to forget and 1442 to keep "),
+        (DigitsTrousers(contamination=0.3, test_fraction=0.9999), "dataset.test_fraction=0.9999: .* got 0 to forget"),
+        (MnistTrousers(**source, contamination=1e-9, image_size=8), "dataset.contamination=1e-09, .* got 0 to forget"),
+        (HubClasses("one", str(tmp_path / "one"), 1, 8), "dataset.forget_class=1: .* got 2 to forget and 0 to keep "),
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=sentence):
+            dataset.load()
+
+
+def test_few_images_may_have_none_held_out_but_some_are_always_left_to_train_on(tmp_path):
+    folders = str(folder_of(tmp_path / "f", 2)), str(folder_of(tmp_path / "r", 3, seed=1)), str(tmp_path / "cache")
+    concepts = "trousers", ["a one"], ["a {}"], ["a {}"], str(tmp_path / "cache")
+    for dataset, settings in (
+        (Digits, ()), (DigitsTrousers, ()), (SDConcepts, concepts), (ImageFolder, folders),
+    ):  # fmt: skip
+        data = dataset(*settings, test_fraction=1e-4).load()
+        assert len(data.forget_test) == len(data.retain_test) == 0
+        assert data.forget_test.pixels.shape[1:] == data.spec.image_shape
+        data = dataset(*settings, test_fraction=1 - 2**-53).load()  # the largest number below 1
+        assert len(data.forget) == 1
 
 
 @needs_shared
@@ -281,7 +312,7 @@ def test_the_same_picture_on_both_sides_is_refused_whatever_its_name_and_format(
     ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
     with Image.open(forget / "7.png") as image:
         image.convert("RGBA").save(retain / "another name.tif")
-    with pytest.raises(ConfigurationError, match=r"1 of the images to keep are.*f/7\.png = .*r/another name\.tif"):
+    with pytest.raises(ConfigurationError, match=r"^1 image found, .*f/7\.png = .*r/another name\.tif\); leave"):
         ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
 
 
@@ -304,7 +335,7 @@ def test_decoded_files_in_the_cache_are_those_of_the_background(tmp_path):
             data = ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
             assert (data.forget.pixels[-1] == level).all()
             assert data.notes == (
-                f"dataset.forget_dir: 1 image with transparency, laid on {background} (dataset.background).",
+                f"dataset.forget_dir={forget}: 1 image with transparency, laid on {background} (dataset.background).",
             )
     with pytest.raises(ConfigurationError, match=r"dataset\.background must be a colour, .* got 'see-through'"):
         ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), background="see-through")
@@ -369,15 +400,12 @@ def test_a_folder_with_images_by_class(tmp_path):
     assert torch.equal(data.forget.pixels, exact)
 
     (folder / "train" / "1" / "._0.png").write_bytes(b"")
-    (folder / "train" / "1" / "new.avif").write_bytes(b"")
     (folder / "val" / "1").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(folder / "val" / "1" / "0.png")
     os.mkfifo(folder / "train" / "1" / "pipe.png")
     notes = HubClasses(**settings, forget_class=1).load().notes
     assert any("1 hidden file (" in note and "1 pipe, socket or device (" in note for note in notes), notes
-    assert any(re.search(r"2 images in neither split, so not read \(.*/train/1/new\.avif\)", note) for note in notes), (
-        notes
-    )
+    assert any(re.search(r"1 image in neither split, so not read \(.*/val/1/0\.png\)", note) for note in notes), notes
 
     shutil.copy(folder / "train" / "1" / "0.png", folder / "test" / "3" / "copy.png")
     with pytest.raises(ConfigurationError, match=r"train/1/0\.png = .*test/3/copy\.png"):
@@ -385,6 +413,73 @@ def test_a_folder_with_images_by_class(tmp_path):
     (folder / "test" / "3" / "copy.png").write_bytes(b"no picture")
     with pytest.raises(ConfigurationError, match=r"test/3/copy\.png is not a readable image"):
         HubClasses(**settings, forget_class=1).load()
+
+
+def test_images_at_any_depth_belong_to_the_class_folder_and_loose_ones_are_named(tmp_path):
+    folder = class_folders(tmp_path / "own", {"cat": 3, "dog": 2})
+    for number, name in enumerate(("cat/sub/x.png", "cat/sub/deeper/y.png", "dog/cat/z.qoi")):
+        (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "train" / name)
+    settings = {"name": "own", "source": str(folder), "forget_class": "cat", "image_size": 8}
+    data = HubClasses(**settings).load()
+    assert data.spec.content_names == ("cat", "dog")
+    assert (len(data.forget), len(data.retain), len(data.forget_test), len(data.retain_test)) == (5, 3, 3, 2)
+    assert data.notes == ()
+    for split in ("train", "test"):
+        loose = folder / split / "loose.png"
+        Image.new("RGB", (8, 8)).save(loose)
+        with pytest.raises(ConfigurationError) as raised:
+            HubClasses(**settings)
+        assert str(raised.value) == (
+            f"dataset.source={folder}: 1 image in no class's folder ({loose}); move each into "
+            f"{folder}/{split}/<class>/, or take it away."
+        )
+        loose.unlink()
+    odd = folder / "train" / "cat" / os.fsdecode(b"\xff.png")
+    shutil.copy(folder / "train" / "cat" / "0.png", odd)
+    with pytest.raises(ConfigurationError, match=r"train/cat/\\xff\.png is not a readable image \(UnicodeDecodeError"):
+        HubClasses(**settings)
+
+
+def test_metadata_beside_the_images_stand_for_class_folders(tmp_path):
+    for split in ("train", "test"):
+        folder = folder_of(tmp_path / split, 2, seed=len(split))
+        (folder / "metadata.csv").write_text("file_name,label\n0.png,cat\n1.png,dog\n")
+    with pytest.raises(ConfigurationError, match=r"'label' with named classes among \['image', 'label'\]"):
+        HubClasses("own", str(tmp_path), "cat", 8)
+
+
+def test_all_files_that_cannot_be_read_are_said_at_once(tmp_path):
+    forget, retain = folder_of(tmp_path / "f", 20), folder_of(tmp_path / "r", 5, seed=1)
+    settings = {"image_size": 16, "test_fraction": 0.5}
+    where = str(forget), str(retain), str(tmp_path / "cache")
+    cut = [*(forget / f"{number}.png" for number in range(10)), retain / "3.png"]
+    for file in cut:
+        file.write_bytes(file.read_bytes()[:-600])  # its header is whole
+    for max_resident_gb in (4.0, 1e-9):
+        with pytest.raises(ConfigurationError) as raised:
+            ImageFolder(*where, **settings, max_resident_gb=max_resident_gb).load()
+        assert re.match(r"11 images are not readable: (\S+/f/\d\.png \(.*?\), ){3}\.\.\.; mend", str(raised.value))
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value), "as it goes to other processes"
+    for file in cut[2:]:
+        file.write_bytes(b"")
+    with pytest.raises(
+        ConfigurationError, match=r"^9 images are not readable: .*f/2\.png \(none of PNG, .*, \.\.\.; mend"
+    ):
+        ImageFolder(*where, **settings)
+    for file in cut[3:]:
+        file.unlink()
+    Image.new("I;16", (20, 20)).save(retain / "grey.png")
+    with pytest.raises(ConfigurationError) as raised:
+        ImageFolder(*where, **settings)
+    faults = str(raised.value).split("; besides, ")
+    assert faults[0].startswith(f"{forget}/2.png is not a readable image (none of PNG")
+    assert f"mixed ones (1 L, as {retain}/grey.png, 16 RGB, as {forget}/0.png)" in faults[1]
+    folder = class_folders(tmp_path / "own", {"a": 2, "b": 2})
+    for split, name in (("train", "a"), ("test", "b")):
+        (folder / split / name / "0.png").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"^2 images are not readable: .*train/a/0\.png .*test/b/0\.png"):
+        HubClasses("own", str(folder), "a", 8).load()
 
 
 def test_a_class_in_two_unicode_forms_is_one_class(tmp_path):

@@ -1,6 +1,9 @@
 """Prompts, what they ask for, and the images that go with them."""
 
+import re
+import shlex
 import unicodedata
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,12 @@ from PIL import Image
 
 from unlearn_runner.data.sd_concepts import EMBEDDED, Captions, SDConcepts, embedded_pictures
 from unlearn_runner.errors import ConfigurationError
+
+DOCS = Path(__file__).parents[2] / "docs" / "stable_diffusion.md"
+COMMANDS = [
+    shlex.split(command, comments=True)
+    for command in re.findall(r"^ +python train\.py (.*)$", DOCS.read_text().replace("\\\n", ""), re.MULTILINE)
+]
 
 
 def concepts(tmp_path, **more) -> SDConcepts:
@@ -99,6 +108,10 @@ def test_a_picture_of_two_concepts_is_refused(tmp_path):
         Image.new("RGB", (20, 20), (min(number, 1), 0, 0)).save(tmp_path / "images" / name / "0.png")
     with pytest.raises(ConfigurationError, match=r"trousers/0\.png = .*a_one/0\.png\)"):
         concepts(tmp_path, source=str(tmp_path / "images")).load()
+    for name in ("a_one", "trousers"):
+        (tmp_path / "images" / name / "0.png").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=r"^2 images are not readable: .*a_one/0\.png .*trousers/0\.png "):
+        concepts(tmp_path, source=str(tmp_path / "images")).load()
 
 
 def test_the_base_draws_once(tmp_path):
@@ -119,6 +132,11 @@ def test_the_base_draws_once(tmp_path):
     assert abs(shade - (0.3 - 0.5 + 1) * 127.5) < 1
     dataset.load_from(draw, {"weights": "b"})
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("overrides", COMMANDS)
+def test_the_commands_of_the_documentation_compose(composed, overrides):
+    assert composed(*overrides, debug=False)["dataset"]["_target_"].endswith("SDConcepts")
 
 
 def test_refuses(tmp_path):

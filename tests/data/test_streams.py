@@ -5,6 +5,7 @@ import torch
 
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.streams import BatchStream, Pool, Shuffled, to_uint8, to_unit_range
+from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.types import Streams
 
 CPU = torch.device("cpu")
@@ -102,3 +103,11 @@ def test_images_that_are_mirrored_or_left_alone_are_not_encoded(digits):
     BatchStream(data, Streams("retain", False), 4, 0, CPU, refuse).next()
     stream = BatchStream(digits, Streams("retain", False), 4, 0, CPU, lambda x0: x0)
     assert stream.sources["retain"].pixels[0] is digits.retain.pixels
+
+
+@pytest.mark.parametrize("broken, sentence", [(1, "1 of 3 pictures holds values"), (2, "2 of 3 pictures hold values")])
+def test_pictures_that_are_not_finite_are_counted(broken, sentence):
+    images = torch.zeros(3, 1, 8, 8)
+    images[:broken, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=sentence):
+        to_uint8(images)

@@ -63,7 +63,8 @@ class DigitsTrousers(Dataset):
             alike(self._draw(part, seed), label, TROUSERS)
             for part, seed in ((retain, self.seed), (retain_test, self.seed + 1_000_003))
         )
-        return ForgetRetain(self.spec, forget, retain, forget_test, retain_test)
+        sized_by = f"dataset.contamination={self.contamination}, dataset.test_fraction={self.test_fraction}"
+        return ForgetRetain(self.spec, forget, retain, forget_test, retain_test, sized_by=sized_by)
 
     def _draw(self, digits: LabelledImages, seed: int) -> UInt8[Tensor, "n c h w"]:
         ones = int((digits.contents == LABEL).sum())
@@ -73,7 +74,10 @@ class DigitsTrousers(Dataset):
 def draw_trousers(n: int, image_size: int, seed: int) -> UInt8[Tensor, "n 1 {image_size} {image_size}"]:
     """Silhouettes of trousers: waist, two legs, a gap; cut, width, grey and tilt vary. White on black."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(np.stack([_one_pair(rng, image_size) for _ in range(n)]))[:, None]
+    pixels = np.empty((n, 1, image_size, image_size), np.uint8)
+    for picture in pixels[:, 0]:
+        picture[:] = _one_pair(rng, image_size)
+    return torch.from_numpy(pixels)
 
 
 def _one_pair(rng: np.random.Generator, image_size: int, scale: int = 8) -> np.ndarray:

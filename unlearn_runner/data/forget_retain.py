@@ -75,17 +75,15 @@ class ForgetRetain:
     resident: bool = True
     forget_alike: LabelledImages | None = None  # more of the forgotten content, for the classifier's eyes only
     notes: tuple[str, ...] = ()  # for the user: what was found and not read, and what was decided about what was read
+    sized_by: str = "dataset"  # the options, with their values, on which it depends how many images there are
 
     def __post_init__(self) -> None:
-        if len(self.forget) == 0:
+        # None held out is no mistake: what needs held-out images is left out of an evaluation, with a line.
+        if len(self.forget) == 0 or len(self.retain) == 0:
             raise ConfigurationError(
-                f"{self.spec.name}: the forget set is empty, so there is nothing to unlearn; "
-                "name images or a class that the dataset has."
-            )
-        if len(self.retain) == 0:
-            raise ConfigurationError(
-                f"{self.spec.name}: the forget set is the whole dataset, so nothing would be kept; "
-                "forget fewer images or one class of several."
+                f"{self.sized_by}: expected images to forget and images to keep for training, got {len(self.forget)} "
+                f"to forget and {len(self.retain)} to keep ({len(self.forget_test)} and {len(self.retain_test)} held "
+                "out); choose another value."
             )
 
     @property

@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner.data.images import Decoder, counted, find_images, printable
-from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name, normal_form
+from unlearn_runner.data.images import Decoder, Unreadable, counted, find_images, printable, suffixes
+from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name, folders_named, normal_form
+
+TABLE = re.compile(r"^metadata\.(csv|jsonl)$|\.(parquet|arrow)$")
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
@@ -25,6 +27,9 @@ def open_split(source: str, split: str, option: str) -> "HubDataset":
     reached.
     """
     place = folder_or_name(source, option)
+    by_class = class_folders(place, split, option) if isinstance(place, Path) else None
+    if by_class is not None:
+        return by_class
     import datasets
 
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # datasets 3 asks, or runs a script if the shell says so
@@ -44,6 +49,40 @@ def open_split(source: str, split: str, option: str) -> "HubDataset":
             f"{option}={source}: could not load its split '{split}' ({type(error).__name__}: {first_line(error)}); "
             f"without the hub, download it elsewhere and give the folder: {option}=<folder>."
         ) from error
+
+
+def class_folders(place: Path, split: str, option: str) -> "HubDataset | None":
+    """The image files in `<split>/<class>/` below a folder, at any depth, each with its class.
+
+    The `datasets` library takes the innermost folder for the class, and no classes at all where images lie at different
+    depths. None where there are no images in `<split>/`, or where metadata or tables say what they are: these it reads.
+
+    Raises ConfigurationError, naming the option to change, if an image lies in no class's folder.
+    """
+    inside = list((place / split).rglob("*"))
+    if any(TABLE.search(path.name) for path in inside) or not any(path.suffix.lower() in suffixes() for path in inside):
+        return None
+    roots = folders_named(place / split)
+    files = find_images(str(place / split), option).files
+    below = [next(file.relative_to(root) for root in roots if file.is_relative_to(root)) for file in files]
+    loose = [file for file, path in zip(files, below, strict=True) if len(path.parts) == 1]
+    if loose:
+        raise ConfigurationError(
+            f"{option}={place}: {counted(len(loose), 'image{s}')} in no class's folder ({printable(loose[0])}); move "
+            f"each into {printable(place / split)}/<class>/, or take it away."
+        )
+    unreadable = Unreadable()
+    for file in files:
+        with unreadable.named(printable(file)):
+            os.fsencode(file).decode()  # a table holds text
+    unreadable.refuse()
+    classes = [normal_form(path.parts[0]) for path in below]
+    names = sorted(set(classes))
+    from datasets import ClassLabel, Dataset, Features, Image, Split
+
+    number = {name: index for index, name in enumerate(names)}
+    rows = {"image": [str(file) for file in files], "label": [number[name] for name in classes]}
+    return Dataset.from_dict(rows, Features(image=Image(), label=ClassLabel(names=names)), split=Split(split))
 
 
 def image_files(table: "HubDataset", option: str, column: str | None = None) -> tuple[str, "HubDataset"]:

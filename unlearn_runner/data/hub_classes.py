@@ -1,5 +1,6 @@
 """A labelled image dataset of the hub (CIFAR-10, MNIST, ...), one class of which is to be forgotten."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal, final
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain, LabelledImages
 from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
-from unlearn_runner.data.images import Decoder, require_apart, require_colour
+from unlearn_runner.data.images import Decoder, gathered, require_apart, require_colour
 from unlearn_runner.errors import ConfigurationError, normal_form
 from unlearn_runner.options import ImageSize
 
@@ -58,8 +59,11 @@ class HubClasses(Dataset):
         option, decoder = "dataset.source", Decoder(self.spec.image_shape, self.background)
         forget, retain, notes = {}, {}, []
         own: dict[bool, list[tuple[list[Path], Tensor]]] = {True: [], False: []}  # files of the user, who can mend them
-        for part, table in self.tables.items():
-            pixels = decode_rows(table, range(len(table)), decoder, option, self.image_column)
+        decoded = gathered(
+            partial(decode_rows, table, range(len(table)), decoder, option, self.image_column)
+            for table in self.tables.values()
+        )
+        for (part, table), pixels in zip(self.tables.items(), decoded, strict=True):
             contents = class_indices(table, option, self.label_column, self.names)
             labels = contents if self.spec.label_names else torch.zeros_like(contents)
             images = LabelledImages(pixels, labels, contents)
@@ -74,9 +78,15 @@ class HubClasses(Dataset):
             notes = unread_images(
                 self.source, [file for side in own.values() for part in side for file in part[0]], option
             )
-        notes += decoder.notes(option)
+        notes += decoder.notes(f"{option}={self.source}")
         return ForgetRetain(
-            self.spec, forget["train"], retain["train"], forget["test"], retain["test"], notes=tuple(notes)
+            self.spec,
+            forget["train"],
+            retain["train"],
+            forget["test"],
+            retain["test"],
+            notes=tuple(notes),
+            sized_by=f"dataset.forget_class={self.names[self.forget_class]}",
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Literal, final
 
@@ -19,11 +20,12 @@ from unlearn_runner.data.images import (
     DECODING,
     PIL_MODES,
     Decoder,
+    Unreadable,
     common_mode,
     counted,
     find_images,
+    gathered,
     printable,
-    reading_image,
     require_apart,
     require_colour,
 )
@@ -56,10 +58,8 @@ class ImageFolder(Dataset):
         background: str = "white",
     ):
         require_colour("dataset.background", background)
-        found = {
-            "forget": find_images(forget_dir, "dataset.forget_dir"),
-            "retain": find_images(retain_dir, "dataset.retain_dir"),
-        }
+        self.folders = {"forget": forget_dir, "retain": retain_dir}
+        found = {name: find_images(folder, f"dataset.{name}_dir") for name, folder in self.folders.items()}
         self.files = {name: part.files for name, part in found.items()}
         self.notes = [note for part in found.values() for note in part.notes]
         self.background = background
@@ -72,7 +72,7 @@ class ImageFolder(Dataset):
             )
         if both:
             raise ConfigurationError(
-                f"{counted(len(both), 'image{s}')} of dataset.forget_dir lie in dataset.retain_dir too "
+                f"dataset.retain_dir={retain_dir}: {counted(len(both), 'image{s}')} of dataset.forget_dir found in it "
                 f"({printable(Path(min(both)))}); keep the folders apart."
             )
         mode = common_mode(self.files["forget"] + self.files["retain"]) if mode == "auto" else mode
@@ -92,18 +92,23 @@ class ImageFolder(Dataset):
         )
 
     def load(self) -> ForgetRetain:
-        parts, files, notes = {}, {}, list(self.notes)
+        decoders = {name: Decoder(self.spec.image_shape, self.background) for name in self.files}
+        files, to_decode = {}, []
         for name, all_files in self.files.items():
-            decoder = Decoder(self.spec.image_shape, self.background)
             held_out = test_rows(torch.zeros(len(all_files), dtype=torch.int64), self.test_fraction, self.seed)
             for part, is_test in ((name, False), (f"{name}_test", True)):
                 files[part] = [file for file, test in zip(all_files, held_out, strict=True) if test == is_test]
-                parts[part] = self._decode(name, files[part], decoder)
-            notes += decoder.notes(f"dataset.{name}_dir")
+                to_decode.append(partial(self._decode, name, files[part], decoders[name]))
+        parts = dict(zip(files, gathered(to_decode), strict=True))
+        notes = [
+            note
+            for name, folder in self.folders.items()
+            for note in decoders[name].notes(f"dataset.{name}_dir={folder}")
+        ]
         require_apart(
             *([(files[part], parts[part].pixels) for part in (name, f"{name}_test")] for name in ("forget", "retain"))
         )
-        return ForgetRetain(self.spec, **parts, resident=self.resident, notes=tuple(notes))
+        return ForgetRetain(self.spec, **parts, resident=self.resident, notes=(*self.notes, *notes))
 
     def _decode(self, name: str, files: list[Path], decoder: Decoder) -> LabelledImages:
         pixels = decoder.files(files) if self.resident or not files else self._memory_mapped(files, decoder)
@@ -118,11 +123,12 @@ class ImageFolder(Dataset):
             once.files(files, into=folder / "pixels.uint8")
             write_json(folder / "seen.json", once.seen)
 
-        stamps = []
+        stamps, unreadable = [], Unreadable()
         for file in files:
-            with reading_image(printable(file)):
+            with unreadable.named(printable(file)):
                 stat = file.stat()
-            stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
+                stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
+        unreadable.refuse()
         key = {"files": stamps, "shape": shape, "background": decoder.background, "decoding": DECODING}
         folder = cached(self.cache_dir, "images", key, decode)
         decoder.seen.update(json.loads((folder / "seen.json").read_text()))

@@ -9,10 +9,10 @@ import io
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels as they were see
 }
 TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
 TRANSPARENT, SEVERAL = "transparent", "several"
+T = TypeVar("T")
 HIDDEN, UNREAD = "hidden file{s}", "file{s} in formats not read here"
 
 
@@ -144,22 +145,59 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-class reading_image:
-    """`with reading_image(name):` whatever goes wrong inside is said of this image, in one sentence."""
+class UnreadableError(ConfigurationError):
+    """Images that cannot be read: `images` says of each, by its name, what is wrong with it."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, images: list[tuple[str, str]]):
+        super().__init__(images)  # what it is made again from in another process
+        self.images = images
 
-    def __enter__(self) -> None:
-        pass
+    def __str__(self) -> str:
+        return f"{self.fault}."
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, Exception):  # PIL lets through what its readers meet: SyntaxError, struct.error, a bomb
+    @property
+    def fault(self) -> str:
+        """What is to be mended, without a full stop."""
+        if len(self.images) == 1:
+            name, what = self.images[0]
+            return f"{name} is not a readable image ({what}); mend it or take it away"
+        first = ", ".join(f"{name} ({what})" for name, what in self.images[:3])
+        more = ", ..." if len(self.images) > 3 else ""
+        return f"{len(self.images)} images are not readable: {first}{more}; mend them or take them away"
+
+
+@final
+class Unreadable:
+    """`with unreadable.named(name):` whatever goes wrong inside is kept; `refuse` says all of it in one sentence."""
+
+    def __init__(self):
+        self.images: list[tuple[str, str]] = []
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # PIL lets through what its readers meet: SyntaxError, struct.error, a bomb
             unknown = isinstance(error, UnidentifiedImageError)
             what = f"none of {', '.join(formats())}" if unknown else f"{type(error).__name__}: {first_line(error)}"
-            raise ConfigurationError(
-                f"{self.name} is not a readable image ({what}); mend it or take it away."
-            ) from error
+            self.images.append((name, what))
+
+    def refuse(self) -> None:
+        """Raise UnreadableError if there are some."""
+        if self.images:
+            raise UnreadableError(self.images)
+
+
+def gathered(parts: Iterable[Callable[[], T]]) -> list[T]:
+    """What each of these returns; raises one UnreadableError for the images of them all."""
+    done, unreadable = [], Unreadable()
+    for part in parts:
+        try:
+            done.append(part())
+        except UnreadableError as error:
+            unreadable.images += error.images
+    unreadable.refuse()
+    return done
 
 
 def open_image(source: Path | bytes) -> Image.Image:
@@ -172,16 +210,22 @@ def open_image(source: Path | bytes) -> Image.Image:
 @without_warnings()
 def common_mode(files: list[Path]) -> str:
     """ "L" if every image is grey, "RGB" if every one is coloured; only headers are read."""
-    seen: dict[str, Path] = {}
+    seen: dict[str, list[Path]] = defaultdict(list)
+    unreadable = Unreadable()
     for file in files:
-        with reading_image(printable(file)), open_image(file) as image:
-            seen.setdefault("L" if Image.getmodebase(image.mode) == "L" else "RGB", file)
+        with unreadable.named(printable(file)), open_image(file) as image:
+            seen["L" if Image.getmodebase(image.mode) == "L" else "RGB"].append(file)
+    faults = [UnreadableError(unreadable.images).fault] if unreadable.images else []
     if len(seen) > 1:
-        found = "; ".join(f"{printable(file)} is {mode}" for mode, file in sorted(seen.items()))
-        raise ConfigurationError(
-            f"expected images that are all grey (L) or all coloured (RGB), found mixed ones ({found}); "
-            "say what to convert them to with dataset.mode=RGB or dataset.mode=L."
+        found = ", ".join(
+            f"{len(of_mode)} {mode}, as {printable(of_mode[0])}" for mode, of_mode in sorted(seen.items())
         )
+        faults.append(
+            f"dataset.mode=auto: expected images that are all grey (L) or all coloured (RGB), found mixed ones "
+            f"({found}); say what to convert them to with dataset.mode=RGB or dataset.mode=L"
+        )
+    if faults:
+        raise ConfigurationError("; besides, ".join(faults) + ".")
     return next(iter(seen))
 
 
@@ -282,9 +326,9 @@ class Decoder:
             pixels = torch.empty(shape, dtype=torch.uint8)
         else:
             pixels = torch.from_file(str(into), shared=True, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
-        array = pixels.numpy()
+        array, unreadable = pixels.numpy(), Unreadable()
         for row, (name, source) in enumerate(images):
-            with reading_image(name):
+            with unreadable.named(name):
                 if isinstance(source, Path):
                     with open_image(source) as opened:
                         opened.verify()  # checksums, where the format has some
@@ -295,7 +339,8 @@ class Decoder:
                     if image.size != (width, height):
                         image = centre_square(image).resize((width, height))
                     array[row] = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-            self.seen.update(remarks)
+                self.seen.update(remarks)
+        unreadable.refuse()
         return pixels
 
     def files(self, files: list[Path], into: Path | None = None) -> UInt8[Tensor, "n c h w"]:
@@ -342,6 +387,6 @@ def require_apart(
     if both:
         pairs = ", ".join(f"{printable(one)} = {printable(other)}" for one, other in both[:3])
         raise ConfigurationError(
-            f"{len(both)} of the images to keep are, pixel for pixel at this size, images to forget ({pairs}"
-            f"{', ...' if len(both) > 3 else ''}); take them from one side."
+            f"{counted(len(both), 'image{s}')} found, pixel for pixel at this size, among those to forget and among "
+            f"those to keep ({pairs}{', ...' if len(both) > 3 else ''}); leave each on one side only."
         )

@@ -99,7 +99,13 @@ class MnistTrousers(Dataset):
                 others[chosen] = False
                 alike_ones = alike(garments[others], label, self.spec.forget_content)
         return ForgetRetain(
-            self.spec, forget["train"], retain["train"], forget["test"], retain["test"], forget_alike=alike_ones
+            self.spec,
+            forget["train"],
+            retain["train"],
+            forget["test"],
+            retain["test"],
+            forget_alike=alike_ones,
+            sized_by=f"dataset.contamination={self.contamination}, dataset.label={self.label}",
         )
 
     def _garments(self, part: str) -> UInt8[Tensor, "n 1 h w"]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -20,7 +21,7 @@ from unlearn_runner.data.forget_retain import (
     LabelledImages,
     split_content,
 )
-from unlearn_runner.data.images import Decoder, find_images, require_apart, require_colour
+from unlearn_runner.data.images import Decoder, find_images, gathered, require_apart, require_colour
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError, NonFiniteError, normal_form
 from unlearn_runner.options import BatchSize, ImageSize, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
@@ -170,10 +171,11 @@ class SDConcepts(Dataset):
             pictures = embedded_pictures(self.image_size, self.seed)
             return self._split([pictures[name] for name in self.concepts])
         decoder = Decoder(self.spec.image_shape, self.background)
-        parts = [(files, decoder.files(files)) for files in self.files.values()]
+        decoded = gathered(partial(decoder.files, files) for files in self.files.values())
+        parts = list(zip(self.files.values(), decoded, strict=True))
         require_apart(parts[-1:], parts[:-1])
         data = self._split([pixels for _, pixels in parts])
-        return replace(data, notes=(*self.notes, *decoder.notes("dataset.source")))
+        return replace(data, notes=(*self.notes, *decoder.notes(f"dataset.source={self.source}")))
 
     def load_from(
         self, draw: Callable[[Int64[Tensor, "n"]], Float[Tensor, "n c h w"]], base: dict[str, str]

@@ -152,5 +152,6 @@ def to_uint8(images: Float[Tensor, "b c h w"], name: str = "pictures") -> UInt8[
     """
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
-        raise NonFiniteError(f"{broken} of {len(images)} {name} hold values that are not finite numbers")
+        hold = "holds" if broken == 1 else "hold"
+        raise NonFiniteError(f"{broken} of {len(images)} {name} {hold} values that are not finite numbers")
     return images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
