@@ -226,7 +226,7 @@ def in_training(*settings: str, outputs: Path, cache: Path) -> subprocess.Popen:
     return process
 
 
-def test_signal_finishes_the_step_and_the_printed_command_goes_on(run, resumed, tmp_path, shared_cache):
+def test_signal_finishes_the_step_and_the_printed_command_goes_on(run, tmp_path, shared_cache):
     """SIGTERM in the middle of training, in a folder of an odd name. What is printed runs as it is, and continues in
     the same folder; the result is the uninterrupted one.
     """
@@ -251,8 +251,6 @@ def test_signal_finishes_the_step_and_the_printed_command_goes_on(run, resumed, 
     assert summary(folder)["status"] == "finished"
     assert "resume_from_checkpoint: null" in (folder / "config.yaml").read_text()
     assert [line["step"] for line in lines(folder) if "loss/forget" in line] == list(range(1, 61))
-    with pytest.raises(ConfigurationError, match="this run has finished, nothing is left to do"):
-        resumed(folder, *settings)
     assert_same_bits(weights_of(folder), weights_of(run(*settings)))
 
 

@@ -208,7 +208,7 @@ class _Check:
                 raise ConfigurationError(f"{path} must be {in_words(kind, part)}, got {shown(value)}.") from None
         return found
 
-    def _group(self, value: Mapping[str, Any], arms: list[Any], kind: Any, path: str) -> dict[str, Any]:
+    def _group(self, value: Mapping[Any, Any], arms: list[Any], kind: Any, path: str) -> dict[str, Any]:
         if "_target_" in value:
             parts = [arm for arm in arms if _is_part(arm)]
             if not parts:
@@ -223,7 +223,7 @@ class _Check:
         raise ConfigurationError(f"{path} must be {in_words(kind)}, got {shown(value)}.")
 
     def table(
-        self, value: Mapping[str, Any], kinds: Mapping[str, Any], path: str, required: Iterable[str] | None = None
+        self, value: Mapping[Any, Any], kinds: Mapping[str, Any], path: str, required: Iterable[str] | None = None
     ) -> dict[str, Any]:
         """A group that no constructor stands behind."""
         prefix = f"{path}." if path else ""
@@ -239,7 +239,7 @@ class _Check:
         return {key: found[key] for key in value}
 
     def part(
-        self, value: Mapping[str, Any], kinds: Sequence[Any], path: str, given: Sequence[str] = ()
+        self, value: Mapping[Any, Any], kinds: Sequence[Any], path: str, given: Sequence[str] = ()
     ) -> dict[str, Any]:
         """A group of options of a constructor, which makes one of these kinds, or is to make it when it is called."""
         target = value["_target_"]
@@ -400,7 +400,7 @@ class Configuration(TypedDict):
 NEEDED = [key for key, kind in Configuration.__annotations__.items() if type(None) not in arms_of(kind)]
 
 
-def require_groups(cfg: Mapping[str, Any], kinds: Mapping[str, Any] | None = None, path: str = "") -> None:
+def require_groups(cfg: Mapping[Any, Any], kinds: Mapping[str, Any] | None = None, path: str = "") -> None:
     """Raise ConfigurationError where a value stands for a whole group of options, in a configuration that is not
     resolved yet: what refers to the group's options could not be.
     """
@@ -417,7 +417,7 @@ def require_groups(cfg: Mapping[str, Any], kinds: Mapping[str, Any] | None = Non
             raise ConfigurationError(f"{option} must be {in_words(kind)}, got {shown(value)}.")
 
 
-def checked(cfg: Mapping[str, Any], allow: Sequence[str] = (), groups: Path | None = None) -> dict[str, Any]:
+def checked(cfg: Mapping[Any, Any], allow: Sequence[str] = (), groups: Path | None = None) -> dict[str, Any]:
     """The configuration, with names that look like numbers as text.
 
     `allow` are prefixes of `_target_` that the user trusts besides TRUSTED; `groups` is the folder of the configuration
