@@ -432,6 +432,53 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
         elif blocks:
             halvings = blocks - 1 if _is_diffusion(cfg) else blocks
             sides_that_halve(size, size, halvings, blocks)
+    _schedules(cfg)
+
+
+def _schedules(cfg: Mapping[str, Any]) -> None:
+    """Schedules of the learning rate that torch or diffusers would end before the training."""
+    updates = [
+        (f"method.{name}", part, _steps_of_update(cfg["method"], name, cfg["trainer"]["max_steps"]))
+        for name, part in cfg["method"].items()
+        if isinstance(part, Mapping)
+    ]
+    updates += [
+        (f"{path}.update", node["update"], node["max_steps"])
+        for path, node in parts(cfg)
+        if path != "method" and "update" in node and "max_steps" in node
+    ]
+    for path, update, steps in updates:
+        schedule = update.get("lr_schedule")
+        if schedule is not None:
+            schedule_that_lasts(f"{path}.lr_schedule", schedule, steps)
+
+
+def _steps_of_update(method: Mapping[str, Any], name: str, max_steps: int) -> int:
+    """How many steps a method's optimizer takes in a run."""
+    if name == "critic_update":
+        return max_steps * method.get("critic_steps", 8)
+    if _name(method) == "CriticGuided":
+        warmup = 0 if method.get("critic_update") is None else method.get("critic_warmup", 1)
+        return (max_steps - warmup) * method.get("minibatches", 4)
+    if method.get("variant") == "siss_sfd_student":
+        distil_steps = round(method["distil_share"] * max_steps)
+        return max_steps - distil_steps if name == "update" else distil_steps
+    return max_steps
+
+
+def schedule_that_lasts(path: str, schedule: Mapping[str, Any], steps: int) -> None:
+    if _name(schedule) == "OneCycleLR":
+        total = schedule.get("total_steps") or (schedule.get("epochs") or 0) * (schedule.get("steps_per_epoch") or 0)
+        if 0 < total < steps:  # 0: neither is given, which torch refuses
+            raise ConfigurationError(
+                f"{path}.total_steps must be at least {steps}, the steps of this optimizer in the run, got {total}."
+            )
+    polynomial = "polynomial" in (schedule.get("name"), *_name(schedule).split("_"))
+    total, warmup = schedule.get("num_training_steps"), schedule.get("num_warmup_steps")
+    if polynomial and total is not None and warmup == total:  # diffusers divides by the steps between the two
+        raise ConfigurationError(
+            f"{path}.num_warmup_steps of a polynomial must be below num_training_steps={total}, got {warmup}."
+        )
 
 
 def whole_rollouts(method: Mapping[str, Any], max_steps: int) -> None:

@@ -19,7 +19,7 @@ import pydantic
 from unlearn_runner import options, rules
 from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package, with_defaults
 from unlearn_runner.errors import ConfigurationError, near
-from unlearn_runner.options import FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
+from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
 
 TRUSTED = ("unlearn_runner.", "torch.optim.", "diffusers.optimization.", "stable_baselines3.")
 FILLED_IN = ("model", "generator", "labels", "clip")  # by the runner, of a method
@@ -50,6 +50,26 @@ def _made(kind: Any) -> type[Opaque] | None:
 
 def _is_part(kind: Any) -> bool:
     return get_origin(kind) is collections.abc.Callable or _made(kind) is not None
+
+
+def _outermost(kind: Any) -> Any:
+    """What kind of value a type is of, its range and what is in it aside."""
+    bare = _bare(kind)
+    if _is_table(bare):
+        return dict
+    if get_origin(bare) is Literal:
+        return type(get_args(bare)[0])
+    return (get_origin(bare) if get_origin(bare) is tuple else list) if _is_list(bare) else bare
+
+
+def _narrowed(kind: Any, target: str, option: str) -> Any:
+    """The annotation of a constructor's option; of another library's, what FOREIGN says of the kinds that it allows."""
+    known = next((ranges for prefix, ranges in FOREIGN.items() if target.startswith(prefix)), {})
+    if option not in known:
+        return kind
+    allowed = [_outermost(arm) for arm in arms_of(kind)]
+    arms = [arm for arm in arms_of(known[option]) if Any in allowed or _outermost(arm) in allowed]
+    return typing.Union[tuple(arms)] if arms else kind  # noqa: UP007 - made of a list
 
 
 @cache
@@ -90,7 +110,8 @@ def in_words(kind: Any, value: Any = None) -> str:
 
 def _arm_in_words(kind: Any, value: Any) -> str:
     if get_origin(kind) is Literal:
-        return "one of " * (len(get_args(kind)) > 1) + ", ".join(str(choice) for choice in get_args(kind))
+        words = [shown(choice) if isinstance(choice, bool) else str(choice) for choice in get_args(kind)]
+        return "one of " * (len(words) > 1) + ", ".join(words)
     if get_origin(kind) is Annotated:
         kind, *limits = get_args(kind)
         return " ".join([_arm_in_words(kind, value), *_limits_in_words(limits, value)])
@@ -253,6 +274,8 @@ class _Check:
         constructor = constructor_of(target)
         if constructor is None:
             raise ConfigurationError(f"{path}._target_={target}: there is no such class or function.")
+        if target in CANNOT_STEP:
+            raise ConfigurationError(f"{path}._target_={target} cannot be used: {CANNOT_STEP[target]}.")
         partial = value.get("_partial_", False)
         if not isinstance(partial, bool):
             raise ConfigurationError(f"{path}._partial_ must be true or false, got {shown(partial)}.")
@@ -277,8 +300,7 @@ class _Check:
                     raise ConfigurationError(f"{path}.{key} must be null, got {shown(part)}: the runner fills it in.")
                 found[key] = None
             else:
-                kind = option.type if target.startswith("unlearn_runner.") else FOREIGN.get(key, option.type)
-                found[key] = self.value(part, kind, f"{path}.{key}")
+                found[key] = self.value(part, _narrowed(option.type, target, key), f"{path}.{key}")
         if not partial:
             for key, option in constructor.options.items():
                 if option.required and key not in (*value, *FILLED_IN, *given):

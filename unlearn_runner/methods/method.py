@@ -3,7 +3,8 @@
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, final
 
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unlearn_runner.distributed import averaged
+from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.gradients import as_vector, gradients, in_parts
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Decay, PositiveFloat
@@ -66,10 +68,10 @@ class Update:
     ):
         self.trained = model
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.optimizer = optimizer(self.weights, **in_one_kernel(optimizer, self.weights))
+        self.optimizer, self.lr_schedule = _made(optimizer, lr_schedule, self.weights)
+        _try_a_step(optimizer, lr_schedule, self.weights)
         self.max_grad_norm = max_grad_norm
         self.max_grad_value = max_grad_value
-        self.lr_schedule = None if lr_schedule is None else lr_schedule(optimizer=self.optimizer)
         self.ema_decay = ema_decay
 
     @cached_property
@@ -124,7 +126,8 @@ class Update:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.lr_schedule is not None:
-            self.lr_schedule.step()
+            with _explained(f"the learning rate schedule {_name(self.lr_schedule)} cannot take another step"):
+                self.lr_schedule.step()
         if ema is not None:
             ema.step(self.trained.parameters())
 
@@ -139,6 +142,48 @@ class Update:
         if self.ema is not None:
             parts["ema"] = self.ema
         return parts
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What torch or diffusers raise about options: a sentence that says of which part, with the library's own words."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"{what} ({first_line(error).rstrip('.')}).") from error
+
+
+def _name(part: Any) -> str:
+    """Of a class, a function, one of these with some of its arguments, or an object."""
+    part = getattr(part, "func", part)
+    return getattr(part, "__name__", type(part).__name__)
+
+
+def _made(
+    optimizer: Callable[..., torch.optim.Optimizer], lr_schedule: Callable[..., Any] | None, weights: list[nn.Parameter]
+) -> tuple[torch.optim.Optimizer, Any]:
+    with _explained(f"the optimizer {_name(optimizer)} cannot be made with these options"):
+        made = optimizer(weights, **in_one_kernel(optimizer, weights))
+    if lr_schedule is None:
+        return made, None
+    with _explained(f"the learning rate schedule {_name(lr_schedule)} cannot be made with these options"):
+        return made, lr_schedule(optimizer=made)
+
+
+def _try_a_step(
+    optimizer: Callable[..., torch.optim.Optimizer], lr_schedule: Callable[..., Any] | None, weights: list[nn.Parameter]
+) -> None:
+    """On a stand-in: torch finds some options wrong at the first step only, which comes after a base was trained."""
+    stand_in = nn.Parameter(torch.zeros_like(min(weights, key=torch.numel)))
+    made, schedule = _made(optimizer, lr_schedule, [stand_in])
+    stand_in.grad = torch.zeros_like(stand_in)
+    with _explained(f"the optimizer {_name(optimizer)} cannot take a step with these options"):
+        made.step()
+    if schedule is not None:
+        with _explained(f"the learning rate schedule {_name(lr_schedule)} cannot take a step with these options"):
+            schedule.step()
 
 
 def in_one_kernel(optimizer: Callable[..., torch.optim.Optimizer], weights: list[nn.Parameter]) -> dict[str, bool]:
