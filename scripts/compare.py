@@ -132,7 +132,9 @@ def how(table: Table) -> str:
     """What the numbers of a table are."""
     seeds = sorted({run.seed for run in table.runs})
     named = ", ".join(map(str, seeds)) if len(seeds) <= 10 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{len(table.runs)} runs, seeds {named}; mean ± half the 95 % interval over seeds"
+    return (
+        f"{len(table.runs)} run{'s' * (len(table.runs) != 1)}, seeds {named}; mean ± half the 95 % interval over seeds"
+    )
 
 
 def show(comparison: Comparison, arguments: argparse.Namespace, console: Console) -> None:

@@ -456,10 +456,10 @@ def _schedules(cfg: Mapping[str, Any]) -> None:
 def _steps_of_update(method: Mapping[str, Any], name: str, max_steps: int) -> int:
     """How many steps a method's optimizer takes in a run."""
     if name == "critic_update":
-        return max_steps * method.get("critic_steps", 8)
+        return max_steps * method["critic_steps"]
     if _name(method) == "CriticGuided":
-        warmup = 0 if method.get("critic_update") is None else method.get("critic_warmup", 1)
-        return (max_steps - warmup) * method.get("minibatches", 4)
+        warmup = 0 if method["critic_update"] is None else method["critic_warmup"]
+        return (max_steps - warmup) * method["minibatches"]
     if method.get("variant") == "siss_sfd_student":
         distil_steps = round(method["distil_share"] * max_steps)
         return max_steps - distil_steps if name == "update" else distil_steps

@@ -92,6 +92,11 @@ class ProgressBar:
         return f", {seconds / done * (self.total - step):.0f} s left" if done and step < self.total else ""
 
 
+def _rounded(value: float) -> float:
+    """To three digits, and never to a negative zero."""
+    return round(value, 3) + 0.0
+
+
 def comparison_table(before: dict[str, float], after: dict[str, float], keys: list[str]) -> Any:
     """A rich table: metric, before, after, change."""
     from rich.table import Table
@@ -101,6 +106,6 @@ def comparison_table(before: dict[str, float], after: dict[str, float], keys: li
         table.add_column(title, justify="right")
     for key in keys:
         old, new = before.get(key), after.get(key)
-        change = "" if old is None or new is None else f"{new - old:+.3f}"
-        table.add_row(key, *("" if value is None else f"{value:.3f}" for value in (old, new)), change)
+        change = "" if old is None or new is None else f"{_rounded(new - old):+.3f}"
+        table.add_row(key, *("" if value is None else f"{_rounded(value):.3f}" for value in (old, new)), change)
     return table
