@@ -30,7 +30,7 @@ from unlearn_runner.types import make_generator
 
 LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
 NOT_HELD_OUT = {
-    "forget_test": "no image of the forgotten content is held out: the dataset has none, or too few for its dataset.test_fraction",
+    "forget_test": "no forget image is held out: the dataset has none, or too few for its dataset.test_fraction",
     "retain_test": "no retained image is held out: the dataset has none, or too few for its dataset.test_fraction",
 }
 
