@@ -240,6 +240,6 @@ def test_a_few_images_to_forget_have_the_scores_that_they_can_have(run, tmp_path
     ].keys()
     assert not [key for key in content["metrics"] if "mia" in key or "nll_retain" in key or "nll_bound_retain" in key]
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "mia is left out: no image of the forgotten content is held out" in said
+    assert "mia is left out: no forget image is held out" in said
     assert "nll_retain is left out: no retained image is held out" in said
     strict_lines(folder)
