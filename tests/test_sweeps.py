@@ -16,7 +16,10 @@ from test_train import environment, runs_below, summary
 JOB = ("debug=default", "method=siss", "evaluation.every=null", "evaluation.metrics.fid=null", "hardware=cpu",
        "hardware.threads=1", "trainer.checkpointing_steps=null")  # fmt: skip
 
-WRONG_LAMBDA = "method.lambd must be a number in [0, 1] or a group of options that makes a LambdaController, got 1.3."
+WRONG_LAMBDA = (
+    "method.lambd must be a number in [0, 1] or a group of options that makes a LambdaController, got 1.3; or choose "
+    "method/lambd=blend|closed_form|constant|pathwise|variance."
+)
 
 
 def start(*overrides: str, outputs: Path, cache: Path, **more: str) -> subprocess.Popen:

@@ -24,8 +24,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from unlearn_runner.comparison.runs import bounded_text, require_few_values
 from unlearn_runner.errors import ConfigurationError, first_line, near
+from unlearn_runner.schema import bounded_text, require_few_values
 
 CONF = Path(__file__).parents[1] / "conf"
 FROM_ELSEWHERE = "configuration_from_elsewhere"  # its name in Hydra's ConfigStore

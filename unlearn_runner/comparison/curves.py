@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unlearn_runner.comparison.runs import LARGEST, Run
+from unlearn_runner.comparison.runs import Run
 from unlearn_runner.errors import first_line
+from unlearn_runner.schema import LARGEST
 
 Points = tuple[np.ndarray, np.ndarray]  # steps, values
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +11,8 @@ import yaml
 
 from unlearn_runner.errors import first_line, plain
 from unlearn_runner.owner import owner_of
-from unlearn_runner.schema import SUMMARY_VERSION
+from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, require_few_values
 
-# libyaml's parser reads a config in 3 ms, the one in Python takes ten times as long.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Bounds of what is read of others' folders: bytes of a file, values of a config.yaml with its aliases written out.
-LARGEST = {"summary.json": 50_000_000, "config.yaml": 2_000_000, "metrics.jsonl": 1_000_000_000}
-MOST_VALUES = 100_000
 # Of provenance.evaluation: what took how long, and how intervals within one run were made, change no score.
 NO_SCORE = ("seconds", "bootstrap")
 
@@ -148,39 +142,6 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
         return Apart(folder, f"summary.json or config.yaml {what}")
     return run, [key for key, value in numbers.items() if value is None]
-
-
-def bounded_text(path: Path) -> str:
-    """A file's text. Raises OSError, or ValueError for what is no file, is too large or no UTF-8."""
-    found, most = path.stat(), LARGEST.get(path.name, LARGEST["config.yaml"])
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
-    if found.st_size > most:
-        raise ValueError(f"it has {found.st_size} bytes, more than {most}")
-    return path.read_text(encoding="utf-8")
-
-
-def require_few_values(text: str) -> None:
-    """Raise ValueError if YAML's aliases make more than MOST_VALUES of few: a billion laughs in a kilobyte."""
-    if "&" not in text:  # no anchor, no alias
-        return
-    values, sizes = 0, {}
-    begun: list[tuple[str | None, int]] = []
-    for event in yaml.parse(text, Loader=YAML_LOADER):
-        if isinstance(event, yaml.AliasEvent):
-            values += sizes.get(event.anchor, MOST_VALUES + 1)  # inside itself it has no end
-        elif isinstance(event, yaml.ScalarEvent):
-            values += 1
-            sizes[event.anchor] = 1
-        elif isinstance(event, yaml.CollectionStartEvent):
-            begun.append((event.anchor, values))
-            sizes.pop(event.anchor, None)
-            values += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = begun.pop()
-            sizes[anchor] = values - before
-        if values > MOST_VALUES:
-            raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
 
 
 def one_line(value: Any) -> str:

@@ -142,7 +142,10 @@ def require_whole(folder: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises OSError or ValueError if there is none or it is damaged."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except RecursionError as error:
+        raise ValueError(f"{MANIFEST} is nested too deeply") from error
     try:
         version, files, digests = manifest["version"], manifest["files"], manifest.get("digests", {STATE: ""})
         found = (manifest["step"], manifest["identity"], files[STATE], digests[STATE])
