@@ -392,7 +392,7 @@ def test_multirun_makes_a_folder_each(tmp_path, shared_cache):
     )  # fmt: skip
     assert done.returncode == 1, "a job that fails is reported"
     assert (
-        "method.lambd must be a number in [0, 1] or a group of options that makes a LambdaController, got 1.3; or choose"
+        "method.lambd must be a number in [0, 1] or a group of options that makes a LambdaController, got 1.3"
         in done.stderr
     )
     assert [summary(folder)["status"] for folder in runs_below(tmp_path)] == ["finished"] * 2, "the others finish"
