@@ -65,7 +65,9 @@ def test_a_configuration_from_elsewhere_is_plain_data(elsewhere, text, options):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("hydra/launcher/basic.yaml", "defaults: [evil@_global_]\n"),
+        ("hydra/launcher/basic.yaml", "a: 1\n"),
+        ("method/mine.yaml", "defaults: [/local/evil@hydra.callbacks.evil]\n"),
+        ("method/mine.yaml", "defaults: [{override /hydra/launcher: evil}]\n"),
         ("local/default.yaml", PACKAGE),
         ("local/default.yaml", f"# @a b\u2028{PACKAGE}"),
         ("tuned/model/ddpm_tiny_adaptive_siss.yaml", f"# @package _global_\n{CALLBACK}"),
@@ -75,16 +77,14 @@ def test_a_configuration_from_elsewhere_is_plain_data(elsewhere, text, options):
 )
 def test_what_lies_beside_it_is_not_composed(elsewhere, name, text):
     """Of --config-path nothing but the one file is taken; of --config-dir nothing that speaks to Hydra."""
-    elsewhere("hydra/launcher/evil.yaml", CALLBACK)
     folder = elsewhere(name, text)
     arguments = arguments_for_hydra(["--config-path", str(folder), "--config-name", "config"])
     assert arguments == [f"--config-name={FROM_ELSEWHERE}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(FROM_ELSEWHERE, return_hydra_config=True)
     assert (cfg.seed, cfg.hydra.callbacks, cfg.hydra.launcher._target_.rpartition(".")[2]) == (3, {}, "BasicLauncher")
-    chosen = ["-m", "method=siss,mine"] if "mine" in name else ["seed=1"]
-    with pytest.raises(ConfigurationError, match=r"^--config-dir=\S+ sets hydra\.\S+, by which"):
-        arguments_for_hydra(["--config-dir", str(folder), *chosen])
+    with pytest.raises(ConfigurationError, match=rf"^\S+/{name} speaks to Hydra itself, by which"):
+        arguments_for_hydra(["--config-dir", str(folder), "-m", "seed=1,2"])
 
 
 def test_groups_from_elsewhere_may_be_used(elsewhere):

@@ -6,6 +6,7 @@ What a configuration may name by `_target_` is checked after composing, by unlea
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser  # so that options are understood as Hydra will, abbreviations too
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,8 +31,7 @@ from unlearn_runner.schema import bounded_text, require_few_values
 CONF = Path(__file__).parents[1] / "conf"
 FROM_ELSEWHERE = "configuration_from_elsewhere"  # its name in Hydra's ConfigStore
 SPEAKS_TO_HYDRA = ("hydra", "defaults")
-OF_THE_JOB = ("runtime", "overrides", "searchpath")  # of Hydra's own configuration: what differs from job to job
-CHANGES_THE_PROCESS = ("env_set", "env_copy", "chdir")  # of hydra.job
+MOST_FILES = 2000
 
 
 # 1. The command
@@ -70,8 +70,8 @@ def arguments_for_hydra(arguments: Sequence[str], needed: Sequence[str] = ()) ->
         ConfigStore.instance().store(FROM_ELSEWHERE, data_of(file))
         found.config_name = FROM_ELSEWHERE
     found.config_path = None
-    if found.config_dir is not None and Path(found.config_dir).is_dir():
-        _require_silence(found, overrides)
+    if found.config_dir is not None:
+        _require_silence(Path(found.config_dir))
     return [*_options(parser, found), *found.overrides]
 
 
@@ -123,12 +123,7 @@ def data_of(file: Path) -> dict[str, Any]:
 
     Raises ConfigurationError if it cannot be read, or says more than values and what they refer to.
     """
-    try:
-        text = bounded_text(file)
-        require_few_values(text)
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigurationError(f"{file} is no configuration that can be read: {first_line(error)}") from error
+    _, content = _read(file)
     if not isinstance(content, dict):
         raise ConfigurationError(f"{file} must hold options and their values, got {type(content).__name__}.")
     if said := [key for key in SPEAKS_TO_HYDRA if key in content]:
@@ -143,6 +138,16 @@ def data_of(file: Path) -> dict[str, Any]:
                 "--cfg job --resolve, or put it into conf/ if you trust it."
             )
     return content | {"security": {"allow": []}}
+
+
+def _read(file: Path) -> tuple[str, Any]:
+    """A file's text, and what it holds as Hydra will see it, but for what is computed."""
+    try:
+        text = bounded_text(file)
+        require_few_values(text)
+        return text, OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"{file} is no configuration that can be read: {first_line(error)}") from error
 
 
 # In a text an odd number of backslashes before ${ makes it plain; all but a path of options in it is computed.
@@ -173,41 +178,30 @@ def literal(value: Any) -> Any:
 # 3. Groups from elsewhere
 
 
-def _require_silence(found: argparse.Namespace, overrides: Sequence[Override]) -> None:
-    """Raise ConfigurationError if the files of --config-dir say anything to Hydra: its configuration of itself must be
-    what it is without them.
+def _require_silence(folder: Path) -> None:
+    """Raise ConfigurationError if a file of --config-dir reaches Hydra's configuration of itself: by its place, by its
+    package, by a key or by its defaults list.
     """
-    about_hydra = [override.input_line for override in overrides if override.key_or_group.startswith("hydra")]
-    wanted = _said_to_hydra("train", about_hydra)
-    folder = str(Path(found.config_dir).resolve()).replace("\\", "\\\\").replace("'", "\\'")
-    for choice in _choices(overrides):
-        composed = _said_to_hydra(found.config_name or "train", [*choice, f"hydra.searchpath=['file://{folder}']"])
-        if differing := [key for key in {**wanted, **composed} if wanted.get(key) != composed.get(key)]:
+    for number, file in enumerate(_files(folder)):
+        if number == MOST_FILES:
             raise ConfigurationError(
-                f"--config-dir={found.config_dir} sets hydra.{differing[0]}, by which Hydra could be made to run other "
-                "code; put the file into conf/ if you trust it."
+                f"--config-dir={folder} has more than {MOST_FILES} files, which are all looked at."
+            )
+        text, content = _read(file)
+        own = content if isinstance(content, dict) else {}
+        package = ConfigSource._get_header_dict(text).get("package")
+        place = file.relative_to(folder).parts[0].lower()
+        if place == "hydra" or "hydra" in own or "hydra" in f"{package} {own.get('defaults')}":
+            raise ConfigurationError(
+                f"{file} speaks to Hydra itself, by which it could be made to run other code; put it into conf/ if you "
+                "trust it."
             )
 
 
-def _choices(overrides: Sequence[Override]) -> Iterator[list[str]]:
-    """The overrides of jobs in which every value of a sweep occurs."""
-    values = [[f"{o.get_key_element()}={v}" for v in _values(o)] if o.is_sweep_override() else [o.input_line]
-              for o in overrides]  # fmt: skip
-    first = [lines[0] for lines in values if lines]
-    yield first
-    for index, lines in enumerate(lines for lines in values if lines):
-        for line in lines[1:]:
-            yield [*first[:index], line, *first[index + 1 :]]
-
-
-def _said_to_hydra(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        hydra = compose(name, list(overrides), return_hydra_config=True).hydra
-    found = OmegaConf.to_container(hydra, resolve=False)
-    job = found.pop("job")
-    return {key: value for key, value in found.items() if key not in OF_THE_JOB} | {
-        f"job.{key}": job.get(key) for key in CHANGES_THE_PROCESS
-    }
+def _files(folder: Path) -> Iterator[Path]:
+    """What Hydra may read of a folder: links are followed."""
+    for place, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(place, name) for name in names if name.endswith((".yaml", ".yml")))
 
 
 # 4. What may be named
