@@ -66,6 +66,7 @@ def test_a_configuration_from_elsewhere_is_plain_data(elsewhere, text, options):
     ("name", "text"),
     [
         ("hydra/launcher/basic.yaml", "a: 1\n"),
+        ("hydra.yaml", "# @package _name_\ncallbacks: {evil: {_target_: os.system}}\n"),
         ("method/mine.yaml", "defaults: [/local/evil@hydra.callbacks.evil]\n"),
         ("method/mine.yaml", "defaults: [{override /hydra/launcher: evil}]\n"),
         ("local/default.yaml", PACKAGE),

@@ -184,14 +184,15 @@ def _require_silence(folder: Path) -> None:
     """
     for number, file in enumerate(_files(folder)):
         if number == MOST_FILES:
-            raise ConfigurationError(
-                f"--config-dir={folder} has more than {MOST_FILES} files, which are all looked at."
-            )
+            raise ConfigurationError(f"--config-dir={folder} has more than {MOST_FILES} files; give one with fewer.")
         text, content = _read(file)
         own = content if isinstance(content, dict) else {}
-        package = ConfigSource._get_header_dict(text).get("package")
-        place = file.relative_to(folder).parts[0].lower()
-        if place == "hydra" or "hydra" in own or "hydra" in f"{package} {own.get('defaults')}":
+        try:
+            package = ConfigSource._get_header_dict(text).get("package")
+        except ValueError:  # no header that Hydra understands
+            package = None
+        reached = f"{file.relative_to(folder)} {package} {own.get('defaults')}".lower()
+        if "hydra" in reached or "hydra" in own:
             raise ConfigurationError(
                 f"{file} speaks to Hydra itself, by which it could be made to run other code; put it into conf/ if you "
                 "trust it."
