@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unlearn_runner.errors import ConfigurationError, first_line, near
-from unlearn_runner.schema import bounded_text, require_few_values
+from unlearn_runner.schema import YAML_LOADER, bounded_text, require_few_values
 
 CONF = Path(__file__).parents[1] / "conf"
 FROM_ELSEWHERE = "configuration_from_elsewhere"  # its name in Hydra's ConfigStore
@@ -123,7 +123,12 @@ def data_of(file: Path) -> dict[str, Any]:
 
     Raises ConfigurationError if it cannot be read, or says more than values and what they refer to.
     """
-    _, content = _read(file)
+    try:
+        text = bounded_text(file)
+        require_few_values(text)
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise _unreadable(file, error) from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{file} must hold options and their values, got {type(content).__name__}.")
     if said := [key for key in SPEAKS_TO_HYDRA if key in content]:
@@ -140,14 +145,8 @@ def data_of(file: Path) -> dict[str, Any]:
     return content | {"security": {"allow": []}}
 
 
-def _read(file: Path) -> tuple[str, Any]:
-    """A file's text, and what it holds as Hydra will see it, but for what is computed."""
-    try:
-        text = bounded_text(file)
-        require_few_values(text)
-        return text, OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigurationError(f"{file} is no configuration that can be read: {first_line(error)}") from error
+def _unreadable(file: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(f"{file} is no configuration that can be read: {first_line(error)}")
 
 
 # In a text an odd number of backslashes before ${ makes it plain; all but a path of options in it is computed.
@@ -185,12 +184,14 @@ def _require_silence(folder: Path) -> None:
     for number, file in enumerate(_files(folder)):
         if number == MOST_FILES:
             raise ConfigurationError(f"--config-dir={folder} has more than {MOST_FILES} files; give one with fewer.")
-        text, content = _read(file)
-        own = content if isinstance(content, dict) else {}
         try:
+            text = bounded_text(file)
+            require_few_values(text)
+            content = yaml.load(text, YAML_LOADER)
             package = ConfigSource._get_header_dict(text).get("package")
-        except ValueError:  # no header that Hydra understands
-            package = None
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise _unreadable(file, error) from error
+        own = content if isinstance(content, dict) else {}
         reached = f"{file.relative_to(folder)} {package} {own.get('defaults')}".lower()
         if "hydra" in reached or "hydra" in own:
             raise ConfigurationError(
