@@ -152,7 +152,7 @@ FOREIGN: dict[str, dict[str, Any]] = {  # the first that a _target_ begins with
 
 _DERIVED = "it is what others derive from, and does nothing itself"
 _OF_OTHERS = "it is made of other schedules, which have an optimizer already; a configuration has none to give them"
-CANNOT_STEP = {  # the runner's step: one dense gradient, and then the schedule's step, which is told nothing
+CANNOT_STEP = {  # the runner's step: one dense gradient, and then the schedule's step, without arguments
     "torch.optim.Optimizer": _DERIVED,
     "torch.optim.LBFGS": "it computes the loss several times in a step; here a step has one gradient",
     "torch.optim.SparseAdam": "it takes sparse gradients only; here they are dense",

@@ -29,6 +29,13 @@ def bounded_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def bounded_yaml(path: Path) -> str:
+    """The same of a YAML file, whose aliases are bounded, too. Raises yaml.YAMLError where they cannot be counted."""
+    text = bounded_text(path)
+    require_few_values(text)
+    return text
+
+
 def require_few_values(text: str) -> None:
     """Raise ValueError if YAML's aliases make more than MOST_VALUES of few: a billion laughs in a kilobyte."""
     if "&" not in text:  # no anchor, no alias

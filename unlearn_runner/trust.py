@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unlearn_runner.errors import ConfigurationError, first_line, near
-from unlearn_runner.schema import YAML_LOADER, bounded_text, require_few_values
+from unlearn_runner.schema import YAML_LOADER, bounded_yaml
 
 CONF = Path(__file__).parents[1] / "conf"
 FROM_ELSEWHERE = "configuration_from_elsewhere"  # its name in Hydra's ConfigStore
@@ -101,10 +101,10 @@ def _primary(found: argparse.Namespace) -> Path:
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:
     """Those that can be parsed; of the others Hydra says what is wrong."""
-    found = []
+    parser, found = OverridesParser.create(), []
     for override in overrides:
         with suppress(HydraException):
-            found += OverridesParser.create().parse_overrides([override])
+            found += parser.parse_overrides([override])
     return found
 
 
@@ -124,8 +124,7 @@ def data_of(file: Path) -> dict[str, Any]:
     Raises ConfigurationError if it cannot be read, or says more than values and what they refer to.
     """
     try:
-        text = bounded_text(file)
-        require_few_values(text)
+        text = bounded_yaml(file)
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise _unreadable(file, error) from error
@@ -185,8 +184,7 @@ def _require_silence(folder: Path) -> None:
         if number == MOST_FILES:
             raise ConfigurationError(f"--config-dir={folder} has more than {MOST_FILES} files; give one with fewer.")
         try:
-            text = bounded_text(file)
-            require_few_values(text)
+            text = bounded_yaml(file)
             content = yaml.load(text, YAML_LOADER)
             package = ConfigSource._get_header_dict(text).get("package")
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

@@ -11,7 +11,7 @@ import yaml
 
 from unlearn_runner.errors import first_line, plain
 from unlearn_runner.owner import owner_of
-from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, require_few_values
+from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, bounded_yaml
 
 # Of provenance.evaluation: what took how long, and how intervals within one run were made, change no score.
 NO_SCORE = ("seconds", "bootstrap")
@@ -105,8 +105,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
     except (OSError, ValueError, RecursionError) as error:
         return Apart(folder, f"summary.json is unreadable, perhaps half-written: {first_line(error)}")
     try:
-        text = bounded_text(folder / "config.yaml")
-        require_few_values(text)
+        text = bounded_yaml(folder / "config.yaml")
         config = yaml.load(text, Loader=YAML_LOADER)
     except Exception as error:  # OSError, YAMLError, and what its constructors raise for odd dates, keys and numbers
         return Apart(folder, f"config.yaml is unreadable: {first_line(error)}")
