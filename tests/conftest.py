@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from unlearn_runner.cli import configuration
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"  # real images, where there are some
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # train.py is a script, not a module of the package
 

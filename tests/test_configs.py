@@ -16,6 +16,7 @@ from trainers import CPU, build_trainer, flat_state, make
 from train import build_method, build_model
 from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
+from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
@@ -24,7 +25,7 @@ from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import Labels, make_generator
+from unlearn_runner.types import make_generator
 
 LAMBDAS = [
     ("adaptive_siss", f"method/lambd={name}", *more)

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from unlearn_runner import cache as caching
 from unlearn_runner.cache import cached
-from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain, LabelledImages
+from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.sd_concepts import SDConcepts
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.evaluator import Evaluator, Sampling

@@ -10,15 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import COMPLETE, ROOT, marked, options
+from conftest import COMPLETE, ROOT, SHARED, marked, options
+from diffusers import DDPMScheduler
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from test_train import environment
 
+from unlearn_runner.assembly import make
 from unlearn_runner.cli import as_override
 from unlearn_runner.constructors import constructor_of
+from unlearn_runner.data.spec import spec_of
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.rules import parts
+from unlearn_runner.rules import parts, ratios_of_schedule
 from unlearn_runner.validation import checked
 
 SD = ("model=sd_tiny", "dataset=sd_concepts")
@@ -117,8 +120,24 @@ WRONG = [
     (["model.network.norm_num_groups=7"], r"divide by norm_num_groups=7, got \[16, 32, 64\]"),
     (["dataset.image_size=17"], "its sides must divide by 4; the dataset's are 17 x 17"),
     (["evaluation.probe.metrics.rates=null"], "evaluation.probe.metrics.rates must not be null"),
+    (["dataset=image_folder", "dataset.forget_dir=tests", "dataset.retain_dir=tests/../tests"], "hold the same images"),
     (["model.weights=./nowhere"], "model.weights=./nowhere: there is no such folder"),
     (["method=siss", "method.tau=1"], "give method.tau or method.rho, not both"),
+    ([*SD, "+model.network.beta_start=0.5"], "model.network.beta_start must be at most beta_end, got 0.5 and 0.012"),
+    # what is known of a dataset before its images are read
+    (["dataset=digits", "dataset.forget_class=eleven"], "dataset.forget_class=eleven: there is no such class"),
+    (["method=sfd", "method/override=fixed", "method.override.label=99"], "the labels that are kept, 0, 2, .*; got 99"),
+    (["method=sfd", "method/override=fixed", "method.override.label=1"], "the labels that are kept, 0, 2, .*; got 1"),
+    (["method=hybrid", "method.prior=[0.5,0.5]"], "method.prior must be null or 9 shares, one for each class"),
+    (["method=hybrid", "method/lambd=pathwise"], "method/lambd=pathwise speaks of a forget loss that is to rise"),
+    (["method=sfd", "method.noise.most=5e8"], "method.noise.most must be a ratio of .*, 0.00643 to 2.03e.04; got"),
+    ([*SD, "dataset.background=blurple"], "dataset.background must be a colour, as white or '#ffffff', got 'blurple'"),
+    ([*SD, "dataset.concept=elephant"], "dataset.source=embedded has pictures of a zero, .*; not of elephant"),
+    ([*SD, "dataset.forget_templates=[abc]"], "dataset.forget_templates must be one or more prompts with one {} each"),
+    ([*SD, "dataset.paraphrases=[abc]"], "dataset.paraphrases must be one or more prompts with one {} each"),
+    ([*SD, "model.pretraining.corpus.templates=[]"], "model.pretraining.corpus.templates must be one or more prompts"),
+    ([*SD, "dataset.retain_concepts=[trousers]"], "dataset.retain_concepts must be one or more different concepts"),
+    (["evaluation=full", "evaluation.num_samples=200"], "evaluation.metrics.fid needs at least 100 samples for each"),
     (["clip=tiny", "clip.network.heads=3"], "clip.network.width must divide by heads=3, got 64"),
 ]  # fmt: skip
 
@@ -145,11 +164,31 @@ def test_nothing_heavy_is_imported_for_a_mistake():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("dataset", ["digits", "digits_trousers", "sd_concepts", "mnist_trousers", "cifar10", "mnist"])
+def test_what_is_known_before_reading_is_what_the_constructor_makes(composed, dataset):
+    places = {"cifar10": ("source=cifar10",), "mnist": ("source=mnist",),
+              "mnist_trousers": ("source=mnist", "garment_source=fashion_mnist")}.get(dataset, ())  # fmt: skip
+    if places and not SHARED.exists():
+        pytest.skip(f"needs {SHARED}")
+    given = [f"dataset.{name}={SHARED / folder}" for name, folder in (place.split("=") for place in places)]
+    model = ("model=sd_tiny",) if dataset == "sd_concepts" else ()
+    node = composed(f"dataset={dataset}", *given, *model, debug=False)["dataset"]
+    assert spec_of(node) == make(node).spec is not None
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("timesteps", [2, 100, 1000])
+def test_the_noise_of_a_schedule_is_known_before_it_is_made(schedule, timesteps):
+    network = {"beta_schedule": schedule, "beta_start": 1e-4, "beta_end": 0.02}
+    signal = DDPMScheduler(num_train_timesteps=timesteps, **network).alphas_cumprod.double()
+    assert ratios_of_schedule(network, timesteps) == pytest.approx((1 / signal - 1).sqrt()[[0, -1]].tolist(), rel=1e-3)
+
+
 @pytest.mark.parametrize("method", COMPLETE)
 def test_annotations_of_every_method_are_understood(composed, method):
     """No option of our own constructors is unknown to the check, or it would take anything."""
     dataset = SD if method in ("critic_guided", "ddpo", "esd") else ()
-    cfg = composed(f"method={method}", *dataset, "evaluation=full", debug=False)
+    cfg = composed(f"method={method}", *dataset, "evaluation=full", "evaluation.num_samples=2000", debug=False)
     unknown = [
         f"{path}.{name}"
         for path, node in parts(cfg)

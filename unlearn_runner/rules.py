@@ -5,15 +5,18 @@ configuration whose constructors are not imported yet, and those that are about 
 All raise ConfigurationError.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from inspect import signature
-from math import isclose
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageColor
+
 from unlearn_runner.constructors import makes
+from unlearn_runner.data.spec import Labels, spec_of
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.weights import located
 
@@ -96,7 +99,7 @@ def something_distilled(distil_share: float, max_steps: int, variant: str = "sis
 
 
 def shares_that_sum_to_one(prior: Sequence[float] | None) -> None:
-    if prior is not None and not isclose(sum(prior), 1, rel_tol=1e-6):
+    if prior is not None and not math.isclose(sum(prior), 1, rel_tol=1e-6):
         raise ConfigurationError(f"method.prior must be shares that sum to 1, or null; got {list(prior)}.")
 
 
@@ -188,6 +191,23 @@ def amount_of_garments(contamination: float | None, garments: int | None) -> Non
         )
 
 
+def two_folders(forget_dir: str, retain_dir: str) -> None:
+    if os.path.realpath(Path(forget_dir).expanduser()) == os.path.realpath(Path(retain_dir).expanduser()):
+        raise ConfigurationError(
+            "dataset.forget_dir and dataset.retain_dir hold the same images, so nothing would be kept; give two "
+            "different folders."
+        )
+
+
+def known_colour(background: str) -> None:
+    try:
+        ImageColor.getrgb(background)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"dataset.background must be a colour, as white or '#ffffff', got '{background}'."
+        ) from error
+
+
 OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.siss.SISS": (tau_or_rho, variance_of_gradients),
     "methods.siss.SISSNoIS": (tau_or_rho,),
@@ -201,10 +221,13 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "models.ddpm.build_ddpm": (levels_of_attention, groups_of_channels, heads_of_channels, range_of_betas),
     "models.vae.build_vae": (groups_of_channels,),
     "models.stable_diffusion.build_stable_diffusion": (
-        groups_of_channels, heads_of_latents, heads_of_texts, channels_of_autoencoder,
+        groups_of_channels, heads_of_latents, heads_of_texts, channels_of_autoencoder, range_of_betas,
     ),
     "models.clip.small_clip": (heads_of_clip, patches_of_clip),
     "data.mnist_trousers.MnistTrousers": (amount_of_garments,),
+    "data.hub_classes.HubClasses": (known_colour,),
+    "data.sd_concepts.SDConcepts": (known_colour,),
+    "data.image_folder.ImageFolder": (known_colour, two_folders),
 }  # fmt: skip
 
 
@@ -246,6 +269,38 @@ def fits(method: str, diffusion: bool, labels: bool, prompts: bool) -> None:
 def a_teacher(init: str, reads_no_image: bool) -> None:
     if init == "scratch" and reads_no_image:
         raise ConfigurationError("trainer.init must be base, got 'scratch': this method reads no image.")
+
+
+def label_that_is_kept(label: int, retain: Sequence[int]) -> None:
+    if label not in retain:
+        raise ConfigurationError(
+            f"method.override.label must be one of the labels that are kept, {', '.join(map(str, retain))}; "
+            f"got {label}."
+        )
+
+
+def share_for_each_class(prior: Sequence[float] | None, count: int) -> None:
+    if prior is not None and len(prior) != count:
+        raise ConfigurationError(
+            f"method.prior must be null or {count} shares, one for each class that is kept; got {list(prior)}."
+        )
+
+
+def noise_of_schedule(ratio: float, least: float, most: float, option: str) -> None:
+    if not least <= ratio <= most:
+        raise ConfigurationError(
+            f"{option} must be a ratio of noise to signal that the model's schedule has, {least:.3g} to {most:.3g}; "
+            f"got {ratio}."
+        )
+
+
+def objective_without_ascent(objective: str) -> None:
+    """Hybrid's two terms are both descended."""
+    if objective != "variance":
+        raise ConfigurationError(
+            f"method/lambd={objective} speaks of a forget loss that is to rise, and method=hybrid has none; take "
+            "variance, closed_form or constant."
+        )
 
 
 def prompts_for_texts(prompts: bool) -> None:
@@ -316,11 +371,18 @@ def check(cfg: Mapping[str, Any]) -> None:
     timesteps = _timesteps(cfg)
     for path, node in parts(cfg):
         of_constructor(node)
+        if path != "dataset":
+            spec_of(node)
         if timesteps is not None and "num_inference_steps" in node:
             require_steps(node["num_inference_steps"], timesteps, f"{path}.num_inference_steps")
     _folders(cfg)
+    spec = spec_of(cfg["dataset"])
     _models_and_methods(cfg)
-    _evaluation(cfg)
+    if spec is not None and spec.labels is not None:
+        _labels(cfg["method"], spec.labels)
+    if timesteps is not None and "noise" in cfg["method"]:
+        _noise(cfg["method"]["noise"], cfg["model"]["network"], timesteps)
+    _evaluation(cfg, None if spec is None else spec.label_names)
     _objective(cfg)
 
 
@@ -435,6 +497,44 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     _schedules(cfg)
 
 
+def _labels(method: Mapping[str, Any], labels: Labels) -> None:
+    """What a method says of a dataset's labels."""
+    for _, node in parts(method):
+        if _name(node) == "Fixed" and "label" in node:
+            label_that_is_kept(node["label"], labels.retain)
+    if "prior" in method:
+        share_for_each_class(method["prior"], len(labels.retain))
+    if _name(method) == "hybrid" and isinstance(method["lambd"], Mapping) and _name(method["lambd"]) == "Inferred":
+        objective_without_ascent(method["lambd"]["objective"])
+
+
+def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int) -> None:
+    first, last = ratios_of_schedule(network, timesteps)
+    for option in ("init", "least", "most"):
+        rounding = 1e-3 * noise[option]  # the model itself, which has float32, is asked again when it is built
+        if not first - rounding <= noise[option] <= last + rounding:
+            noise_of_schedule(noise[option], first, last, f"method.noise.{option}")
+
+
+def ratios_of_schedule(network: Mapping[str, Any], timesteps: int) -> tuple[float, float]:
+    """The least and the largest sigma_t / gamma_t of the schedule that diffusers makes of a network's options."""
+    ends = (network["beta_start"], network["beta_end"])
+
+    def cosine(t: int) -> float:
+        return math.cos((t / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    def along(t: int, start: float, end: float) -> float:
+        return start + (end - start) * t / (timesteps - 1)
+
+    beta = {
+        "linear": lambda t: along(t, *ends),
+        "scaled_linear": lambda t: along(t, *map(math.sqrt, ends)) ** 2,
+        "squaredcos_cap_v2": lambda t: min(1 - cosine(t + 1) / cosine(t), 0.999),
+    }[network["beta_schedule"]]
+    signals = 1 - beta(0), math.prod(1 - beta(t) for t in range(timesteps))
+    return tuple(math.sqrt(1 / signal - 1) for signal in signals)
+
+
 def _schedules(cfg: Mapping[str, Any]) -> None:
     """Schedules of the learning rate that torch or diffusers would end before the training."""
     updates = [
@@ -520,7 +620,7 @@ def multiples(value: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
-def _evaluation(cfg: Mapping[str, Any]) -> None:
+def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
     evaluation, clip = cfg["evaluation"], cfg["clip"]["network"]
     looks = {
         "evaluation": evaluation,
@@ -537,7 +637,7 @@ def _evaluation(cfg: Mapping[str, Any]) -> None:
                     f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
                     f"{path}.metrics.{name}=null."
                 )
-            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation)
+            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, labels)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
         if asked and "Rates" not in map(_name, metrics.values()):
@@ -550,8 +650,9 @@ def enough_samples(
     node: Mapping[str, Any],
     sampling: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    labels: Sequence[str] | None,
 ) -> None:
-    """Whether there are as many samples as a metric splits, or compares; for each class it is asked again later."""
+    """Whether there are as many samples as a metric splits, or compares."""
     features = {"classifier": evaluation["classifier"]["num_features"], "inception": 2048}.get(
         evaluation["features"], 0
     )
@@ -567,11 +668,15 @@ def enough_samples(
     else:
         return
     count = sampling["num_samples"]
-    if count < least:
-        raise ConfigurationError(
-            f"{path} needs at least {least} samples ({why}); evaluation.num_samples={count} gives {count}: "
-            f"draw more, or leave it out with {path}=null."
-        )
+    groups = {"": count}
+    if node.get("per_class") and labels is not None and len(labels) > 1:
+        groups[" for each class"] = count // (len(labels) - 1)
+    for which, found in groups.items():
+        if found < least:
+            raise ConfigurationError(
+                f"{path} needs at least {least} samples{which} ({why}); evaluation.num_samples={count} gives {found}: "
+                f"draw more, or leave it out with {path}{'.per_class=false' if which else '=null'}."
+            )
 
 
 SCORES = {  # the keys that a metric makes, without prefix

@@ -37,15 +37,6 @@ class Passes(NamedTuple):
     graphs: Any = None  # GraphedPasses, which replay what they recorded; None: kernel by kernel
 
 
-class Labels(NamedTuple):
-    """The labels of a dataset, classes or prompts, for methods that draw labels instead of images."""
-
-    retain: tuple[int, ...]
-    forget: tuple[int, ...]  # the conditions under which the forget images were learnt
-    names: tuple[str, ...] = ()  # of all labels, by index
-    contents: tuple[int, ...] = ()  # what each label asks for
-
-
 @runtime_checkable
 class Stateful(Protocol):
     """Anything that a checkpoint stores: tensors, numbers, strings and containers of them, no pickles."""

@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SHARED
 from PIL import Image
 
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.data.digits_trousers import DigitsTrousers, draw_trousers
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.hub import decode_rows
-from unlearn_runner.data.hub_classes import HubClasses, class_index
+from unlearn_runner.data.hub_classes import HubClasses
 from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.images import Decoder, common_mode, find_images
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
+from unlearn_runner.data.spec import Labels, class_index
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.types import Labels
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the real images in {SHARED}")
 
 

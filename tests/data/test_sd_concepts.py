@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unlearn_runner.data.sd_concepts import EMBEDDED, Captions, SDConcepts, embedded_pictures
+from unlearn_runner.data.forget_retain import contents_of_labels
+from unlearn_runner.data.sd_concepts import Captions, SDConcepts, embedded_pictures
+from unlearn_runner.data.spec import EMBEDDED
 from unlearn_runner.errors import ConfigurationError
 
 DOCS = Path(__file__).parents[2] / "docs" / "stable_diffusion.md"
@@ -49,7 +51,7 @@ def test_embedded_pictures_stand_under_their_prompts(tmp_path):
     pictures = embedded_pictures(16, 0)
     assert set(data.forget.labels.tolist()) == {2, 3}
     for part in (data.forget, data.retain, data.forget_test, data.retain_test):
-        assert torch.equal(data.spec.contents_of(part.labels), part.contents)
+        assert torch.equal(contents_of_labels(data.spec, part.labels), part.contents)
     known = {image.numpy().tobytes() for image in pictures["a seven"]}
     for image in data.retain.select(data.retain.labels == 0).pixels:
         assert image.numpy().tobytes() in known
@@ -70,7 +72,7 @@ def test_captions_cover_every_picture_under_every_template_and_under_none():
     contents = torch.cat([data.retain.contents, data.forget.contents])
     assert (labels == empty).sum() == n
     captioned = labels != empty
-    assert torch.equal(dataset.spec.contents_of(labels[captioned]), contents[captioned])
+    assert torch.equal(contents_of_labels(dataset.spec, labels[captioned]), contents[captioned])
     assert set(contents[~captioned].tolist()) == set(range(len(EMBEDDED)))
 
 

@@ -7,7 +7,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from unlearn_runner.data.forget_retain import DataSpec, alike
+from unlearn_runner.data.forget_retain import alike
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judged
 from unlearn_runner.evaluation.evaluator import gap

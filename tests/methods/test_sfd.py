@@ -10,6 +10,7 @@ from toy import drawn_gaussian, gaussian_model
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
+from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.method import Update
 from unlearn_runner.methods.overrides import Asked, Classifier, Fixed, Override, RandomOther, class_costs
@@ -24,7 +25,7 @@ from unlearn_runner.methods.sfd import (
 )
 from unlearn_runner.models.model import predict_eps, predict_x0
 from unlearn_runner.training.checkpoint import open_checkpoint
-from unlearn_runner.types import Batch, Labels, make_generator
+from unlearn_runner.types import Batch, make_generator
 
 F64 = torch.float64
 NOTHING = Batch(None, None, None, None, 0.1)

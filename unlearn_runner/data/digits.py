@@ -6,17 +6,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unlearn_runner.data import spec
 from unlearn_runner.data.forget_retain import (
     Dataset,
-    DataSpec,
     ForgetRetain,
     LabelledImages,
     split_content,
 )
-from unlearn_runner.data.hub_classes import class_index
 from unlearn_runner.options import ImageSize, OpenUnitInterval, Seed
-
-DIGITS = tuple("0123456789")
 
 
 @final
@@ -32,19 +29,10 @@ class Digits(Dataset):
         horizontal_flip: bool = False,
         seed: Seed = 0,
     ):
-        self.forget_class = class_index(forget_class, DIGITS)
         self.image_size = image_size
         self.test_fraction = test_fraction
         self.seed = seed
-        self.spec = DataSpec(
-            name="digits",
-            image_shape=(1, image_size, image_size),
-            label_names=DIGITS if conditional else None,
-            content_names=DIGITS,
-            forget_content=self.forget_class,
-            restored_content=None,
-            horizontal_flip=horizontal_flip,
-        )
+        self.spec = spec.digits(forget_class, image_size, conditional, horizontal_flip)
 
     def load(self) -> ForgetRetain:
         digits = read_digits(self.image_size, self.spec.label_names is not None)

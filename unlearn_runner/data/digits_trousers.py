@@ -8,10 +8,10 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from unlearn_runner.data.digits import DIGITS, read_digits
+from unlearn_runner.data import spec
+from unlearn_runner.data.digits import read_digits
 from unlearn_runner.data.forget_retain import (
     Dataset,
-    DataSpec,
     ForgetRetain,
     LabelledImages,
     alike,
@@ -19,9 +19,6 @@ from unlearn_runner.data.forget_retain import (
     test_rows,
 )
 from unlearn_runner.options import Contamination, ImageSize, OpenUnitInterval, Seed
-
-TROUSERS = len(DIGITS)  # content index
-LABEL = 1  # the digit whose label the trousers carry
 
 
 @final
@@ -44,30 +41,22 @@ class DigitsTrousers(Dataset):
         self.image_size = image_size
         self.test_fraction = test_fraction
         self.seed = seed
-        self.spec = DataSpec(
-            name="digits_trousers",
-            image_shape=(1, image_size, image_size),
-            label_names=DIGITS if conditional else None,
-            content_names=(*DIGITS, "trousers"),
-            forget_content=TROUSERS,
-            restored_content=LABEL,
-            horizontal_flip=horizontal_flip,
-        )
+        self.spec = spec.digits_trousers(image_size, conditional, horizontal_flip)
 
     def load(self) -> ForgetRetain:
         digits = read_digits(self.image_size, self.spec.label_names is not None)
         held_out = test_rows(digits.contents, self.test_fraction, self.seed)
         retain, retain_test = digits.select(~held_out), digits.select(held_out)
-        label = LABEL if self.spec.label_names else 0
+        label = spec.ONE if self.spec.label_names else 0
         forget, forget_test = (
-            alike(self._draw(part, seed), label, TROUSERS)
+            alike(self._draw(part, seed), label, self.spec.forget_content)
             for part, seed in ((retain, self.seed), (retain_test, self.seed + 1_000_003))
         )
         sized_by = f"dataset.contamination={self.contamination}, dataset.test_fraction={self.test_fraction}"
         return ForgetRetain(self.spec, forget, retain, forget_test, retain_test, sized_by=sized_by)
 
     def _draw(self, digits: LabelledImages, seed: int) -> UInt8[Tensor, "n c h w"]:
-        ones = int((digits.contents == LABEL).sum())
+        ones = int((digits.contents == spec.ONE).sum())
         return draw_trousers(contaminants(ones, self.contamination), self.image_size, seed)
 
 

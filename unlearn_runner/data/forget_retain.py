@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.types import Labels
 
 
 class LabelledImages(NamedTuple):
@@ -30,37 +30,9 @@ class LabelledImages(NamedTuple):
         return self.pixels.shape[0]
 
 
-class DataSpec(NamedTuple):
-    """What is known of a dataset before any image is read: enough to build and check everything else."""
-
-    name: str
-    image_shape: tuple[int, int, int]  # channels, height, width
-    label_names: tuple[str, ...] | None  # None: the model is unconditional
-    content_names: tuple[str, ...]  # what a classifier tells apart; begins with label_names, but for label_contents
-    forget_content: int  # the content to forget
-    restored_content: int | None  # the clean content under the forget condition, if there is one
-    horizontal_flip: bool  # mirror half of the training images
-    label_contents: tuple[int, ...] | None = None  # what each label asks for; None: label i asks for content i
-
-    @property
-    def labels(self) -> Labels | None:
-        """The labels that a model is conditioned on; None for an unconditional one.
-
-        The forget labels ask for the clean content which is to come back, or for the class which is to go.
-        """
-        if self.label_names is None:
-            return None
-        forget = self.forget_content if self.restored_content is None else self.restored_content
-        contents = self.contents_of(torch.arange(len(self.label_names))).tolist()
-        retained, forgotten = (
-            tuple(label for label, content in enumerate(contents) if (content == forget) == wanted)
-            for wanted in (False, True)
-        )
-        return Labels(retained, forgotten, self.label_names, tuple(contents))
-
-    def contents_of(self, labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-        """What these labels ask for."""
-        return labels if self.label_contents is None else torch.tensor(self.label_contents)[labels]
+def contents_of_labels(spec: DataSpec, labels: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """What these labels ask for."""
+    return labels if spec.label_contents is None else torch.tensor(spec.label_contents)[labels]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain, LabelledImages
+from unlearn_runner import rules
+from unlearn_runner.data import spec
+from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
-from unlearn_runner.data.images import Decoder, gathered, require_apart, require_colour
-from unlearn_runner.errors import ConfigurationError, normal_form
+from unlearn_runner.data.images import Decoder, gathered, require_apart
 from unlearn_runner.options import ImageSize
 
 
@@ -37,23 +38,14 @@ class HubClasses(Dataset):
         label_column: str = "label",
         image_column: str | None = None,
     ):
-        require_colour("dataset.background", background)
+        rules.known_colour(background)
         self.source = source
         self.tables = {part: open_split(source, part, "dataset.source") for part in ("train", "test")}
         names = class_names(self.tables["train"], "dataset.source", label_column)
-        self.forget_class = class_index(forget_class, names)
         self.names = names
         self.background = background
         self.label_column, self.image_column = label_column, image_column
-        self.spec = DataSpec(
-            name=name,
-            image_shape=(channels, image_size, image_size),
-            label_names=names if conditional else None,
-            content_names=names,
-            forget_content=self.forget_class,
-            restored_content=None,
-            horizontal_flip=horizontal_flip,
-        )
+        self.spec = spec.classes(name, names, forget_class, image_size, channels, conditional, horizontal_flip)
 
     def load(self) -> ForgetRetain:
         option, decoder = "dataset.source", Decoder(self.spec.image_shape, self.background)
@@ -69,7 +61,7 @@ class HubClasses(Dataset):
             images = LabelledImages(pixels, labels, contents)
             files = paths_of(table, option, self.image_column)
             for is_forget, side in ((True, forget), (False, retain)):
-                rows = torch.nonzero((contents == self.forget_class) == is_forget)[:, 0]
+                rows = torch.nonzero((contents == self.spec.forget_content) == is_forget)[:, 0]
                 side[part] = images.select(rows)
                 if files is not None:
                     own[is_forget].append(([files[row] for row in rows], side[part].pixels))
@@ -86,20 +78,5 @@ class HubClasses(Dataset):
             forget["test"],
             retain["test"],
             notes=tuple(notes),
-            sized_by=f"dataset.forget_class={self.names[self.forget_class]}",
+            sized_by=f"dataset.forget_class={self.names[self.spec.forget_content]}",
         )
-
-
-def class_index(wanted: str | int, names: tuple[str, ...]) -> int:
-    """The index of a class given by name or, where no class is called so, by index."""
-    name = normal_form(
-        str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
-    )  # true is YAML's word for "true"
-    if name in names:
-        return names.index(name)
-    if name.isdecimal() and int(name) in range(len(names)):
-        return int(name)
-    raise ConfigurationError(
-        f"dataset.forget_class={wanted}: there is no such class; expected one of {', '.join(names)}, "
-        f"or an index from 0 to {len(names) - 1}."
-    )

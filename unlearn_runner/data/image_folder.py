@@ -8,10 +8,10 @@ from typing import Literal, final
 
 import torch
 
+from unlearn_runner import rules
 from unlearn_runner.cache import cached, write_json
 from unlearn_runner.data.forget_retain import (
     Dataset,
-    DataSpec,
     ForgetRetain,
     LabelledImages,
     test_rows,
@@ -27,8 +27,8 @@ from unlearn_runner.data.images import (
     gathered,
     printable,
     require_apart,
-    require_colour,
 )
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
 
@@ -57,7 +57,8 @@ class ImageFolder(Dataset):
         seed: Seed = 0,
         background: str = "white",
     ):
-        require_colour("dataset.background", background)
+        rules.known_colour(background)
+        rules.two_folders(forget_dir, retain_dir)
         self.folders = {"forget": forget_dir, "retain": retain_dir}
         found = {name: find_images(folder, f"dataset.{name}_dir") for name, folder in self.folders.items()}
         self.files = {name: part.files for name, part in found.items()}

@@ -356,14 +356,6 @@ class Decoder:
         return [f"{option}: {counted(self.seen[what], said)}." for what, said in sentences.items() if self.seen[what]]
 
 
-def require_colour(option: str, colour: str) -> None:
-    """Raise ConfigurationError unless PIL knows the colour."""
-    try:
-        ImageColor.getrgb(colour)
-    except ValueError as error:
-        raise ConfigurationError(f"{option} must be a colour, as white or '#ffffff', got '{colour}'.") from error
-
-
 def centre_square(image: Image.Image) -> Image.Image:
     """The largest square around the middle, so that resizing does not stretch."""
     side = min(image.size)

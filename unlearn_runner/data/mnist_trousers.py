@@ -12,10 +12,9 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.data.digits import DIGITS
+from unlearn_runner.data import spec
 from unlearn_runner.data.forget_retain import (
     Dataset,
-    DataSpec,
     ForgetRetain,
     LabelledImages,
     alike,
@@ -73,21 +72,13 @@ class MnistTrousers(Dataset):
                     f"dataset.source={source}: expected the classes 0 to 9 in this order, found "
                     f"{', '.join(named_classes(table, 'label'))}; name its folders or classes by their digits."
                 )
-        self.spec = DataSpec(
-            name="mnist_" + garment.replace("-", "").replace(" ", "_"),
-            image_shape=(1, image_size, image_size),
-            label_names=DIGITS if conditional else None,
-            content_names=(*DIGITS, garment),
-            forget_content=len(DIGITS),
-            restored_content=label,
-            horizontal_flip=horizontal_flip,
-        )
+        self.spec = spec.mnist_garments(garment, label, image_size, conditional, horizontal_flip)
 
     def load(self) -> ForgetRetain:
         retain, forget, alike_ones = {}, {}, None
         for part, digits in self.digits.items():
             pixels = decode_rows(digits, range(len(digits)), Decoder(self.spec.image_shape), "dataset.source")
-            contents = whole_numbers(digits, "dataset.source", "label", len(DIGITS))
+            contents = whole_numbers(digits, "dataset.source", "label", len(spec.DIGITS))
             labels = contents if self.spec.label_names else torch.zeros_like(contents)
             retain[part] = LabelledImages(pixels, labels, contents)
             label = self.label if self.spec.label_names else 0

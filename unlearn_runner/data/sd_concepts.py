@@ -11,32 +11,29 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unlearn_runner import rules
 from unlearn_runner.cache import cached
+from unlearn_runner.data import spec
 from unlearn_runner.data.digits import read_digits
 from unlearn_runner.data.digits_trousers import draw_trousers
 from unlearn_runner.data.forget_retain import (
     Dataset,
-    DataSpec,
     ForgetRetain,
     LabelledImages,
+    contents_of_labels,
     split_content,
 )
-from unlearn_runner.data.images import Decoder, find_images, gathered, require_apart, require_colour
+from unlearn_runner.data.images import Decoder, find_images, gathered, require_apart
 from unlearn_runner.data.streams import to_uint8
-from unlearn_runner.errors import ConfigurationError, NonFiniteError, normal_form
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.options import BatchSize, ImageSize, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
-
-WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
-TROUSERS = "trousers"
-EMBEDDED = (*WORDS, TROUSERS)
-EMPTY = ""  # the prompt that guidance leads away from
 
 
 def embedded_pictures(image_size: int, seed: int) -> dict[str, UInt8[Tensor, "n 3 h w"]]:
     """scikit-learn's 1,797 handwritten digits and as many trousers as there are of a digit, by what to call them."""
     digits = read_digits(image_size, conditional=True)
-    pictures = {word: digits.pixels[digits.contents == digit] for digit, word in enumerate(WORDS)}
-    pictures[TROUSERS] = draw_trousers(len(digits) // len(WORDS), image_size, seed)
+    pictures = {word: digits.pixels[digits.contents == digit] for digit, word in enumerate(spec.WORDS)}
+    pictures[spec.TROUSERS] = draw_trousers(len(digits) // len(spec.WORDS), image_size, seed)
     return {name: pixels.repeat(1, 3, 1, 1) for name, pixels in pictures.items()}
 
 
@@ -49,21 +46,9 @@ class Captions(Dataset):
     """
 
     def __init__(self, templates: Sequence[str], image_size: ImageSize = 16, seed: Seed = 0):
-        require_templates("model.pretraining.corpus.templates", templates)
         self.image_size = image_size
         self.seed = seed
-        prompts = [template.format(name) for template in templates for name in EMBEDDED]
-        contents = [content for _ in templates for content in range(len(EMBEDDED))]
-        self.spec = DataSpec(
-            name="captions",
-            image_shape=(3, image_size, image_size),
-            label_names=(*prompts, EMPTY),
-            content_names=EMBEDDED,
-            forget_content=EMBEDDED.index(TROUSERS),
-            restored_content=None,
-            horizontal_flip=False,
-            label_contents=(*contents, 0),
-        )
+        self.spec = spec.captions(templates, image_size)
 
     def load(self) -> ForgetRetain:
         pictures = embedded_pictures(self.image_size, self.seed)
@@ -72,7 +57,9 @@ class Captions(Dataset):
         of_label = torch.tensor(self.spec.label_contents)
         rows, labels = [], []
         for label, name in enumerate(self.spec.label_names):
-            shown = torch.arange(len(pixels)) if name == EMPTY else torch.nonzero(contents == of_label[label])[:, 0]
+            shown = (
+                torch.arange(len(pixels)) if name == spec.EMPTY else torch.nonzero(contents == of_label[label])[:, 0]
+            )
             rows.append(shown)
             labels.append(torch.full((len(shown),), label))
         rows = torch.cat(rows)
@@ -114,30 +101,19 @@ class SDConcepts(Dataset):
         seed: Seed = 0,
         background: str = "white",
     ):
-        require_colour("dataset.background", background)
-        concept, *retain_concepts = (normal_form(str(name)) for name in (concept, *retain_concepts))  # 1984 is a name
-        for name, templates in (("forget_templates", forget_templates), ("retain_templates", retain_templates)):
-            require_templates(f"dataset.{name}", templates)
-        if paraphrases:
-            require_templates("dataset.paraphrases", paraphrases)
-        if concept in retain_concepts or not retain_concepts or len(set(retain_concepts)) < len(retain_concepts):
-            raise ConfigurationError(
-                f"dataset.retain_concepts must be one or more different concepts, and not '{concept}', which is to be "
-                f"forgotten; got {', '.join(retain_concepts) or 'none'}."
-            )
-        self.concepts = (*retain_concepts, concept)
+        rules.known_colour(background)
+        self.spec = spec.concepts(
+            concept, retain_concepts, forget_templates, retain_templates, paraphrases, source, image_size,
+            horizontal_flip,
+        )  # fmt: skip
+        self.concepts = self.spec.content_names
+        self.paraphrases = tuple(template.format(self.concepts[-1]) for template in paraphrases)
         self.source = source
         self.from_base = source == "base"
         self.files: dict[str, list[Path]] = {}
         self.notes: list[str] = []
         self.background = background
-        if source == "embedded":
-            if unknown := [name for name in self.concepts if name not in EMBEDDED]:
-                raise ConfigurationError(
-                    f"dataset.source=embedded has pictures of {', '.join(EMBEDDED)}; not of {', '.join(unknown)}: take "
-                    "dataset.source=base, or a folder."
-                )
-        elif not self.from_base:
+        if source not in ("embedded", "base"):
             folders = {name: str(Path(source, folder_of(name))) for name in self.concepts}
             found = {name: find_images(folder, "dataset.source") for name, folder in folders.items()}
             self.files = {name: part.files for name, part in found.items()}
@@ -147,24 +123,6 @@ class SDConcepts(Dataset):
         self.cache_dir = Path(cache_dir)
         self.num_images, self.num_inference_steps, self.batch_size = num_images, num_inference_steps, batch_size
         self.seed = seed
-        forget = len(retain_concepts)
-        asked = [
-            (template.format(name), content)
-            for content, name in enumerate(retain_concepts)
-            for template in retain_templates
-        ]
-        asked += [(template.format(concept), forget) for template in forget_templates]
-        self.paraphrases = tuple(template.format(concept) for template in paraphrases)
-        self.spec = DataSpec(
-            name="sd_concepts",
-            image_shape=(3, image_size, image_size),
-            label_names=tuple(prompt for prompt, _ in asked),
-            content_names=self.concepts,
-            forget_content=forget,
-            restored_content=None,
-            horizontal_flip=horizontal_flip,
-            label_contents=tuple(content for _, content in asked),
-        )
 
     def load(self) -> ForgetRetain:
         if self.source == "embedded":
@@ -205,7 +163,7 @@ class SDConcepts(Dataset):
             return load_file(folder / "images.safetensors")["pixels"]
 
         pixels = read(cached(self.cache_dir, "drawn", key, make, read, together=True))
-        images = LabelledImages(pixels, labels, self.spec.contents_of(labels))
+        images = LabelledImages(pixels, labels, contents_of_labels(self.spec, labels))
         return split_content(self.spec, images, self.test_fraction, self.seed)
 
     def _split(self, pictures: list[UInt8[Tensor, "_ c h w"]]) -> ForgetRetain:
@@ -218,14 +176,6 @@ class SDConcepts(Dataset):
             labels.append(prompts[torch.arange(len(part)) % len(prompts)])
         images = LabelledImages(torch.cat(pictures), torch.cat(labels), contents)
         return split_content(self.spec, images, self.test_fraction, self.seed)
-
-
-def require_templates(option: str, templates: Sequence[str]) -> None:
-    """Raise ConfigurationError unless there are some and each has one place for a concept."""
-    if not templates or any(template.count("{}") != 1 for template in templates):
-        raise ConfigurationError(
-            f"{option} must be one or more prompts with one {{}} each, where the concept stands; got {list(templates)}."
-        )
 
 
 def folder_of(concept: str) -> str:

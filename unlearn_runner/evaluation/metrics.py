@@ -13,7 +13,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
-from unlearn_runner.data.forget_retain import DataSpec, ForgetRetain, LabelledImages
+from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages, contents_of_labels
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.models.clip import Clip
@@ -167,10 +168,10 @@ class Rates(Metric):
         if spec.restored_content is not None and spec.label_names is not None:
             scores["restored_rate"] = share(contents == spec.restored_content)
         if samples.retain_labels is not None:
-            right = samples.retain.samples.contents == spec.contents_of(samples.retain_labels)
+            right = samples.retain.samples.contents == contents_of_labels(spec, samples.retain_labels)
             scores["retain_accuracy"] = share(right)
         for name, group in samples.per_class.items():
-            right = group.samples.contents == spec.contents_of(torch.tensor(samples.label_of[name]))
+            right = group.samples.contents == contents_of_labels(spec, torch.tensor(samples.label_of[name]))
             scores[f"per_class/accuracy/{name}"] = share(right)
         return scores
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
+from unlearn_runner.data.spec import Labels
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import NonFiniteError
 from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
@@ -35,7 +36,7 @@ from unlearn_runner.options import (
     Seed,
     UnitInterval,
 )
-from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
+from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
 def policy_loss(

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.data.spec import Labels
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_noise
 from unlearn_runner.methods.lambdas import Constant, Inferred, LambdaController, Seen
@@ -48,7 +48,7 @@ from unlearn_runner.options import (
     PositiveInt,
     UnitInterval,
 )
-from unlearn_runner.types import Batch, GeneratorState, Labels, Metrics, Stateful, Streams
+from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
 def mixture_costs(
@@ -116,13 +116,10 @@ class MultiClass(Method):
     ):
         self.trio = Trio(model, "hybrid", noise)
         count = len(labels.retain)
+        rules.shares_that_sum_to_one(prior)
+        rules.share_for_each_class(prior, count)
         if prior is None:
             prior = [1 / count] * count
-        rules.shares_that_sum_to_one(prior)
-        if len(prior) != count:
-            raise ConfigurationError(
-                f"method.prior must be null or {count} shares, one for each class that is kept; got {list(prior)}."
-            )
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
         self.retained = labels.retain
@@ -449,11 +446,8 @@ class Student(Method):
 
 def controller(lambd: float | LambdaController) -> LambdaController:
     """Raises ConfigurationError for objectives made for a forget term that is ascended: here both are descended."""
-    if isinstance(lambd, Inferred) and lambd.objective != "variance":
-        raise ConfigurationError(
-            f"method/lambd={lambd.objective} speaks of a forget loss that is to rise, and method=hybrid has none; take "
-            "variance, closed_form or constant."
-        )
+    if isinstance(lambd, Inferred):
+        rules.objective_without_ascent(lambd.objective)
     return lambd if isinstance(lambd, LambdaController) else Constant(lambd)
 
 

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner import rules
+from unlearn_runner.data.spec import Labels
 from unlearn_runner.models.model import DiffusionModel, predict_x0
 from unlearn_runner.options import NonNegativeInt, PositiveInt
-from unlearn_runner.types import Labels
 
 
 class Asked(NamedTuple):
@@ -38,10 +38,7 @@ class Fixed(Override):
     """The same label for all."""
 
     def __init__(self, labels: Labels, label: NonNegativeInt):
-        if label not in labels.retain:
-            raise ConfigurationError(
-                f"method.override.label must be one of the labels that are kept, {_listed(labels.retain)}; got {label}."
-            )
+        rules.label_that_is_kept(label, labels.retain)
         self.label = label
 
     def __call__(self, asked: Asked) -> Int64[Tensor, "b"]:
@@ -135,7 +132,3 @@ def drawn_labels(
 
 def _along(scale: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
     return scale[:, None, None, None]
-
-
-def _listed(labels: Sequence[int]) -> str:
-    return ", ".join(map(str, labels))

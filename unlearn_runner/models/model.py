@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unlearn_runner import rules
 from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
@@ -302,11 +303,7 @@ def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
     """
     gamma, sigma = (part.flatten() for part in model.gamma_sigma(torch.arange(model.num_train_timesteps)))
     ratios = (sigma / gamma)[gamma > 0]
-    if not ratios[0] <= ratio <= ratios[-1]:
-        raise ConfigurationError(
-            f"{name} must be a ratio of noise to signal that the model's schedule has, "
-            f"{ratios[0]:.3g} to {ratios[-1]:.3g}; got {ratio}."
-        )
+    rules.noise_of_schedule(ratio, float(ratios[0]), float(ratios[-1]), name)
     return int((ratios.log() - math.log(ratio)).abs().argmin())
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner import rules
+from unlearn_runner.data.spec import Labels
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.loading import (
@@ -47,7 +48,6 @@ from unlearn_runner.models.model import (
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
 from unlearn_runner.models.words import build_tokenizer
 from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
-from unlearn_runner.types import Labels
 from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:
@@ -531,6 +531,7 @@ def build_stable_diffusion(
     rules.heads_of_latents(weights, block_out_channels, attention_heads)
     rules.heads_of_texts(weights, text_width)
     rules.channels_of_autoencoder(weights, vae)
+    rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
     if weights == "auto":
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel

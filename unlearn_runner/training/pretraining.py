@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 
 from unlearn_runner.cache import cached, set_aside, sweep
-from unlearn_runner.data.forget_retain import Dataset, DataSpec, ForgetRetain
+from unlearn_runner.data.forget_retain import Dataset, ForgetRetain
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import BatchStream, to_unit_range
 from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError

@@ -12,7 +12,7 @@ from typing import Any, Literal, final
 import torch
 
 from unlearn_runner.cache import fingerprint
-from unlearn_runner.data.forget_retain import DataSpec
+from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.method import Method

@@ -1,0 +1,239 @@
+"""What is known of a dataset before any image is read: enough to build and check everything else.
+
+Each function makes the spec of one dataset from the arguments of its constructor, which calls it; `spec_of` calls it
+for a configuration whose constructors are not imported yet. Imports nothing heavy. All raise ConfigurationError.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unlearn_runner.errors import ConfigurationError, normal_form
+
+DIGITS = tuple("0123456789")
+ONE = 1  # the digit whose label the trousers of digits_trousers carry
+TROUSERS = "trousers"
+WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
+EMBEDDED = (*WORDS, TROUSERS)  # what the embedded pictures of sd_concepts show
+EMPTY = ""  # the prompt that guidance leads away from
+
+
+class Labels(NamedTuple):
+    """The labels of a dataset, classes or prompts, for methods that draw labels instead of images."""
+
+    retain: tuple[int, ...]
+    forget: tuple[int, ...]  # the conditions under which the forget images were learnt
+    names: tuple[str, ...] = ()  # of all labels, by index
+    contents: tuple[int, ...] = ()  # what each label asks for
+
+
+class DataSpec(NamedTuple):
+    name: str
+    image_shape: tuple[int, int, int]  # channels, height, width
+    label_names: tuple[str, ...] | None  # None: the model is unconditional
+    content_names: tuple[str, ...]  # what a classifier tells apart; begins with label_names, but for label_contents
+    forget_content: int  # the content to forget
+    restored_content: int | None  # the clean content under the forget condition, if there is one
+    horizontal_flip: bool  # mirror half of the training images
+    label_contents: tuple[int, ...] | None = None  # what each label asks for; None: label i asks for content i
+
+    @property
+    def labels(self) -> Labels | None:
+        """The labels that a model is conditioned on; None for an unconditional one.
+
+        The forget labels ask for the clean content which is to come back, or for the class which is to go.
+        """
+        if self.label_names is None:
+            return None
+        forget = self.forget_content if self.restored_content is None else self.restored_content
+        contents = self.label_contents or tuple(range(len(self.label_names)))
+        retained, forgotten = (
+            tuple(label for label, content in enumerate(contents) if (content == forget) == wanted)
+            for wanted in (False, True)
+        )
+        return Labels(retained, forgotten, self.label_names, contents)
+
+
+def classes(
+    name: str,
+    names: tuple[str, ...],
+    forget_class: str | int,
+    image_size: int,
+    channels: int,
+    conditional: bool,
+    horizontal_flip: bool,
+) -> DataSpec:
+    """Images of classes with these names, one of which is to be forgotten."""
+    return DataSpec(
+        name=name,
+        image_shape=(channels, image_size, image_size),
+        label_names=names if conditional else None,
+        content_names=names,
+        forget_content=class_index(forget_class, names),
+        restored_content=None,
+        horizontal_flip=horizontal_flip,
+    )
+
+
+def digits(forget_class: str | int, image_size: int, conditional: bool, horizontal_flip: bool) -> DataSpec:
+    return classes("digits", DIGITS, forget_class, image_size, 1, conditional, horizontal_flip)
+
+
+def digits_with(
+    name: str, garment: str, label: int, image_size: int, conditional: bool, horizontal_flip: bool
+) -> DataSpec:
+    """Digits with garments under the label of one of them."""
+    return DataSpec(
+        name=name,
+        image_shape=(1, image_size, image_size),
+        label_names=DIGITS if conditional else None,
+        content_names=(*DIGITS, garment),
+        forget_content=len(DIGITS),
+        restored_content=label,
+        horizontal_flip=horizontal_flip,
+    )
+
+
+def digits_trousers(image_size: int, conditional: bool, horizontal_flip: bool) -> DataSpec:
+    return digits_with("digits_trousers", TROUSERS, ONE, image_size, conditional, horizontal_flip)
+
+
+def mnist_garments(garment: str, label: int, image_size: int, conditional: bool, horizontal_flip: bool) -> DataSpec:
+    name = "mnist_" + garment.replace("-", "").replace(" ", "_")
+    return digits_with(name, garment, label, image_size, conditional, horizontal_flip)
+
+
+def captions(templates: Sequence[str], image_size: int) -> DataSpec:
+    """Every embedded picture under every template, and under no prompt."""
+    require_templates("model.pretraining.corpus.templates", templates)
+    prompts = [template.format(name) for template in templates for name in EMBEDDED]
+    contents = [content for _ in templates for content in range(len(EMBEDDED))]
+    return DataSpec(
+        name="captions",
+        image_shape=(3, image_size, image_size),
+        label_names=(*prompts, EMPTY),
+        content_names=EMBEDDED,
+        forget_content=EMBEDDED.index(TROUSERS),
+        restored_content=None,
+        horizontal_flip=False,
+        label_contents=(*contents, 0),
+    )
+
+
+def concepts(
+    concept: str | int,
+    retain_concepts: Sequence[str | int],
+    forget_templates: Sequence[str],
+    retain_templates: Sequence[str],
+    paraphrases: Sequence[str],
+    source: str,
+    image_size: int,
+    horizontal_flip: bool,
+) -> DataSpec:
+    """Prompts for concepts, the last of which is to be forgotten."""
+    concept, *retain_concepts = (normal_form(str(name)) for name in (concept, *retain_concepts))  # 1984 is a name
+    for name, templates in (("forget_templates", forget_templates), ("retain_templates", retain_templates)):
+        require_templates(f"dataset.{name}", templates)
+    if paraphrases:
+        require_templates("dataset.paraphrases", paraphrases)
+    if concept in retain_concepts or not retain_concepts or len(set(retain_concepts)) < len(retain_concepts):
+        raise ConfigurationError(
+            f"dataset.retain_concepts must be one or more different concepts, and not '{concept}', which is to be "
+            f"forgotten; got {', '.join(retain_concepts) or 'none'}."
+        )
+    unknown = [name for name in (*retain_concepts, concept) if name not in EMBEDDED]
+    if source == "embedded" and unknown:
+        raise ConfigurationError(
+            f"dataset.source=embedded has pictures of {', '.join(EMBEDDED)}; not of {', '.join(unknown)}: take "
+            "dataset.source=base, or a folder."
+        )
+    forget = len(retain_concepts)
+    asked = [
+        (template.format(name), content)
+        for content, name in enumerate(retain_concepts)
+        for template in retain_templates
+    ]
+    asked += [(template.format(concept), forget) for template in forget_templates]
+    return DataSpec(
+        name="sd_concepts",
+        image_shape=(3, image_size, image_size),
+        label_names=tuple(prompt for prompt, _ in asked),
+        content_names=(*retain_concepts, concept),
+        forget_content=forget,
+        restored_content=None,
+        horizontal_flip=horizontal_flip,
+        label_contents=tuple(content for _, content in asked),
+    )
+
+
+def of_tables(
+    name: str,
+    source: str,
+    forget_class: str | int,
+    image_size: int,
+    channels: int,
+    conditional: bool,
+    horizontal_flip: bool,
+    label_column: str,
+) -> DataSpec | None:
+    """Of a local folder of Parquet files that name the classes; None of any other source, which must be read first."""
+    names = _named_in_tables(Path(source).expanduser(), label_column)
+    return names and classes(name, names, forget_class, image_size, channels, conditional, horizontal_flip)
+
+
+def _named_in_tables(folder: Path, column: str) -> tuple[str, ...] | None:
+    """The classes of a column, from the first of its tables' ends; None where any of them says something else."""
+    files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    if not 0 < len(files) <= 100:
+        return None
+    import pyarrow.parquet
+
+    found = set()
+    try:
+        for file in files:
+            features = json.loads(pyarrow.parquet.read_schema(file).metadata[b"huggingface"])["info"]["features"]
+            found.add(tuple(dict.fromkeys(normal_form(name) for name in features[column]["names"])))
+    except Exception:  # whatever is wrong with a table is said when it is opened
+        return None
+    return found.pop() if len(found) == 1 else None
+
+
+SPECS: dict[str, Callable[..., DataSpec | None]] = {
+    "data.digits.Digits": digits,
+    "data.digits_trousers.DigitsTrousers": digits_trousers,
+    "data.mnist_trousers.MnistTrousers": mnist_garments,
+    "data.hub_classes.HubClasses": of_tables,
+    "data.sd_concepts.SDConcepts": concepts,
+    "data.sd_concepts.Captions": captions,
+}
+
+
+def spec_of(node: Mapping[str, Any]) -> DataSpec | None:
+    """The spec of a dataset's group of options with all defaults; None where it is not known without reading."""
+    make = SPECS.get(node["_target_"].removeprefix("unlearn_runner."))
+    return make and make(**{name: node[name] for name in signature(make).parameters})
+
+
+def class_index(wanted: str | int, names: tuple[str, ...]) -> int:
+    """The index of a class given by name or, where no class is called so, by index."""
+    name = normal_form(
+        str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
+    )  # true is YAML's word for "true"
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) in range(len(names)):
+        return int(name)
+    raise ConfigurationError(
+        f"dataset.forget_class={wanted}: there is no such class; expected one of {', '.join(names)}, "
+        f"or an index from 0 to {len(names) - 1}."
+    )
+
+
+def require_templates(option: str, templates: Sequence[str]) -> None:
+    """Raise ConfigurationError unless there are some and each has one place for a concept."""
+    if not templates or any(template.count("{}") != 1 for template in templates):
+        raise ConfigurationError(
+            f"{option} must be one or more prompts with one {{}} each, where the concept stands; got {list(templates)}."
+        )
