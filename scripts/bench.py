@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -294,6 +294,7 @@ def serve(connection: Connection, name: str, arguments: argparse.Namespace) -> N
 
     with tempfile.TemporaryDirectory() as folder:
         subject = make_subject(name, arguments, Path(folder), *arguments.set)
+        begin_peak()
         at_first = peak_memory_gb()
         weights = list(subject.networks[0].parameters())
         device = weights[0].device
@@ -304,6 +305,19 @@ def serve(connection: Connection, name: str, arguments: argparse.Namespace) -> N
             except EOFError:  # nobody asks any more
                 return
             connection.send({"run": timed, "look": looked}[order](steps))
+
+
+def begin_peak() -> None:
+    """From now on the peak is that of what follows: what importing and building needed for a moment is left out, where
+    the system can be asked to.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # only Linux has it
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_turns(runners: list[Runner], arguments: argparse.Namespace) -> dict[str, list[float]]:
