@@ -45,7 +45,11 @@ def test_a_sweep_goes_on_where_it_broke(tmp_path, shared_cache):
     """A job that fails is reported and recorded; the next command makes up for what is missing alone."""
     code, said = sweep("method.lambd=0.3,1.3", "seed=0", "logger=wandb", outputs=tmp_path, cache=shared_cache)
     assert code == 1
-    assert said.strip().splitlines()[-1] == WRONG_LAMBDA
+    assert "Error executing" not in said
+    *_, sentence, which = said.strip().splitlines()
+    assert sentence == WRONG_LAMBDA
+    assert which.startswith("(job 1 of the sweep: ")
+    assert which.endswith("; failures.jsonl in its folder has all)")
     (failure,) = failures(tmp_path)
     assert failure["error"] == WRONG_LAMBDA
     assert "method.lambd=1.3" in failure["overrides"]

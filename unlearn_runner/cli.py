@@ -18,6 +18,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import (
     CompactHydraException,
     HydraException,
@@ -70,6 +71,7 @@ def sweep(otherwise: str | int | float, *, _root_: DictConfig) -> str:
 # conf/hydra/launcher has options by the names that the plugins themselves give them
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/.*' is validated against ConfigStore schema")
 
+FAILURES = "failures.jsonl"  # in a sweep's folder
 SWEEP = "UNLEARN_RUNNER_SWEEP"  # jobs inherit it from the command that launches them
 os.environ.setdefault(SWEEP, f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(2)}")
 OmegaConf.register_new_resolver("sweep", sweep, replace=True)
@@ -129,7 +131,7 @@ def failure_on_record() -> Iterator[None]:
             folder = Path(hydra.sweep.dir)
             with suppress(OSError):  # the job's own failure is what counts
                 folder.mkdir(parents=True, exist_ok=True)
-                with open(folder / "failures.jsonl", "a", encoding="utf-8") as file:
+                with open(folder / FAILURES, "a", encoding="utf-8") as file:
                     file.write(json.dumps({**line, "error": why}, allow_nan=False) + "\n")
         elif _mistake(error) is not None:
             raise _Through from error
@@ -137,6 +139,20 @@ def failure_on_record() -> Iterator[None]:
         if known is not None and known is not error:  # a job's exception loses its cause on the way to the launcher
             raise known from error
         raise
+
+
+def _returned(job: JobReturn) -> Any:
+    """What a job returns or raises. Hydra's own prints a line first; here the job is named after its sentence."""
+    if job.status == JobStatus.COMPLETED:
+        return job._return_value
+    error = job._return_value
+    if job.hydra_cfg is not None and job.hydra_cfg.hydra.mode == RunMode.MULTIRUN:
+        number = job.hydra_cfg.hydra.job.num
+        error.add_note(f"(job {number} of the sweep: {' '.join(job.overrides)}; {FAILURES} in its folder has all)")
+    raise error
+
+
+JobReturn.return_value = property(_returned, JobReturn.return_value.fset)
 
 
 @contextmanager
@@ -158,7 +174,7 @@ def one_sentence() -> Iterator[None]:
         if full or mistake is None:
             raise error
         with suppress(OSError):  # a terminal that was closed
-            print(mistake, file=sys.stderr, flush=True)
+            print(mistake, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr, flush=True)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     finally:
         TYPED.clear()
