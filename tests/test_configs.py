@@ -16,12 +16,12 @@ from trainers import CPU, build_trainer, flat_state, make
 from train import build_method, build_model
 from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.spec import Labels
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.methods.method import FirstWeights, Method, Update
 from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, squared_error
 from unlearn_runner.models.sampling import ddim_step, ladder
 from unlearn_runner.options import BatchSize, NumInferenceSteps, PositiveFloat
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
