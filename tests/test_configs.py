@@ -188,7 +188,10 @@ def test_logger_options_open_and_close(composed, tmp_path, logger):
 
 @pytest.mark.parametrize("dataset", options("dataset"))
 def test_dataset_options_compose(composed, dataset, tmp_path):
-    folders = [f"dataset.{name}_dir={tmp_path}" for name in ("forget", "retain")]
+    folders = []
+    for name in ("forget", "retain"):
+        (tmp_path / name).mkdir()
+        folders.append(f"dataset.{name}_dir={tmp_path / name}")
     cfg = composed(f"dataset={dataset}", *(folders * (dataset == "image_folder")))
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
 
