@@ -13,7 +13,7 @@ from pipelines import foreign
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
 
-from train import build_method, build_model
+from unlearn_runner.assembly import build_method, build_network
 from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.data.spec import Labels
@@ -154,7 +154,7 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
         more += ["dataset=sd_concepts"]
     cfg = composed(f"model={model}", *more)
     spec = SimpleNamespace(image_shape=dataset, label_names=tuple("0123456789"))
-    network = build_model(cfg["model"]["network"], spec, 0)
+    network = build_network(cfg, spec, 0)
     make(cfg["model"]["pretraining"])
     labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, network.num_train_timesteps - 1])
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
             continue
         spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,), tuple("0123456789"), tuple(range(10))))
         clip = make(cfg["clip"]["network"])
-        built = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
+        built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
     assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from pipelines import PROMPTS, tiny
 from toy import gaussian_model
 
-from train import drawn_by
+from unlearn_runner.assembly import drawn_by
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.evaluation import evaluator as evaluating

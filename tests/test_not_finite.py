@@ -12,7 +12,7 @@ from pipelines import tiny
 from safetensors.torch import load_file, save_file
 from trainers import CPU, build_trainer
 
-from train import build_model
+from unlearn_runner.assembly import build_network
 from unlearn_runner.cache import write_json
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
@@ -117,7 +117,7 @@ def test_spoilt_weights_are_not_saved(composed, digits, tmp_path):
 
 def test_a_spoilt_base_is_refused_before_anything_is_unlearned(run, composed, tmp_path):
     cfg = composed()
-    network = build_model(cfg["model"]["network"], DigitsTrousers().spec, 0)
+    network = build_network(cfg, DigitsTrousers().spec, 0)
     network.save(tmp_path / "base")
     [file] = tmp_path.glob("base/unet/*.safetensors")
     weights = load_file(file)

@@ -177,6 +177,7 @@ class Constructor:
     name: str
     options: dict[str, Option]
     makes: frozenset[tuple[str, str]]
+    requires: tuple[str, ...] = ()  # what a method says at the top of its class that it needs
 
 
 @cache
@@ -191,8 +192,24 @@ def constructor_of(target: str) -> Constructor | None:
         made = source.evaluate(node.returns) if node.returns is not None else None
         classes = [arm for arm in arms_of(made) if isinstance(arm, type) and issubclass(arm, Opaque)]
         makes = frozenset().union(*(_ancestors(arm.module, arm.name) for arm in classes))
-        return Constructor(name, _signature(source, node, name), makes)
-    return Constructor(name, _of_class(source, node), _ancestors(source.module, node.name))
+        needs = (need for target in _further(source, node, name) for need in constructor_of(target).requires)
+        return Constructor(name, _signature(source, node, name), makes, tuple(dict.fromkeys(needs)))
+    return Constructor(name, _of_class(source, node), _ancestors(source.module, node.name), _required(node))
+
+
+def _required(node: ast.ClassDef) -> tuple[str, ...]:
+    """`requires = (...)` in the body of a class."""
+    for part in node.body:
+        targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "requires" for target in targets):
+            return tuple(ast.literal_eval(part.value))
+    return ()
+
+
+def _further(source: Source, node: ast.FunctionDef, owner: str) -> tuple[str, ...]:
+    """The constructors that the module's FURTHER_OPTIONS names for what `**` takes."""
+    further = source.found.get("FURTHER_OPTIONS") if node.args.kwarg is not None else None
+    return ast.literal_eval(further.value).get(owner, ()) if isinstance(further, ast.Assign) else ()
 
 
 def _of_class(source: Source, node: ast.ClassDef) -> dict[str, Option]:
@@ -255,11 +272,9 @@ def _signature(source: Source, node: ast.FunctionDef, owner: str, skip: int = 0)
         argument.arg: _option(source, argument.annotation, default)
         for argument, default in zip(named, defaults, strict=True)
     }
-    further = source.found.get("FURTHER_OPTIONS") if arguments.kwarg is not None else None
-    if isinstance(further, ast.Assign):
-        for target in ast.literal_eval(further.value).get(owner, ()):
-            others = constructor_of(target).options.items()
-            found = {key: option._replace(required=False) for key, option in others} | found
+    for target in _further(source, node, owner):
+        others = constructor_of(target).options.items()
+        found = {key: option._replace(required=False) for key, option in others} | found
     return found
 
 

@@ -22,8 +22,7 @@ from unlearn_runner.errors import ConfigurationError, near
 from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
 
 TRUSTED = ("unlearn_runner.", "torch.optim.", "diffusers.optimization.", "stable_baselines3.")
-FILLED_IN = ("model", "generator", "labels", "clip")  # by the runner, of a method
-GIVEN = {"model.network": ("image_shape", "num_labels", "seed", "prompts")}  # by the dataset and the run
+GIVEN = {"model.network": ("image_shape", "label_names", "seed")}  # by the dataset and the run
 
 
 # 1. Values and types
@@ -287,23 +286,23 @@ class _Check:
             raise ConfigurationError(
                 f"{path}._target_={target} makes no {' or '.join(made.name for made in makes)}, which is needed there."
             )
+        if partial and constructor.options:  # a class there is what it is called with
+            first, option = next(iter(constructor.options.items()))
+            given = (*given, *([first] if _is_part(arms_of(option.type)[0]) else []))
         found = {"_target_": target} | ({"_partial_": partial} if "_partial_" in value else {})
         for key, part in value.items():
             if key in ("_target_", "_partial_"):
                 continue
             option = constructor.options.get(key)
             if option is None:
-                known = [name for name in constructor.options if name not in (*FILLED_IN, *given)]
+                known = [name for name in constructor.options if name not in given]
                 raise ConfigurationError(f"{path}.{key}: {constructor.name} has no such option{near(str(key), known)}.")
-            if key in given or (key in FILLED_IN and _is_part(arms_of(option.type)[0])):
-                if part is not None:
-                    raise ConfigurationError(f"{path}.{key} must be null, got {shown(part)}: the runner fills it in.")
-                found[key] = None
-            else:
-                found[key] = self.value(part, _narrowed(option.type, target, key), f"{path}.{key}")
+            if key in given:
+                raise ConfigurationError(f"{path}.{key}: the runner itself gives it; take it away.")
+            found[key] = self.value(part, _narrowed(option.type, target, key), f"{path}.{key}")
         if not partial:
             for key, option in constructor.options.items():
-                if option.required and key not in (*value, *FILLED_IN, *given):
+                if option.required and key not in (*value, *given):
                     raise ConfigurationError(f"{path}.{key} is missing: give it, {path}.{key}=...")
         return {key: found[key] for key in value}
 
@@ -414,7 +413,7 @@ class Configuration(TypedDict):
     dataset: in_package("data.forget_retain.Dataset")
     model: Model
     clip: Clip
-    method: in_package("methods.method.Method")
+    method: collections.abc.Callable[..., in_package("methods.method.Method")]
     evaluation: Evaluation
     logger: in_package("training.loggers.Logger")
 

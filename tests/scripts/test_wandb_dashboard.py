@@ -8,11 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import wandb_dashboard
 import yaml
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import wandb_dashboard
 
 DOCS = (ROOT / "docs" / "wandb.md").read_text()
 
