@@ -8,11 +8,11 @@ import yaml
 from conftest import assert_same_bits, weights_of
 
 from unlearn_runner.assembly import build_method, build_network
-from unlearn_runner.data.spec import digits_trousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Mask, Setting, Update
 from unlearn_runner.methods.siss import SISS
 from unlearn_runner.rules import REQUIREMENTS, facts, require
+from unlearn_runner.spec import digits_trousers
 from unlearn_runner.types import make_generator
 
 CLOSED_FORM = """

@@ -16,12 +16,12 @@ from trainers import CPU, build_trainer, flat_state, make
 from unlearn_runner.assembly import build_method, build_network
 from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.spec import Labels
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts
@@ -188,7 +188,10 @@ def test_logger_options_open_and_close(composed, tmp_path, logger):
 
 @pytest.mark.parametrize("dataset", options("dataset"))
 def test_dataset_options_compose(composed, dataset, tmp_path):
-    folders = [f"dataset.{name}_dir={tmp_path}" for name in ("forget", "retain")]
+    folders = []
+    for name in ("forget", "retain"):
+        (tmp_path / name).mkdir()
+        folders.append(f"dataset.{name}_dir={tmp_path / name}")
     cfg = composed(f"dataset={dataset}", *(folders * (dataset == "image_folder")))
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
 

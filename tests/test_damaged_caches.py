@@ -22,7 +22,6 @@ from unlearn_runner.cache import cached
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.sd_concepts import SDConcepts
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
@@ -30,6 +29,7 @@ from unlearn_runner.evaluation.metrics import FID, Rates
 from unlearn_runner.methods.method import Update
 from unlearn_runner.models.clip import small_clip
 from unlearn_runner.models.vae import build_vae
+from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.clip import ClipTraining, trained_clip
 from unlearn_runner.training.pretraining import Pretraining, _Learning, _pretrained_autoencoder, pretrained
 from unlearn_runner.training.signals import Interrupts

@@ -15,8 +15,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import folder_or_name
+from unlearn_runner.spec import DataSpec
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from typing import Any
 from PIL import ImageColor
 
 from unlearn_runner.constructors import constructor_of, makes
-from unlearn_runner.data.spec import Labels, spec_of
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
+from unlearn_runner.spec import Labels, spec_of
 from unlearn_runner.weights import located
 
 # 1. About the arguments of one constructor

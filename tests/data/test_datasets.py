@@ -22,8 +22,8 @@ from unlearn_runner.data.image_folder import ImageFolder
 from unlearn_runner.data.images import Decoder, common_mode, find_images
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
-from unlearn_runner.data.spec import Labels, class_index
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.spec import Labels, class_index
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the real images in {SHARED}")
 

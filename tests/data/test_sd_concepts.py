@@ -11,8 +11,8 @@ from PIL import Image
 
 from unlearn_runner.data.forget_retain import contents_of_labels
 from unlearn_runner.data.sd_concepts import Captions, SDConcepts, embedded_pictures
-from unlearn_runner.data.spec import EMBEDDED
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.spec import EMBEDDED
 
 DOCS = Path(__file__).parents[2] / "docs" / "stable_diffusion.md"
 COMMANDS = [

@@ -8,11 +8,11 @@ import scipy.linalg
 import torch
 
 from unlearn_runner.data.forget_retain import alike
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Judged
 from unlearn_runner.evaluation.evaluator import gap
 from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, Group, PrecisionRecall, Rates, Samples, first_distinct
+from unlearn_runner.spec import DataSpec
 
 SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
 

@@ -8,7 +8,6 @@ import torch
 from diffusers import DDIMScheduler
 from toy import gaussian_model
 
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods import critic_guided
 from unlearn_runner.methods.critic_guided import (
@@ -24,6 +23,7 @@ from unlearn_runner.methods.critic_guided import (
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.clip import small_clip
 from unlearn_runner.models.sampling import ladder
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
 F64 = torch.float64

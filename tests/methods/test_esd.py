@@ -7,12 +7,12 @@ import torch
 from diffusers import DDIMScheduler
 from pipelines import PROMPTS, tiny
 
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.esd import ESD, esd_loss
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.model import evaluating
 from unlearn_runner.models.sampling import denoise
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
 LABELS = Labels(retain=(0,), forget=(1, 2), names=PROMPTS, contents=(0, 1, 1))

@@ -8,7 +8,6 @@ import torch
 from test_sfd import LABELS, NOTHING, adam, flat, images
 from toy import drawn_gaussian, gaussian_model
 
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.hybrid import (
     hybrid,
@@ -22,6 +21,7 @@ from unlearn_runner.methods.method import Setting
 from unlearn_runner.methods.overrides import Fixed
 from unlearn_runner.methods.sfd import NoiseRange, generator_loss
 from unlearn_runner.models.model import predict_x0
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import make_generator
 
 F64 = torch.float64

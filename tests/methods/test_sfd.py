@@ -10,7 +10,6 @@ from toy import drawn_gaussian, gaussian_model
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.overrides import Asked, Classifier, Fixed, Override, RandomOther, class_costs
@@ -24,6 +23,7 @@ from unlearn_runner.methods.sfd import (
     two_stage_rate,
 )
 from unlearn_runner.models.model import predict_eps, predict_x0
+from unlearn_runner.spec import Labels
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.types import Batch, make_generator
 

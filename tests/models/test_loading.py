@@ -12,11 +12,11 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from pipelines import foreign, tiny
 from safetensors.torch import load_file, save_file
 
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.models.stable_diffusion import require_told_apart
 from unlearn_runner.models.vae import build_vae
+from unlearn_runner.spec import Labels
 from unlearn_runner.weights import fetched
 
 WEIGHTS = "diffusion_pytorch_model"

@@ -9,7 +9,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from pipelines import foreign, tiny
 
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.likelihood import bound_bits_per_dim, flow_bits_per_dim, strata
 from unlearn_runner.methods.denoising import denoising_loss
@@ -19,6 +18,7 @@ from unlearn_runner.models.ddpm import DDPM
 from unlearn_runner.models.model import predict_eps, predict_x0, timestep_with_ratio
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
 SCHEDULE = {

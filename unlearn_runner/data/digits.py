@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unlearn_runner.data import spec
+from unlearn_runner import spec
 from unlearn_runner.data.forget_retain import (
     Dataset,
     ForgetRetain,

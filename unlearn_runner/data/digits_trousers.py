@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from unlearn_runner.data import spec
+from unlearn_runner import spec
 from unlearn_runner.data.digits import read_digits
 from unlearn_runner.data.forget_retain import (
     Dataset,

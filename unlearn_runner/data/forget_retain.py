@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.spec import DataSpec
 
 
 class LabelledImages(NamedTuple):

@@ -7,8 +7,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from unlearn_runner import rules
-from unlearn_runner.data import spec
+from unlearn_runner import rules, spec
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
 from unlearn_runner.data.images import Decoder, gathered, require_apart

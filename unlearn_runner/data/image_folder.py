@@ -28,9 +28,9 @@ from unlearn_runner.data.images import (
     printable,
     require_apart,
 )
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
+from unlearn_runner.spec import DataSpec
 
 CONTENTS = ("retain", "forget")
 

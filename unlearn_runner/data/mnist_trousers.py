@@ -11,8 +11,7 @@ from annotated_types import Ge, Gt, Le
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner import rules
-from unlearn_runner.data import spec
+from unlearn_runner import rules, spec
 from unlearn_runner.data.forget_retain import (
     Dataset,
     ForgetRetain,

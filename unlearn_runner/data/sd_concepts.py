@@ -11,9 +11,8 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unlearn_runner import rules
+from unlearn_runner import rules, spec
 from unlearn_runner.cache import cached
-from unlearn_runner.data import spec
 from unlearn_runner.data.digits import read_digits
 from unlearn_runner.data.digits_trousers import draw_trousers
 from unlearn_runner.data.forget_retain import (

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages, contents_of_labels
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.evaluation.classifier import Judge, Judged
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import PositiveInt, Seed
+from unlearn_runner.spec import DataSpec
 
 MinSamples: TypeAlias = Annotated[int, Ge(2), Le(10_000_000)]
 ALONE = {"sync_on_compute": False}  # torchmetrics would add up what several processes have, and here all have all

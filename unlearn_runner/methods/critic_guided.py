@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.data.streams import Images
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import NonFiniteError
@@ -37,6 +36,7 @@ from unlearn_runner.options import (
     Seed,
     UnitInterval,
 )
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 

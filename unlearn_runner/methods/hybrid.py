@@ -23,7 +23,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_noise
@@ -49,6 +48,7 @@ from unlearn_runner.options import (
     PositiveInt,
     UnitInterval,
 )
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.data.streams import Images
 from unlearn_runner.distributed import averaged
 from unlearn_runner.errors import ConfigurationError, first_line
@@ -20,6 +19,7 @@ from unlearn_runner.gradients import as_vector, gradients, in_parts
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Decay, PositiveFloat
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
 

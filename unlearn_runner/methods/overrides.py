@@ -12,9 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.models.model import DiffusionModel, predict_x0
 from unlearn_runner.options import NonNegativeInt, PositiveInt
+from unlearn_runner.spec import Labels
 
 
 class Asked(NamedTuple):

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.method import Counter, Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
@@ -30,6 +29,7 @@ from unlearn_runner.models.model import (
 )
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, UnitInterval
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 

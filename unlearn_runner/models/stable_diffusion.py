@@ -13,7 +13,6 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.data.spec import Labels
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.loading import (
@@ -48,6 +47,7 @@ from unlearn_runner.models.model import (
 from unlearn_runner.models.sampling import denoise, sampling_scheduler
 from unlearn_runner.models.words import build_tokenizer
 from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
+from unlearn_runner.spec import Labels
 from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:

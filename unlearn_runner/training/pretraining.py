@@ -16,7 +16,6 @@ from rich.console import Console
 
 from unlearn_runner.cache import cached, set_aside, sweep
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import BatchStream, to_unit_range
 from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
@@ -25,6 +24,7 @@ from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.models.stable_diffusion import Autoencoder
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
+from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder

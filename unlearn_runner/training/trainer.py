@@ -12,12 +12,12 @@ from typing import Any, Literal, final
 import torch
 
 from unlearn_runner.cache import fingerprint
-from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
+from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, damaged
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.types import Metrics, Stateful
