@@ -94,7 +94,7 @@ WRONG = [
     (["+evaluation.metrics.mine._target_=unlearn_runner.evaluation.metrics.Mine"], "there is no such class"),
     (["evaluation.metrics.fid._target_=unlearn_runner.hardware.Hardware"], "makes no Metric .*, which is needed there"),
     (["method._target_=unlearn_runner.methods.method.Update"], "makes no Method, which is needed there"),
-    (["method=sfd", "method.labels=3"], "method.labels: SFD has no such option"),
+    (["method=sfd", "+method.labels=3"], "method.labels: SFD has no such option"),
     (["~evaluation.oracle"], "evaluation.oracle is missing: give it, evaluation.oracle=..."),
     # combinations
     (["evaluation.metrics.is.splits=1000"], "needs at least 1000 samples .its splits.; evaluation.num_samples=200"),
