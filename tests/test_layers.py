@@ -1,4 +1,4 @@
-"""Imports run one way: train.py -> assembly -> drivers -> training -> methods, evaluation -> models, data -> the rest."""
+"""Imports run one way: assembly -> drivers -> training -> methods, evaluation -> models, data -> the rest."""
 
 import ast
 import subprocess
