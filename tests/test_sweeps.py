@@ -101,7 +101,7 @@ def test_an_agent_of_a_wandb_sweep_can_call_the_command(tmp_path, shared_cache):
 
 
 def test_a_group_among_a_sweeps_parameters_hides_its_options(tmp_path, monkeypatch):
-    """In W&B's config, of a run to which its agent hands parameters over: why scripts/wandb_sweep.yaml has values only."""
+    """In W&B's config, as its agent hands the parameters over: why scripts/wandb_sweep.yaml has values only."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
     for parameters in ({"method.rho": 0.03}, {"method": "siss", "method.rho": 0.03}):
