@@ -9,6 +9,9 @@ import pytest
 import torch
 import yaml
 from conftest import COMPLETE, ROOT, assert_same_bits, marked, options
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from pipelines import foreign
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
@@ -186,13 +189,18 @@ def test_logger_options_open_and_close(composed, tmp_path, logger):
     built.finish({"eval/forget_rate": 0.1}, failed=False)
 
 
+def of_the_base(dataset: str) -> bool:
+    """Whether a dataset's images are drawn by the base, which then must come from elsewhere."""
+    return yaml.safe_load((ROOT / "conf" / "dataset" / f"{dataset}.yaml").read_text()).get("source") == "base"
+
+
 @pytest.mark.parametrize("dataset", options("dataset"))
 def test_dataset_options_compose(composed, dataset, tmp_path):
-    folders = []
     for name in ("forget", "retain"):
         (tmp_path / name).mkdir()
-        folders.append(f"dataset.{name}_dir={tmp_path / name}")
-    cfg = composed(f"dataset={dataset}", *(folders * (dataset == "image_folder")))
+    folders = [f"dataset.{name}_dir={tmp_path / name}" for name in ("forget", "retain")]
+    more = folders if dataset == "image_folder" else ["model=sd15"] if of_the_base(dataset) else []
+    cfg = composed(f"dataset={dataset}", *more)
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
 
 
@@ -290,17 +298,103 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
             assert published[key] == sampling[key]
 
 
-def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_method(composed):
-    for folder, group in (("tuned", "experiment"), ("tuned/model", "model")):
-        assert set(options(folder)) <= {f"{option}_{method}" for option in options(group) for method in COMPLETE}
-        for leader, followers in (("siss", ("adaptive_siss", "rl_lambda")), ("sfd", ("sfd_two_stage", "hybrid"))):
-            for option in options(group):
-                if f"{option}_{leader}" in options(folder):
-                    assert {f"{option}_{follower}" for follower in followers} <= set(options(folder)), (
-                        f"what {leader} needs in {option}, its relatives need too"
-                    )
-    assert composed("model=vae", "method=siss", debug=False)["method"]["rho"] == 0.1
-    assert composed("model=vae", "method=siss", "method.rho=0.2", debug=False)["method"]["rho"] == 0.2
-    assert composed("method=siss", debug=False)["method"]["rho"] == 0.04
-    assert composed("experiment=mnist_tshirt", debug=False)["method"]["tau"] == 5
-    assert composed("experiment=mnist_tshirt", "method.tau=7", debug=False)["method"]["tau"] == 7
+TUNED = sorted(path.relative_to(ROOT / "conf" / "tuned") for path in (ROOT / "conf" / "tuned").rglob("*.yaml"))
+
+
+def families() -> dict[str, set[str]]:
+    """The methods of each family, as Hydra composes them; one that names none is a family by itself."""
+    found: dict[str, set[str]] = {}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for method in options("method"):
+            choices = compose("train", [f"method={method}"], return_hydra_config=True).hydra.runtime.choices
+            found.setdefault(choices.get("method/family", method), set()).add(method)
+    return found
+
+
+def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_family():
+    """<experiment>/<family>.yaml, model/<model>/<family>.yaml, and <family>/<method>.yaml for what one method needs
+    besides. No file only names another.
+    """
+    members = families()
+    assert set(options("method/family")) <= {family for family, methods in members.items() if len(methods) > 1}
+    for path in TUNED:
+        of_model = path.parts[0] == "model"
+        whose, family, *method = path.with_suffix("").parts[of_model:]
+        assert whose in options("model" if of_model else "experiment"), path
+        assert family in members, path
+        assert set(method) <= members[family], path
+        content = yaml.safe_load((ROOT / "conf" / "tuned" / path).read_text())
+        assert set(content) - {"defaults"}, f"{path} has no value of its own"
+    assert len(TUNED) < 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "values"),
+    [
+        ("model=vae method=siss", {"rho": 0.1, "learning_rate": 4e-3}),
+        ("model=vae method=siss_no_is", {"rho": 0.1, "learning_rate": 4e-3}),
+        ("model=vae method=siss method.rho=0.2", {"rho": 0.2}),
+        ("method=siss", {"rho": 0.04, "learning_rate": 5e-4}),
+        ("experiment=mnist_tshirt", {"tau": 5}),
+        ("experiment=mnist_tshirt method.tau=7", {"tau": 7}),
+        ("experiment=mnist_tshirt method=rl_lambda", {"tau": 5}),  # a family inherited through a package
+        ("experiment=digits_class method=adaptive_siss", {"rho": 0.2, "learning_rate": 5e-4}),
+        ("experiment=digits_class method=siss", {"rho": 0.2, "learning_rate": 1e-3}),
+        ("experiment=digits_class method=siss model=vae", {"rho": 0.2, "learning_rate": 1e-3}),  # after the model's
+        ("experiment=digits_trousers method=neg_grad", {"learning_rate": 5e-5}),  # a family by itself
+        ("experiment=digits_trousers_lambda method=sfd", {"forget_weight": 0.01, "learning_rate": 5e-4}),
+        ("experiment=cifar10_class_small method=hybrid", {"alpha": 1.0, "learning_rate": 6e-5}),
+        ("experiment=sd_trousers method=critic_guided", {"max_steps": 40, "clip_range": 6e-3}),
+        ("experiment=sd_trousers method=ddpo", {"max_steps": 64, "clip_range": 6e-3}),
+        ("model=sd_tiny dataset=sd_concepts method=ddpo", {"max_steps": 128, "clip_range": 6e-3}),
+    ],
+)
+def test_tuned_settings_are_found(composed, overrides, values):
+    cfg = composed(*overrides.split(), debug=False)
+    assert {name: cfg["budget" if name in cfg["budget"] else "method"][name] for name in values} == values
+
+
+def test_a_method_adds_to_what_its_family_has(composed):
+    chosen = "experiment=cifar10_class_small"
+    schedules = [
+        composed(chosen, f"method={method}", debug=False)["method"]["fake_update"]["lr_schedule"]
+        for method in ("sfd", "sfd_two_stage")
+    ]
+    assert schedules[0] is None
+    assert schedules[1]["factor"] == 1.0
+
+
+def test_a_method_from_elsewhere_may_join_a_family(tmp_path):
+    """Or be one by itself; what is tuned is found either way."""
+    (tmp_path / "method").mkdir()
+    text = (ROOT / "conf" / "method" / "siss_no_is.yaml").read_text()
+    assert "rho: 0.04" in text
+    (tmp_path / "method" / "mine.yaml").write_text(text.replace("rho: 0.04", "rho: 0.5"))
+    (tmp_path / "method" / "alone.yaml").write_text("defaults: [neg_grad]\n")
+    (tmp_path / "tuned" / "digits_class").mkdir(parents=True)
+    (tmp_path / "tuned" / "digits_class" / "alone.yaml").write_text("# @package _global_\nbudget: {max_steps: 7}\n")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        searched = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=digits_class"]
+        assert compose("train", [*searched, "method=mine"]).method.rho == 0.2
+        assert compose("train", [*searched, "method=alone"]).budget.max_steps == 7
+
+
+def test_searches_name_options_that_there_are(composed):
+    """What hparams_search=... sets, without Optuna; with it tests/test_sweeps.py runs one."""
+    for name in options("hparams_search"):
+        search = yaml.safe_load((ROOT / "conf" / "hparams_search" / f"{name}.yaml").read_text())
+        chosen = [
+            f"{group.partition('/')[2]}={option}"
+            for entry in search["defaults"]
+            for group, option in entry.items()
+            if "hydra" not in group
+        ]
+        cfg = composed(*chosen, f"objective=[{','.join(search['objective'])}]")
+        sweeper = search["hydra"]["sweeper"]
+        assert len(sweeper["direction"]) == len(search["objective"])
+        for key, space in sweeper["params"].items():
+            assert OmegaConf.select(OmegaConf.create(cfg), key) is not None, key
+            override = OverridesParser.create().parse_override(f"{key}={space}")
+            assert override.is_interval_sweep()
+            for end in (override.value().start, override.value().end):
+                assert OmegaConf.select(OmegaConf.create(composed(*chosen, f"{key}={end}")), key) == end

@@ -415,6 +415,10 @@ def test_config_hash_is_of_what_changes_the_result(composed):
     [
         (["method=sis"], r"method=sis: there is no such option; near it: siss"),
         (["dataset=digit"], r"dataset=digit: there is no such option; near it: digits"),
+        (
+            ["dataset=sd_concepts", "dataset/concepts@dataset=celebrity"],
+            r"dataset/concepts@dataset: there is no such group of options; did you mean dataset=celebrity\?",
+        ),
         (["trainer.max_step=3"], r"trainer\.max_step: there is no such option; near it: max_steps"),
         (["method.lambd=1.5"], r"method\.lambd must be a number in \[0, 1\] or .*, got 1\.5"),
         (["model=vae", "method=erase_diff"], r"method=erase_diff needs a diffusion model"),
