@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import ImageColor
 
+from unlearn_runner import catalogue
 from unlearn_runner.constructors import makes
 from unlearn_runner.data.spec import Labels, spec_of
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
@@ -679,30 +680,6 @@ def enough_samples(
             )
 
 
-SCORES = {  # the keys that a metric makes, without prefix
-    "Rates": ("forget_rate", "restored_rate", "retain_accuracy", "per_class/accuracy/*"),
-    "FID": (
-        "fid_forget",
-        "fid_retain",
-        "fid_base_forget",
-        "fid_base_retain",
-        "per_class/fid/*",
-        "per_class/fid_base/*",
-    ),
-    "KID": ("kid_forget", "kid_retain", "per_class/kid/*"),
-    "PrecisionRecall": ("precision_retain", "recall_retain"),
-    "IS": ("is_forget", "is_retain", "per_class/is/*"),
-    "SSIM": ("ssim_forget", "ssim_retain", "per_class/ssim/*"),
-    "NLL": ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"),
-    "Membership": ("mia_auc", "mia_tpr_at_1pct_fpr", "per_timestep/mia_*"),
-    "Paraphrases": ("forget_rate_paraphrases",),
-    "ClipScore": ("clip_score_retain",),
-    "Robustness": ("attack_success",),
-}
-RELEARNT = ("relearn_steps", "relearn_reached", "per_step/relearn_forget_rate/*")
-DELETED = ("deletion_steps", "lasting_deletion_steps")
-
-
 def _objective(cfg: Mapping[str, Any]) -> None:
     """A score that a sweeper is to look at and that no metric of this run makes."""
     wanted = cfg["objective"]
@@ -712,11 +689,13 @@ def _objective(cfg: Mapping[str, Any]) -> None:
 
     def of(look: Mapping[str, Any] | None) -> list[str]:
         nodes = [] if look is None else [node for node in look["metrics"].values() if node is not None]
-        return [key for node in nodes for key in SCORES.get(_name(node), ("*",))]
+        return [key for node in nodes for key in catalogue.made_by(_name(node)) or ("*",)]
 
-    scores, relearnt = of(evaluation), RELEARNT if evaluation["relearning"] is not None else ()
+    scores = of(evaluation)
+    relearnt = catalogue.made_by("Relearning") if evaluation["relearning"] is not None else ()
+    deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
-    known += [f"eval/{key}" for key in (*scores, *relearnt, *(DELETED if evaluation["every"] else ()))]
+    known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
     if evaluation["oracle"]:
         known += [f"{prefix}/{key}" for prefix in ("oracle", "oracle_gap") for key in (*scores, *relearnt)]
     if evaluation["threshold"] is not None and evaluation["every"]:
