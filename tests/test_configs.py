@@ -20,7 +20,6 @@ from unlearn_runner.data.spec import Labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
-from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
@@ -282,7 +281,7 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
         sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"])["metrics"]
         for name, found in published["metrics"].items():
             metric = metrics[name]
-            assert found == (metric.provenance() if isinstance(metric, Metric) else metric.provenance(network)), name
+            assert found == metric.provenance(network), name
         for key in ("sampler", "num_inference_steps", "batch_size", "seed", "bootstrap"):
             assert published[key] == sampling[key]
 

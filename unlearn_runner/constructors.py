@@ -11,6 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -224,6 +225,24 @@ def makes(target: str, kind: str) -> bool:
     """Whether a constructor makes a class of the package, given by its path there, or one that derives from it."""
     constructor = constructor_of(target)
     return constructor is not None and defined_at(in_package(kind)) in constructor.makes
+
+
+@cache
+def constant_of(target: str, name: str) -> Any:
+    """The literal that a class, or one it derives from, gives to an attribute of its own; None if there is none."""
+    module, _, title = target.rpartition(".")
+    found = _defined(module, title) if module else None
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return None
+    source, node = found
+    for part in node.body:
+        named = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+        if any(isinstance(one, ast.Name) and one.id == name for one in named):
+            with suppress(ValueError):
+                return ast.literal_eval(part.value)
+    above = (value for base in node.bases if isinstance(value := source.evaluate(base), type))
+    values = (constant_of(f"{base.module}.{base.name}", name) for base in above if issubclass(base, Opaque))
+    return next((value for value in values if value is not None), None)
 
 
 @cache

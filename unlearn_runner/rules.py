@@ -16,7 +16,7 @@ from typing import Any
 from PIL import ImageColor
 
 from unlearn_runner import catalogue
-from unlearn_runner.constructors import makes
+from unlearn_runner.constructors import constant_of, makes
 from unlearn_runner.data.spec import Labels, spec_of
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.weights import located
@@ -631,7 +631,7 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
     for path, look in looks.items():
         metrics = {} if look is None else {name: node for name, node in look["metrics"].items() if node is not None}
         for name, node in metrics.items():
-            if _name(node) == "ClipScore":
+            if "clip" in (constant_of(node["_target_"], "needs") or ()):
                 a_clip(f"{path}.metrics.{name}", clip is not None)
             if _name(node) == "Paraphrases" and not node["templates"]:
                 raise ConfigurationError(
@@ -641,7 +641,7 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
             enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, labels)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
-        if asked and "Rates" not in map(_name, metrics.values()):
+        if asked and not any("forget_rate" in catalogue.made_by(_name(node)) for node in metrics.values()):
             raise ConfigurationError(f"{path}.metrics.rates must not be null: {needed} asks for its forget_rate.")
 
 

@@ -337,8 +337,6 @@ def _one_folder(name: str) -> bool:
 
 Text = Annotated[str, annotated_types.MinLen(1)]
 FolderName = Annotated[str, annotated_types.Predicate(_one_folder)]
-METRICS = [in_package(f"evaluation.metrics.{name}") for name in ("Metric", "ImageMetric", "PromptMetric")]
-AnyMetric = typing.Union[tuple(METRICS)]  # noqa: UP007 - made of a list
 
 
 class Budget(TypedDict):
@@ -371,7 +369,7 @@ class Clip(TypedDict):
 
 
 class Look(TypedDict):
-    metrics: Mapping[str, AnyMetric | None]
+    metrics: Mapping[str, in_package("evaluation.metrics.Metric") | None]
     sampling: in_package("evaluation.evaluator.Sampling")
 
 

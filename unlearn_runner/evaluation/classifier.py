@@ -34,7 +34,6 @@ class Judged:
     features: Float[Tensor, "n d"]
     logits: Float[Tensor, "n k"]  # of the dataset's contents
     is_logits: Float[Tensor, "n m"]  # for the inception score: the extractor's if it has some, else `logits`
-    similarity: Float[Tensor, "n"] | None = None  # SSIM with the base model's sample from the same noise
 
     @property
     def contents(self) -> Int64[Tensor, "n"]:
@@ -48,8 +47,8 @@ class Judged:
         return Judged(**{name: part[rows] for name, part in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are there, by name."""
-        return {name: part for name, part in vars(self).items() if part is not None}
+        """The fields by name."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

@@ -241,8 +241,8 @@ class RunRecorder(Recorder):
     def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
         self.folder.save_model(model.save)  # before it is scored: a failing metric loses nothing
-        if self.evaluator.on_images and not model.has_likelihood:
-            self.console.print(f"{', '.join(self.evaluator.on_images)} left out: this model has no likelihood.")
+        for sentence in self.evaluator.left_out_of(model):
+            self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the unlearned model")
         with _named("the unlearned model"):
             after = self.evaluator(model, self.before.judged)
