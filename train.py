@@ -50,7 +50,6 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.distributed import from_first, is_first
     from unlearn_runner.errors import folder_or_name
-    from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator, require_enough_samples
     from unlearn_runner.models.model import require_usable
     from unlearn_runner.models.stable_diffusion import require_told_apart
@@ -85,10 +84,9 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
     # the network late: importing it takes longest, and what is wrong elsewhere shall be said before
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     logger = make(cfg["logger"]) if is_first() else NoLogger()
-    evaluation = make(cfg["evaluation"])
-    num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
+    evaluation, judge_recipe = make(cfg["evaluation"]), make(cfg["judge"])
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, num_labels)
+    require_enough_samples(evaluation.metrics, evaluation.sampling, judge_recipe.num_features, num_labels)
     network = build_network(seed)
     if network.prompts is not None:
         require_told_apart(network, dataset.spec.labels)
@@ -127,19 +125,18 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         if clip_training is not None:
             with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:
                 clip.load(trained_clip(clip, clip_training, cfg["clip"]["network"], cache_dir, progress.update))
-        recipe = evaluation["classifier"]
-        with closing(ProgressBar("training the classifier", recipe.max_steps, console)) as progress:
-            judge = trained_judge(data, recipe, cache_dir, hardware.device, evaluation["extractor"], progress.update)
+        with closing(ProgressBar("training the classifier", judge_recipe.max_steps, console)) as progress:
+            judge = judge_recipe.judge(data, cache_dir, hardware.device, progress.update)
 
         # 3. Measure, unlearn, measure.
         recorder.watch(
             network,
-            Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], cache_dir, clip),
+            Evaluator(data, judge, evaluation.metrics, evaluation.sampling, cache_dir, clip),
             *(
-                node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir, clip)
-                for node in (evaluation["probe"], evaluation["at_threshold"])
+                look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, clip)
+                for look in (evaluation.probe, evaluation.at_threshold)
             ),
-            evaluation["threshold"],
+            evaluation.threshold,
         )
         if plan.init == "scratch":
             network.load_state_dict(build_network(seed).state_dict())
@@ -158,9 +155,9 @@ def unlearn(cfg: dict, fresh_folder: Path) -> Path:
         if checkpoint is not None:
             trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
         driver.run(trainer)
-        if relearning := evaluation["relearning"]:
+        if relearning := evaluation.relearning:
             recorder.relearn("eval", method.model, relearning)
-        if evaluation["oracle"]:
+        if evaluation.oracle:
             oracle = build_network(seed)
             oracle.load(weights_of("retain"))
             recorder.compare_with_oracle(oracle)

@@ -21,8 +21,8 @@ class In(Flag):
 
     NOTHING = 0
     RUN = auto()  # the table at the end of a run, which has diverged if one of these is no finite number
-    LONG = auto()  # compare.py
-    SHORT = auto()  # the headlines: compare.py --short, what its page shows first and tests, the W&B workspace
+    LONG = auto()  # compare.py --all, and its Markdown and CSV
+    SHORT = auto()  # the headlines: compare.py, what its page shows first and tests, the W&B workspace
     PLOT = auto()  # an axis of the page's plots
 
 

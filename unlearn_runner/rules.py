@@ -622,7 +622,7 @@ def multiples(value: int, of: int) -> str:
 
 
 def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
-    evaluation, clip = cfg["evaluation"], cfg["clip"]["network"]
+    evaluation, clip, features = cfg["evaluation"], cfg["clip"]["network"], features_of(cfg["judge"])
     looks = {
         "evaluation": evaluation,
         "evaluation.probe": evaluation["probe"],
@@ -638,11 +638,18 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
                     f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
                     f"{path}.metrics.{name}=null."
                 )
-            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, labels)
+            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], features, labels)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
         if asked and not any("forget_rate" in catalogue.made_by(_name(node)) for node in metrics.values()):
             raise ConfigurationError(f"{path}.metrics.rates must not be null: {needed} asks for its forget_rate.")
+
+
+def features_of(judge: Mapping[str, Any]) -> int:
+    """How many features a judge has; 0 of one that is only known when it is built."""
+    extractor = (judge.get("extractor") or {}).get("name", "classifier")
+    own = (judge.get("classifier") or {}).get("num_features", 0)
+    return {"classifier": own, "inception": 2048}.get(extractor, 0)
 
 
 def enough_samples(
@@ -650,13 +657,10 @@ def enough_samples(
     metric: str,
     node: Mapping[str, Any],
     sampling: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
+    features: int,
     labels: Sequence[str] | None,
 ) -> None:
-    """Whether there are as many samples as a metric splits, or compares."""
-    features = {"classifier": evaluation["classifier"]["num_features"], "inception": 2048}.get(
-        evaluation["features"], 0
-    )
+    """Whether there are as many samples as a metric splits, or compares in so many features."""
     if metric == "FID":
         least, why = (
             max(node["min_samples"], features + 1),

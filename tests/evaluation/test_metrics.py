@@ -1,19 +1,25 @@
 """Metrics against independent formulas."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from unlearn_runner.catalogue import made_by
+from unlearn_runner.constructors import constant_of
 from unlearn_runner.data.forget_retain import alike
 from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judged
 from unlearn_runner.evaluation.evaluator import gap
+from unlearn_runner.evaluation.judge import Judged
+from unlearn_runner.evaluation.likelihood import NLL
+from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, PrecisionRecall, Rates, first_distinct
-from unlearn_runner.evaluation.view import Group, Samples, View
+from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
+from unlearn_runner.evaluation.view import Group, Need, Samples, View
 
 SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
 
@@ -189,6 +195,20 @@ def test_first_distinct_takes_each_picture_once():
 def test_refuses(build):
     with pytest.raises(ConfigurationError, match=r"evaluation\.metrics"):
         build()
+
+
+ALL = (FID, IS, KID, SSIM, PrecisionRecall, Rates, NLL, Membership, Paraphrases, ClipScore, Robustness)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_each_metric_declares_itself(kind):
+    """Its version, its needs as they are read without importing it, and its keys in the catalogue."""
+    assert kind.version >= 1
+    assert set(kind.needs) <= set(get_args(Need))
+    declared = constant_of(f"{kind.__module__}.{kind.__name__}", "needs")
+    assert tuple(declared or ()) == tuple(kind.needs)
+    assert made_by(kind.__name__)
+    assert set(kind.held_out.values()) <= {"forget_test", "retain_test"}
 
 
 def test_gap_is_over_what_both_have():

@@ -18,7 +18,7 @@ from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judge, Judged
+from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows
 from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Samples, View, positions
 from unlearn_runner.models.clip import Clip

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels
 from unlearn_runner.data.streams import to_unit_range
-from unlearn_runner.evaluation.classifier import Judged
+from unlearn_runner.evaluation.judge import Judged
 from unlearn_runner.evaluation.view import Group, Need, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import PositiveInt, Seed

@@ -13,7 +13,7 @@ from torch import Tensor
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.spec import DataSpec
 from unlearn_runner.data.streams import to_uint8
-from unlearn_runner.evaluation.classifier import Judge, Judged
+from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel
 
