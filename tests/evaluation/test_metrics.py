@@ -56,7 +56,7 @@ def test_rates_without_labels_or_clean_class():
     spec = SPEC._replace(label_names=None)
     pool = judged(10, 0, [3] * 4 + [1] * 6)
     group = Group(pool, None)
-    assert Rates()(Samples(spec, group, group, {}, None, {}, {}), {}) == {"forget_rate": 0.4}
+    assert Rates().score(Samples(spec, group, group, {}, None, {}, {}), {}) == {"forget_rate": 0.4}
     whole_class = SPEC._replace(restored_content=None)
     assert "restored_rate" not in Rates().score(samples(pool, pool, torch.zeros(10).long(), spec=whole_class), {})
 
