@@ -152,8 +152,8 @@ def test_a_metric_and_a_judge_of_ones_own(extended):
     documented = command(extended, "-m", "unlearn_runner.catalogue")
     assert "| `darkness_retain`, `darkness_forget` | share of dark pixels | low, - |" in documented.stdout
 
-    refused = command(extended, "train.py", *shared, "evaluation.metrics.darkness.level=2", "judge.side=0")
+    refused = command(extended, "train.py", *shared, "evaluation.metrics.darkness.level=1.5")
     assert refused.returncode == 1
-    assert refused.stderr.strip().endswith("level must be a number in [0, 1], got 2.")
+    assert refused.stderr.strip() == "evaluation.metrics.darkness.level must be a number in [0, 1], got 1.5."
     refused = command(extended, "train.py", *shared, "judge.side=0")
     assert refused.stderr.strip() == "judge.side must be a whole number above 0, got 0."
