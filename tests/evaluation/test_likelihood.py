@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from no_samples import NO_SAMPLES
 from torch import nn
 
 from unlearn_runner.evaluation.likelihood import (
@@ -184,7 +185,7 @@ def test_scores_of_a_network_repeat(digits, tiny_network):
         "nll_forget": (2,), "nll_retain": (2,), "nll_bound_forget": (3, 2), "nll_bound_retain": (3, 2),
     }  # fmt: skip
     torch.manual_seed(99)
-    assert metric.score(None, metric.measure(View(network, digits))) == metric.score(None, rows)
+    assert metric.score(NO_SAMPLES, metric.measure(View(network, digits))) == metric.score(NO_SAMPLES, rows)
     assert network.training
     assert all(weight.grad is None for weight in network.parameters())
 
@@ -262,9 +263,9 @@ def test_scores_of_a_vae_repeat(digits, tiny_vae):
     assert {name: tuple(values.shape) for name, values in rows.items()} == dict.fromkeys(
         ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"), (5,)
     )
-    scores = metric.score(None, rows)
+    scores = metric.score(NO_SAMPLES, rows)
     torch.manual_seed(99)
-    assert metric.score(None, metric.measure(View(network, digits))) == scores
+    assert metric.score(NO_SAMPLES, metric.measure(View(network, digits))) == scores
     assert scores["nll_bound_forget"] > scores["nll_forget"]
     assert network.network_evaluations == 2 * 2 * 5 * 3
     # an untrained decoder answers about 0 with sigma 1: every pixel's density is that of N(0, 1), and one of 256 levels

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from no_samples import NO_SAMPLES
 from pipelines import tiny
 
 from unlearn_runner.data.sd_concepts import SDConcepts
@@ -50,7 +51,7 @@ def test_paraphrases_are_drawn_and_judged(data, judge):
     expected = judge(to_uint8(drawn[0])).contents == 2
     assert torch.equal(rows["paraphrases"], expected)
     rows = {"paraphrases": torch.tensor([True, False, False, False])}
-    assert metric.score(None, rows) == {"forget_rate_paraphrases": 0.25}
+    assert metric.score(NO_SAMPLES, rows) == {"forget_rate_paraphrases": 0.25}
     assert metric.provenance(model)["prompts"] == ("no trousers here", "trousers!")
     assert torch.equal(metric.measure(View(model, data, judge))["paraphrases"], expected)
 
@@ -64,7 +65,7 @@ def test_clip_score_by_hand(data, judge):
     cosines = (clip.of_images(shown) * texts).sum(1)
     rows = metric.measure(View(model, data, judge, clip))
     expected = float(100 * cosines.clamp(min=0).mean())
-    assert metric.score(None, rows)["clip_score_retain"] == pytest.approx(expected, rel=1e-5)
+    assert metric.score(NO_SAMPLES, rows)["clip_score_retain"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
@@ -89,7 +90,7 @@ def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
     for start, embedding in zip((0, 1), asked, strict=True):
         assert loss(embedding[:1].expand(32, -1, -1)) < loss(torch.full((32,), start)) - 0.1
     best = max(int((judge(to_uint8(images)).contents == 2).sum()) for images in drawn)
-    assert metric.score(None, rows)["attack_success"] == best / 4
+    assert metric.score(NO_SAMPLES, rows)["attack_success"] == best / 4
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
     assert [weight.requires_grad for weight in model.parameters()] == asking
