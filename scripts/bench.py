@@ -355,20 +355,19 @@ def ratios_of(seconds: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]
 def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds to draw 1,000 samples with 25 steps, and to score them by all metrics of `evaluation=quick`."""
     from unlearn_runner.assembly import build_network, make
-    from unlearn_runner.evaluation.classifier import trained_judge
     from unlearn_runner.evaluation.evaluator import Evaluator
 
     cfg = composed(["dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
                     f"dataset.conditional={arguments.conditional}", f"hardware={arguments.hardware}",
-                    "evaluation.num_samples=500", "evaluation.classifier.max_steps=50",
+                    "evaluation.num_samples=500", "judge.classifier.max_steps=50",
                     *NETWORKS[arguments.network]])  # fmt: skip
-    hardware, evaluation = make(cfg["hardware"]), make(cfg["evaluation"])
+    hardware, evaluation, recipe = make(cfg["hardware"]), make(cfg["evaluation"]), make(cfg["judge"])
     hardware.apply()
     data = make(cfg["dataset"]).load()
     network = hardware.prepare(build_network(cfg, data.spec, 0))
     with tempfile.TemporaryDirectory() as cache:
-        judge = trained_judge(data, evaluation["classifier"], Path(cache), hardware.device, None, lambda *_: None)
-        evaluator = Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], Path(cache))
+        judge = recipe.judge(data, Path(cache), hardware.device)
+        evaluator = Evaluator(data, judge, evaluation.metrics, evaluation.sampling, Path(cache))
         found = evaluator(network)
     scoring = sum(seconds for part, seconds in found.seconds.items() if part != "sampling")
     return {"drawing": found.seconds["sampling"], "scoring": scoring}

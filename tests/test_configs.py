@@ -20,9 +20,7 @@ from unlearn_runner.assembly import build_method, build_network
 from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
-from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.spec import Labels
 from unlearn_runner.training.checkpoint import open_checkpoint
@@ -169,8 +167,8 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
 def test_evaluation_options_build(composed, evaluation):
     cfg = composed(f"evaluation={evaluation}", *["dataset=sd_concepts"] * (evaluation == "prompts"), debug=False)
     built = make(cfg["evaluation"])
-    assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built["metrics"])
-    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation in ("quick", "prompts")
+    assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built.metrics)
+    assert {"nll", "mia"} <= set(built.metrics) or evaluation in ("quick", "prompts")
 
 
 @pytest.mark.parametrize("hardware", [name for name in options("hardware") if not name.endswith("_gpu")])
@@ -237,12 +235,10 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
         built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
-    assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (
-        "never fewer metrics"
-    )
-    assert evaluation["relearning"] is not None
-    features = evaluation["classifier"].num_features
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], features, num_labels)
+    assert set(evaluation.metrics) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, "never fewer metrics"
+    assert evaluation.relearning is not None
+    features = make(cfg["judge"]).num_features
+    require_enough_samples(evaluation.metrics, evaluation.sampling, features, num_labels)
     header = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     assert "CPU" in header or "GPU" in header, "the header says how long it takes"
 
@@ -277,7 +273,7 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
         network.load(pretrained(population, recipe, key, build, data, cache, Interrupts(), Console()))
         digests.add(digest(network.state_dict()))
     assert len(digests) == 1 + len(populations)
-    judge = trained_judge(data, make(cfg["evaluation"])["classifier"], cache, CPU, show=build)
+    judge = make(cfg["judge"]).judge(data, cache, CPU, build)
     assert judge.test_accuracy["retain"] >= known
 
 
@@ -290,10 +286,10 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
         cfg = composed(f"experiment={chosen}", debug=False)
         shape = (3, 32, 32) if "cifar10" in experiment else (1, 28, 28)
         network = make(cfg["model"]["network"], image_shape=shape, num_labels=10, seed=0)
-        sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"])["metrics"]
+        sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"]).metrics
         for name, found in published["metrics"].items():
             metric = metrics[name]
-            assert found == (metric.provenance() if isinstance(metric, Metric) else metric.provenance(network)), name
+            assert found == metric.provenance(network), name
         for key in ("sampler", "num_inference_steps", "batch_size", "seed", "bootstrap"):
             assert published[key] == sampling[key]
 

@@ -63,7 +63,7 @@ def test_inception(hostile, tmp_path, monkeypatch):
 def test_open_clip(hostile, clip_weights, tmp_path, name):
     with pytest.raises(ConfigurationError) as raised:
         feature_extractor("open_clip", None, "tiny-for-tests", str(hostile(tmp_path / name)))
-    assert_refused(raised, "evaluation.extractor.open_clip_pretrained=")
+    assert_refused(raised, "judge.extractor.open_clip_pretrained=")
 
 
 def test_a_checkpoint(hostile, tmp_path):

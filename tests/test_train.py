@@ -350,12 +350,12 @@ def test_a_vae_has_the_whole_evaluation_and_keeps_its_encoder(run):
 def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, monkeypatch):
     from unlearn_runner.evaluation.metrics import Rates
 
-    original, rates = Rates.__call__, iter([0.5, 0.25, 0.0, 0.5, 0.0])  # base, three looks on the way, after
+    original, rates = Rates.score, iter([0.5, 0.25, 0.0, 0.5, 0.0])  # base, three looks on the way, after
 
-    def known(self, samples):
-        return original(self, samples) | {"forget_rate": next(rates)}
+    def known(self, samples, rows):
+        return original(self, samples, rows) | {"forget_rate": next(rates)}
 
-    monkeypatch.setattr(Rates, "__call__", known)
+    monkeypatch.setattr(Rates, "score", known)
     # other metrics than other tests, so that no cached evaluation of the base is met
     folder = run("evaluation.every=1", "evaluation.metrics.ssim=null", "evaluation.metrics.kid=null")
     assert summary(folder)["metrics"]["eval/deletion_steps"] == 2

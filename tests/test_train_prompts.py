@@ -37,7 +37,7 @@ def test_experiment_composes_with_every_method(composed, method):
     built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
     assert built.networks
     evaluation = make(cfg["evaluation"])
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], 64, network.num_labels)
+    require_enough_samples(evaluation.metrics, evaluation.sampling, 64, network.num_labels)
 
 
 @pytest.mark.parametrize("method", [("method=siss",), ROLLING], ids=" ".join)

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from unlearn_runner.data.forget_retain import Dataset, ForgetRetain
     from unlearn_runner.drivers.driver import Driver
-    from unlearn_runner.evaluation.classifier import Judge
-    from unlearn_runner.evaluation.evaluator import Evaluator
+    from unlearn_runner.evaluation.judge import Judge, JudgeRecipe
     from unlearn_runner.hardware import Hardware
     from unlearn_runner.methods.method import Method
     from unlearn_runner.models.clip import Clip
     from unlearn_runner.models.model import GenerativeModel
+    from unlearn_runner.training.evaluation import EvaluationPlan
     from unlearn_runner.training.loggers import Logger
     from unlearn_runner.training.trainer import Plan
 
@@ -100,7 +100,8 @@ class Parts:
     plan: "Plan"
     driver: "Driver"
     logger: "Logger"
-    evaluation: dict[str, Any]
+    evaluation: "EvaluationPlan"
+    judge: "JudgeRecipe"
     network: "GenerativeModel"
     clip: "Clip | None"
     method: "Method"
@@ -126,10 +127,9 @@ def build_parts(cfg: Config) -> Parts:
     dataset = make(cfg["dataset"])
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     logger = make(cfg["logger"]) if is_first() else NoLogger()
-    evaluation = make(cfg["evaluation"])
-    num_features = (evaluation["extractor"] or evaluation["classifier"]).num_features
+    evaluation, judge = make(cfg["evaluation"]), make(cfg["judge"])
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], num_features, num_labels)
+    require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
     network = hardware.prepare(build_network(cfg, dataset.spec, seed))
     if network.prompts is not None:
         require_told_apart(network, dataset.spec.labels)
@@ -140,7 +140,7 @@ def build_parts(cfg: Config) -> Parts:
         hardware.place(clip)
     method = build_method(cfg, network, dataset.spec, make_generator(seed, "method", hardware.device), clip)
     return Parts(
-        hardware, dataset, planned(plan, method), driver, logger, evaluation, network, clip, method, cfg
+        hardware, dataset, planned(plan, method), driver, logger, evaluation, judge, network, clip, method, cfg
     )  # fmt: skip
 
 
@@ -163,6 +163,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
     """One run, in a folder of its own or in that of the run which it resumes; returns it."""
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.distributed import from_first, is_first
+    from unlearn_runner.evaluation.evaluator import Evaluator
     from unlearn_runner.models.model import require_usable
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.pretraining import pretrained
@@ -218,8 +219,12 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
         judge = trained_judge_of(parts, data, cache_dir, console)
 
         # 3. Measure, unlearn, measure.
-        evaluators = [evaluator_of(parts, name, data, judge, cache_dir) for name in (None, "probe", "at_threshold")]
-        recorder.watch(network, *evaluators, parts.evaluation["threshold"])
+        evaluation = parts.evaluation
+        evaluators = (
+            look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, parts.clip)
+            for look in (evaluation, evaluation.probe, evaluation.at_threshold)
+        )
+        recorder.watch(network, *evaluators, evaluation.threshold)
         if plan.init == "scratch":
             network.load_state_dict(parts.fresh_network(cfg["seed"]).state_dict())
         reads = parts.method.reads
@@ -238,9 +243,9 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
         if checkpoint is not None:
             trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
         driver.run(trainer)
-        if relearning := parts.evaluation["relearning"]:
+        if relearning := evaluation.relearning:
             recorder.relearn("eval", parts.method.model, relearning)
-        if parts.evaluation["oracle"]:
+        if evaluation.oracle:
             oracle = parts.fresh_network(cfg["seed"])
             oracle.load(weights_of("retain"))
             recorder.compare_with_oracle(oracle)
@@ -251,8 +256,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
 
 
 def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, console: Any) -> "Judge":
-    """The run's classifier, and before it CLIP where that is trained here; each from the cache if it is there."""
-    from unlearn_runner.evaluation.classifier import trained_judge
+    """The run's judge, and before it CLIP where that is trained here; each from the cache if it is there."""
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.progress import ProgressBar
 
@@ -261,16 +265,5 @@ def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, consol
         with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:
             network = parts.cfg["clip"]["network"]
             parts.clip.load(trained_clip(parts.clip, clip_training, network, cache_dir, progress.update))
-    recipe, extractor = parts.evaluation["classifier"], parts.evaluation["extractor"]
-    with closing(ProgressBar("training the classifier", recipe.max_steps, console)) as progress:
-        return trained_judge(data, recipe, cache_dir, parts.hardware.device, extractor, progress.update)
-
-
-def evaluator_of(
-    parts: Parts, look: str | None, data: "ForgetRetain", judge: "Judge", cache_dir: Path
-) -> "Evaluator | None":
-    """The evaluator of the whole evaluation, or of one of its smaller looks, which may be null."""
-    from unlearn_runner.evaluation.evaluator import Evaluator
-
-    node = parts.evaluation if look is None else parts.evaluation[look]
-    return node and Evaluator(data, judge, node["metrics"], node["sampling"], cache_dir, parts.clip)
+    with closing(ProgressBar("training the judge", parts.judge.max_steps, console)) as progress:
+        return parts.judge.judge(data, cache_dir, parts.hardware.device, progress.update)

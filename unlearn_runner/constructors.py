@@ -11,6 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -194,16 +195,8 @@ def constructor_of(target: str) -> Constructor | None:
         makes = frozenset().union(*(_ancestors(arm.module, arm.name) for arm in classes))
         needs = (need for target in _further(source, node, name) for need in constructor_of(target).requires)
         return Constructor(name, _signature(source, node, name), makes, tuple(dict.fromkeys(needs)))
-    return Constructor(name, _of_class(source, node), _ancestors(source.module, node.name), _required(node))
-
-
-def _required(node: ast.ClassDef) -> tuple[str, ...]:
-    """`requires = (...)` in the body of a class."""
-    for part in node.body:
-        targets = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == "requires" for target in targets):
-            return tuple(ast.literal_eval(part.value))
-    return ()
+    requires = tuple(constant_of(target, "requires") or ())
+    return Constructor(name, _of_class(source, node), _ancestors(source.module, node.name), requires)
 
 
 def _further(source: Source, node: ast.FunctionDef, owner: str) -> tuple[str, ...]:
@@ -241,6 +234,24 @@ def makes(target: str, kind: str) -> bool:
     """Whether a constructor makes a class of the package, given by its path there, or one that derives from it."""
     constructor = constructor_of(target)
     return constructor is not None and defined_at(in_package(kind)) in constructor.makes
+
+
+@cache
+def constant_of(target: str, name: str) -> Any:
+    """The literal that a class, or one it derives from, gives to an attribute of its own; None if there is none."""
+    module, _, title = target.rpartition(".")
+    found = _defined(module, title) if module else None
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return None
+    source, node = found
+    for part in node.body:
+        named = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+        if any(isinstance(one, ast.Name) and one.id == name for one in named):
+            with suppress(ValueError):
+                return ast.literal_eval(part.value)
+    above = (value for base in node.bases if isinstance(value := source.evaluate(base), type))
+    values = (constant_of(f"{base.module}.{base.name}", name) for base in above if issubclass(base, Opaque))
+    return next((value for value in values if value is not None), None)
 
 
 @cache

@@ -15,7 +15,8 @@ from typing import Any
 
 from PIL import ImageColor
 
-from unlearn_runner.constructors import constructor_of, makes
+from unlearn_runner import catalogue
+from unlearn_runner.constructors import constant_of, constructor_of, makes
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.spec import Labels, spec_of
 from unlearn_runner.weights import located
@@ -612,7 +613,7 @@ def multiples(value: int, of: int) -> str:
 
 
 def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
-    evaluation, clip = cfg["evaluation"], cfg["clip"]["network"]
+    evaluation, clip, features = cfg["evaluation"], cfg["clip"]["network"], features_of(cfg["judge"])
     looks = {
         "evaluation": evaluation,
         "evaluation.probe": evaluation["probe"],
@@ -621,18 +622,25 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
     for path, look in looks.items():
         metrics = {} if look is None else {name: node for name, node in look["metrics"].items() if node is not None}
         for name, node in metrics.items():
-            if _name(node) == "ClipScore":
+            if "clip" in (constant_of(node["_target_"], "needs") or ()):
                 a_clip(f"{path}.metrics.{name}", clip is not None)
             if _name(node) == "Paraphrases" and not node["templates"]:
                 raise ConfigurationError(
                     f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
                     f"{path}.metrics.{name}=null."
                 )
-            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, labels)
+            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], features, labels)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
-        if asked and "Rates" not in map(_name, metrics.values()):
+        if asked and not any("forget_rate" in catalogue.made_by(_name(node)) for node in metrics.values()):
             raise ConfigurationError(f"{path}.metrics.rates must not be null: {needed} asks for its forget_rate.")
+
+
+def features_of(judge: Mapping[str, Any]) -> int:
+    """How many features a judge has; 0 of one that is only known when it is built."""
+    extractor = (judge.get("extractor") or {}).get("name", "classifier")
+    own = (judge.get("classifier") or {}).get("num_features", 0)
+    return {"classifier": own, "inception": 2048}.get(extractor, 0)
 
 
 def enough_samples(
@@ -640,13 +648,10 @@ def enough_samples(
     metric: str,
     node: Mapping[str, Any],
     sampling: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
+    features: int,
     labels: Sequence[str] | None,
 ) -> None:
-    """Whether there are as many samples as a metric splits, or compares."""
-    features = {"classifier": evaluation["classifier"]["num_features"], "inception": 2048}.get(
-        evaluation["features"], 0
-    )
+    """Whether there are as many samples as a metric splits, or compares in so many features."""
     if metric == "FID":
         least, why = (
             max(node["min_samples"], features + 1),
@@ -670,30 +675,6 @@ def enough_samples(
             )
 
 
-SCORES = {  # the keys that a metric makes, without prefix
-    "Rates": ("forget_rate", "restored_rate", "retain_accuracy", "per_class/accuracy/*"),
-    "FID": (
-        "fid_forget",
-        "fid_retain",
-        "fid_base_forget",
-        "fid_base_retain",
-        "per_class/fid/*",
-        "per_class/fid_base/*",
-    ),
-    "KID": ("kid_forget", "kid_retain", "per_class/kid/*"),
-    "PrecisionRecall": ("precision_retain", "recall_retain"),
-    "IS": ("is_forget", "is_retain", "per_class/is/*"),
-    "SSIM": ("ssim_forget", "ssim_retain", "per_class/ssim/*"),
-    "NLL": ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"),
-    "Membership": ("mia_auc", "mia_tpr_at_1pct_fpr", "per_timestep/mia_*"),
-    "Paraphrases": ("forget_rate_paraphrases",),
-    "ClipScore": ("clip_score_retain",),
-    "Robustness": ("attack_success",),
-}
-RELEARNT = ("relearn_steps", "relearn_reached", "per_step/relearn_forget_rate/*")
-DELETED = ("deletion_steps", "lasting_deletion_steps")
-
-
 def _objective(cfg: Mapping[str, Any]) -> None:
     """A score that a sweeper is to look at and that no metric of this run makes."""
     wanted = cfg["objective"]
@@ -703,11 +684,13 @@ def _objective(cfg: Mapping[str, Any]) -> None:
 
     def of(look: Mapping[str, Any] | None) -> list[str]:
         nodes = [] if look is None else [node for node in look["metrics"].values() if node is not None]
-        return [key for node in nodes for key in SCORES.get(_name(node), ("*",))]
+        return [key for node in nodes for key in catalogue.made_by(_name(node)) or ("*",)]
 
-    scores, relearnt = of(evaluation), RELEARNT if evaluation["relearning"] is not None else ()
+    scores = of(evaluation)
+    relearnt = catalogue.made_by("Relearning") if evaluation["relearning"] is not None else ()
+    deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
-    known += [f"eval/{key}" for key in (*scores, *relearnt, *(DELETED if evaluation["every"] else ()))]
+    known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
     if evaluation["oracle"]:
         known += [f"{prefix}/{key}" for prefix in ("oracle", "oracle_gap") for key in (*scores, *relearnt)]
     if evaluation["threshold"] is not None and evaluation["every"]:

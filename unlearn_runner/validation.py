@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin
 import annotated_types
 import pydantic
 
-from unlearn_runner import options, rules
+from unlearn_runner import rules
 from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package, with_defaults
 from unlearn_runner.errors import ConfigurationError, near
 from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
@@ -290,7 +290,8 @@ class _Check:
             first, option = next(iter(constructor.options.items()))
             given = (*given, *([first] if _is_part(arms_of(option.type)[0]) else []))
         found = {"_target_": target} | ({"_partial_": partial} if "_partial_" in value else {})
-        for key, part in value.items():
+        # what a person sets comes before what is made of it
+        for key, part in sorted(value.items(), key=lambda item: isinstance(item[1], Mapping)):
             if key in ("_target_", "_partial_"):
                 continue
             option = constructor.options.get(key)
@@ -336,8 +337,6 @@ def _one_folder(name: str) -> bool:
 
 Text = Annotated[str, annotated_types.MinLen(1)]
 FolderName = Annotated[str, annotated_types.Predicate(_one_folder)]
-METRICS = [in_package(f"evaluation.metrics.{name}") for name in ("Metric", "ImageMetric", "PromptMetric")]
-AnyMetric = typing.Union[tuple(METRICS)]  # noqa: UP007 - made of a list
 
 
 class Budget(TypedDict):
@@ -369,29 +368,6 @@ class Clip(TypedDict):
     training: in_package("training.clip.ClipTraining") | None
 
 
-class Look(TypedDict):
-    metrics: Mapping[str, AnyMetric | None]
-    sampling: in_package("evaluation.evaluator.Sampling")
-
-
-class Evaluation(Look):
-    num_samples: options.NumSamples
-    sampler: options.Sampler
-    num_inference_steps: options.NumInferenceSteps
-    batch_size: BatchSize
-    seed: Seed
-    bootstrap: options.Bootstrap | None
-    oracle: bool
-    every: PositiveInt | None
-    features: Literal["classifier", "inception", "open_clip"]
-    classifier: in_package("evaluation.classifier.ClassifierRecipe")
-    extractor: in_package("evaluation.features.FeatureExtractor") | None
-    relearning: in_package("training.relearning.Relearning") | None
-    threshold: options.UnitInterval | None
-    probe: Look
-    at_threshold: Look | None
-
-
 class Security(TypedDict):
     allow: Sequence[Text]
 
@@ -414,7 +390,8 @@ class Configuration(TypedDict):
     model: Model
     clip: Clip
     method: collections.abc.Callable[..., in_package("methods.method.Method")]
-    evaluation: Evaluation
+    evaluation: in_package("training.evaluation.EvaluationPlan")
+    judge: in_package("evaluation.judge.JudgeRecipe")
     logger: in_package("training.loggers.Logger")
 
 

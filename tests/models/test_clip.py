@@ -151,7 +151,7 @@ def test_a_file_that_holds_more_than_weights_is_not_read(configured, tmp_path, k
     for option, load in (
         ("clip.network.pretrained", lambda: pretrained_clip("small-for-tests", str(file))),
         (
-            "evaluation.extractor.open_clip_pretrained",
+            "judge.extractor.open_clip_pretrained",
             lambda: feature_extractor("open_clip", None, "small-for-tests", str(file)),
         ),
     ):
