@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import COMPLETE, ROOT, assert_same_bits, marked, options
+from conftest import COMPLETE, ROOT, assert_same_bits, marked, names, options
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -225,7 +225,7 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
         shape = (
             (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
         )
-        network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
+        network = make(cfg["model"]["network"], image_shape=shape, label_names=names(num_labels), seed=0)
         diffusion, asks_labels = isinstance(network, DiffusionModel), method in (*DISTILLING, *ROLLING_OUT)
         refuses = (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None)
         if refuses or method in ASKING_PROMPTS:
@@ -266,7 +266,7 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
     def build(seed: int):
         raise AssertionError("it would be trained")
 
-    network = make(key["network"], image_shape=image_shape, num_labels=10, seed=0)
+    network = make(key["network"], image_shape=image_shape, label_names=names(10), seed=0)
     digests = {digest(network.state_dict())}
     recipe = make(key["pretraining"])
     for population in populations:
@@ -285,7 +285,7 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
         chosen = yaml.safe_load((path.parent / "config.yaml").read_text())["choices"]["experiment"]
         cfg = composed(f"experiment={chosen}", debug=False)
         shape = (3, 32, 32) if "cifar10" in experiment else (1, 28, 28)
-        network = make(cfg["model"]["network"], image_shape=shape, num_labels=10, seed=0)
+        network = make(cfg["model"]["network"], image_shape=shape, label_names=names(10), seed=0)
         sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"]).metrics
         for name, found in published["metrics"].items():
             metric = metrics[name]

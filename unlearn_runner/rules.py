@@ -496,8 +496,9 @@ def _labels(method: Mapping[str, Any], labels: Labels) -> None:
             label_that_is_kept(node["label"], labels.retain)
     if "prior" in method:
         share_for_each_class(method["prior"], len(labels.retain))
-    if _name(method) == "hybrid" and isinstance(method["lambd"], Mapping) and _name(method["lambd"]) == "Inferred":
-        objective_without_ascent(method["lambd"]["objective"])
+    lambd = method.get("lambd")
+    if _name(method) == "hybrid" and isinstance(lambd, Mapping) and _name(lambd) == "Inferred":
+        objective_without_ascent(lambd["objective"])
 
 
 def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int) -> None:

@@ -134,7 +134,7 @@ def test_ssim_compares_with_the_base_row_by_row():
     a, b = judged(6, 0), judged(6, 1)
     metric = SSIM(per_class=True)
     view = View.__new__(View)  # SSIM asks for the samples alone
-    view.judged = {"forget": a, "retain": b}
+    view.judged, view.base_samples = {"forget": a, "retain": b}, None
     assert {name: rows.tolist() for name, rows in metric.measure(view).items()} == dict.fromkeys(view.judged, [1.0] * 6)
     view.base_samples = {"forget": a, "retain": a}
     rows = metric.measure(view)

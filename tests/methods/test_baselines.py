@@ -57,7 +57,7 @@ def test_erase_diff_direction():
 def test_each_moves_its_loss_the_right_way(tiny_network, cls):
     """On one batch, many steps: the loss that is logged falls, or for NegGrad rises."""
     network = tiny_network()
-    method = cls(network, lambda m: sgd(m, max_grad_norm=1.0), make_generator(0, "m"))
+    method = cls(Setting(network, make_generator(0, "m")), lambda m: sgd(m, max_grad_norm=1.0))
     key = "loss/retain" if cls is Denoising else "loss/forget"
     values = [method.step(batch())[key].item() for _ in range(40)]
     first, last = sum(values[:5]), sum(values[-5:])
