@@ -147,6 +147,7 @@ def test_all_three_begin_with_the_weights_that_are_loaded_after_construction(tin
     network = tiny_network()
     method = sfd(network, Labels((0, 1), (7,)), update=adam(1e-3, ema_decay=0.5))
     network.load_state_dict(tiny_network(seed=5).state_dict())
+    method.begin(None)
     loaded = flat(network)
     assert torch.equal(flat(method.model), loaded), "the average too"
     assert torch.equal(flat(method.trio.fake), loaded)
