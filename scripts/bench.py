@@ -29,7 +29,6 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 NETWORKS = {
     "paper": ["model=ddpm_mnist"],
@@ -128,8 +127,7 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
     import torch
     from rich.console import Console
 
-    from train import build_method, build_model
-    from unlearn_runner.assembly import make
+    from unlearn_runner.assembly import build_method, build_network, make
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.progress import ProgressBar
@@ -152,12 +150,12 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
     if tuned:
         hardware.apply()
     data = make(cfg["dataset"]).load()
-    network = build_model(cfg["model"]["network"], data.spec, 0)
+    network = build_network(cfg, data.spec, 0)
     network = hardware.prepare(network) if tuned else network.to(hardware.device)
     if reference:
         from diffusers.models.attention_processor import AttnProcessor2_0
+        from reference_loop import ReferenceLoop
 
-        from scripts.reference_loop import ReferenceLoop
         from unlearn_runner.models.attention import attend
 
         attend(network.unet, AttnProcessor2_0())  # diffusers' own
@@ -170,7 +168,7 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
                 loop.step(*stream.next()[:4])
 
         return Subject(run, (network,), 1)
-    method = build_method(cfg["method"], network, data.spec, make_generator(0, "method", hardware.device))
+    method = build_method(cfg, network, data.spec, make_generator(0, "method", hardware.device))
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     driver.total_steps(method, plan)
     trainer = Trainer(
@@ -356,22 +354,20 @@ def ratios_of(seconds: dict[str, list[float]]) -> dict[str, list[dict[str, Any]]
 
 def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds to draw 1,000 samples with 25 steps, and to score them by all metrics of `evaluation=quick`."""
-    from train import build_model
-    from unlearn_runner.assembly import make
-    from unlearn_runner.evaluation.classifier import trained_judge
+    from unlearn_runner.assembly import build_network, make
     from unlearn_runner.evaluation.evaluator import Evaluator
 
     cfg = composed(["dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
                     f"dataset.conditional={arguments.conditional}", f"hardware={arguments.hardware}",
-                    "evaluation.num_samples=500", "evaluation.classifier.max_steps=50",
+                    "evaluation.num_samples=500", "judge.classifier.max_steps=50",
                     *NETWORKS[arguments.network]])  # fmt: skip
-    hardware, evaluation = make(cfg["hardware"]), make(cfg["evaluation"])
+    hardware, evaluation, recipe = make(cfg["hardware"]), make(cfg["evaluation"]), make(cfg["judge"])
     hardware.apply()
     data = make(cfg["dataset"]).load()
-    network = hardware.prepare(build_model(cfg["model"]["network"], data.spec, 0))
+    network = hardware.prepare(build_network(cfg, data.spec, 0))
     with tempfile.TemporaryDirectory() as cache:
-        judge = trained_judge(data, evaluation["classifier"], Path(cache), hardware.device, None, lambda *_: None)
-        evaluator = Evaluator(data, judge, evaluation["metrics"], evaluation["sampling"], Path(cache))
+        judge = recipe.judge(data, Path(cache), hardware.device)
+        evaluator = Evaluator(data, judge, evaluation.metrics, evaluation.sampling, Path(cache))
         found = evaluator(network)
     scoring = sum(seconds for part, seconds in found.seconds.items() if part != "sampling")
     return {"drawing": found.seconds["sampling"], "scoring": scoring}
@@ -386,19 +382,18 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from pipelines import sd15_sized
-
     from unlearn_runner.hardware import Hardware
     from unlearn_runner.methods.denoising import Denoising
-    from unlearn_runner.methods.method import Update
+    from unlearn_runner.methods.method import Setting, Update
     from unlearn_runner.types import Batch
 
     hardware = Hardware("cuda", channels_last=None, mixed_precision=None, deterministic=False, cuda_graphs=None)
     hardware.apply()
     model = hardware.prepare(sd15_sized("full", device="cuda"))
     model.freeze_for_unlearning()
-    method = Denoising(model, partial(Update, optimizer=torch.optim.AdamW), torch.Generator("cuda").manual_seed(0))
+    method = Denoising(
+        Setting(model, torch.Generator("cuda").manual_seed(0)), partial(Update, optimizer=torch.optim.AdamW)
+    )
     size = arguments.batch_size
     latents, cond = torch.randn((size, 4, 64, 64), device="cuda"), torch.zeros(size, dtype=torch.int64, device="cuda")
     batch = Batch(latents, None, cond, None, 0.0)
@@ -433,6 +428,45 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> Any:
+    """Stable Diffusion 1.5 by its sizes, with random weights, for pictures of 512x512; the UNet is made on `device`."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion, Tuning
+    from unlearn_runner.models.words import build_tokenizer
+
+    with torch.device(device):
+        unet = UNet2DConditionModel(
+            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
+        )  # fmt: skip
+    tokenizer = build_tokenizer([], 77)
+    parts = Parts(
+        vae=AutoencoderKL(
+            in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+            latent_channels=4, norm_num_groups=32, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )
+        ),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=PNDMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
+        ),
+    )  # fmt: skip
+    return StableDiffusion(parts, (3, 512, 512), ("a picture",), tuning=Tuning(trainable, **tuning))
+
+
 def start_up() -> dict[str, float]:
     """Seconds until `main` begins, and of a run of nothing but its parts; medians of three."""
 
@@ -445,7 +479,7 @@ def start_up() -> dict[str, float]:
         return median(taken)
 
     return {
-        "import of train.py": seconds("-c", "import train"),
+        "what train.py imports at once": seconds("-c", "import hydra, unlearn_runner.cli"),
         "train.py --cfg job": seconds("train.py", "--cfg", "job"),
     }
 

@@ -18,10 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from scripts.bench import (  # noqa: E402
+from bench import (
     NETWORKS,
     SUBJECTS,
     add_files,
@@ -30,6 +27,8 @@ from scripts.bench import (  # noqa: E402
     processor,
     require_sensible,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 class Case(NamedTuple):

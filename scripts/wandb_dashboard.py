@@ -9,8 +9,15 @@ Needs `pip install 'unlearn_runner[dashboard]'` and, but for --dry-run, `wandb l
 import sys
 from typing import Any
 
+from unlearn_runner.catalogue import COST, FORGETTING, RETENTION, In, keys
 from unlearn_runner.comparison.choices import Parser
 from unlearn_runner.errors import first_line
+
+
+def eval_keys(about: str) -> tuple[str, ...]:
+    """The headlines of the unlearned model."""
+    return tuple(f"eval/{key}" for key in keys(In.SHORT, about))
+
 
 # The keys that runs log over their steps, and those that stand in their summaries at the end.
 OVER_STEPS = {
@@ -26,9 +33,9 @@ OVER_STEPS = {
     ),
 }
 AT_THE_END = {
-    "Forgetting": ("eval/forget_rate", "eval/restored_rate", "reached/steps", "eval/mia_auc"),
-    "Retention": ("eval/retain_accuracy", "eval/fid_retain", "eval/ssim_retain", "oracle_gap/fid_retain"),
-    "Cost": ("cost/seconds", "cost/network_evaluations", "cost/images", "cost/peak_memory_gb"),
+    "Forgetting": (*eval_keys(FORGETTING), "reached/steps"),
+    "Retention": (*eval_keys(RETENTION), "oracle_gap/fid_retain"),
+    "Cost": (*keys(In.SHORT, COST), "cost/images"),
 }
 PICTURES = ("samples/base", "samples/oracle", "samples/eval", "samples/lambda")
 TITLE = "What was forgotten, kept and paid"

@@ -1,7 +1,6 @@
 """What the tests share: a composed configuration, a small dataset, a small model."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from unlearn_runner.cli import configuration
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real images, where there are some
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # train.py is a script, not a module of the package
 
 os.environ["WANDB_MODE"] = "offline"
 # two processes with two threads each would slow each other down tenfold on two cores
@@ -69,12 +67,12 @@ def composed(tmp_path, shared_cache):
 @pytest.fixture
 def run(composed, tmp_path):
     """`run("method=siss", folder="a")`: a whole debug run in this process; returns its folder."""
-    import train
+    from unlearn_runner import assembly
 
     def run_once(*overrides: str, folder: str = "run") -> Path:
         path = tmp_path / "outputs" / folder
         path.mkdir(parents=True, exist_ok=True)
-        train.unlearn(composed(*overrides), path)
+        assembly.unlearn(composed(*overrides), path)
         return path
 
     return run_once
@@ -88,6 +86,11 @@ def digits():
     return DigitsTrousers().load()
 
 
+def names(num_labels: int | None) -> tuple[str, ...] | None:
+    """Of so many labels."""
+    return None if num_labels is None else tuple(map(str, range(num_labels)))
+
+
 @pytest.fixture
 def tiny_network():
     """`tiny_network(...)`: a DDPM small enough to be trained in milliseconds."""
@@ -95,7 +98,7 @@ def tiny_network():
 
     def build(image_shape=(1, 8, 8), num_labels=10, seed=0, **more):
         settings = {"block_out_channels": [8, 8], "attention": [False, False], "norm_num_groups": 4} | more
-        return build_ddpm(image_shape, num_labels, seed, "auto", **settings)
+        return build_ddpm(image_shape, names(num_labels), seed, "auto", **settings)
 
     return build
 
@@ -107,7 +110,7 @@ def tiny_vae():
 
     def build(image_shape=(1, 8, 8), num_labels=10, seed=0, **more):
         settings = {"latent_size": 3, "hidden_size": 16, "block_out_channels": [8, 8], "norm_num_groups": 4} | more
-        return build_vae(image_shape, num_labels, seed, "auto", **settings)
+        return build_vae(image_shape, names(num_labels), seed, "auto", **settings)
 
     return build
 

@@ -2,15 +2,12 @@
 
 import copy
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
 def train(jobs: dict[str, dict], folder: Path) -> None:

@@ -8,20 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import COMPLETE, ROOT, assert_same_bits, marked, options
+from conftest import COMPLETE, ROOT, assert_same_bits, marked, names, options
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from pipelines import foreign
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
 
-from train import build_method, build_model
+from unlearn_runner.assembly import build_method, build_network
 from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import trained_judge
 from unlearn_runner.evaluation.evaluator import require_enough_samples
-from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.models.model import DiffusionModel
-from unlearn_runner.spec import Labels
+from unlearn_runner.spec import DIGITS, DataSpec
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts
@@ -153,8 +154,8 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
         dataset = (3, 32, 32)
         more += ["dataset=sd_concepts"]
     cfg = composed(f"model={model}", *more)
-    spec = SimpleNamespace(image_shape=dataset, label_names=tuple("0123456789"))
-    network = build_model(cfg["model"]["network"], spec, 0)
+    spec = DataSpec("toy", dataset, DIGITS, DIGITS, 0, None, False)
+    network = build_network(cfg, spec, 0)
     make(cfg["model"]["pretraining"])
     labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, network.num_train_timesteps - 1])
     with torch.no_grad():
@@ -166,8 +167,8 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
 def test_evaluation_options_build(composed, evaluation):
     cfg = composed(f"evaluation={evaluation}", *["dataset=sd_concepts"] * (evaluation == "prompts"), debug=False)
     built = make(cfg["evaluation"])
-    assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built["metrics"])
-    assert {"nll", "mia"} <= set(built["metrics"]) or evaluation in ("quick", "prompts")
+    assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built.metrics)
+    assert {"nll", "mia"} <= set(built.metrics) or evaluation in ("quick", "prompts")
 
 
 @pytest.mark.parametrize("hardware", [name for name in options("hardware") if not name.endswith("_gpu")])
@@ -186,13 +187,18 @@ def test_logger_options_open_and_close(composed, tmp_path, logger):
     built.finish({"eval/forget_rate": 0.1}, failed=False)
 
 
+def of_the_base(dataset: str) -> bool:
+    """Whether a dataset's images are drawn by the base, which then must come from elsewhere."""
+    return yaml.safe_load((ROOT / "conf" / "dataset" / f"{dataset}.yaml").read_text()).get("source") == "base"
+
+
 @pytest.mark.parametrize("dataset", options("dataset"))
 def test_dataset_options_compose(composed, dataset, tmp_path):
-    folders = []
     for name in ("forget", "retain"):
         (tmp_path / name).mkdir()
-        folders.append(f"dataset.{name}_dir={tmp_path / name}")
-    cfg = composed(f"dataset={dataset}", *(folders * (dataset == "image_folder")))
+    folders = [f"dataset.{name}_dir={tmp_path / name}" for name in ("forget", "retain")]
+    more = folders if dataset == "image_folder" else ["model=sd15"] if of_the_base(dataset) else []
+    cfg = composed(f"dataset={dataset}", *more)
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
 
 
@@ -219,22 +225,20 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
         shape = (
             (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
         )
-        network = make(cfg["model"]["network"], image_shape=shape, num_labels=num_labels, seed=0)
+        network = make(cfg["model"]["network"], image_shape=shape, label_names=names(num_labels), seed=0)
         diffusion, asks_labels = isinstance(network, DiffusionModel), method in (*DISTILLING, *ROLLING_OUT)
         refuses = (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None)
         if refuses or method in ASKING_PROMPTS:
             continue
-        spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,), tuple("0123456789"), tuple(range(10))))
+        spec = DataSpec("toy", shape, None if num_labels is None else DIGITS, DIGITS, 0, None, False)
         clip = make(cfg["clip"]["network"])
-        built = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
+        built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
     evaluation = make(cfg["evaluation"])
-    assert set(evaluation["metrics"]) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, (
-        "never fewer metrics"
-    )
-    assert evaluation["relearning"] is not None
-    features = evaluation["classifier"].num_features
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], features, num_labels)
+    assert set(evaluation.metrics) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, "never fewer metrics"
+    assert evaluation.relearning is not None
+    features = make(cfg["judge"]).num_features
+    require_enough_samples(evaluation.metrics, evaluation.sampling, features, num_labels)
     header = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     assert "CPU" in header or "GPU" in header, "the header says how long it takes"
 
@@ -262,14 +266,14 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
     def build(seed: int):
         raise AssertionError("it would be trained")
 
-    network = make(key["network"], image_shape=image_shape, num_labels=10, seed=0)
+    network = make(key["network"], image_shape=image_shape, label_names=names(10), seed=0)
     digests = {digest(network.state_dict())}
     recipe = make(key["pretraining"])
     for population in populations:
         network.load(pretrained(population, recipe, key, build, data, cache, Interrupts(), Console()))
         digests.add(digest(network.state_dict()))
     assert len(digests) == 1 + len(populations)
-    judge = trained_judge(data, make(cfg["evaluation"])["classifier"], cache, CPU, show=build)
+    judge = make(cfg["judge"]).judge(data, cache, CPU, build)
     assert judge.test_accuracy["retain"] >= known
 
 
@@ -281,26 +285,112 @@ def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment
         chosen = yaml.safe_load((path.parent / "config.yaml").read_text())["choices"]["experiment"]
         cfg = composed(f"experiment={chosen}", debug=False)
         shape = (3, 32, 32) if "cifar10" in experiment else (1, 28, 28)
-        network = make(cfg["model"]["network"], image_shape=shape, num_labels=10, seed=0)
-        sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"])["metrics"]
+        network = make(cfg["model"]["network"], image_shape=shape, label_names=names(10), seed=0)
+        sampling, metrics = cfg["evaluation"]["sampling"], make(cfg["evaluation"]).metrics
         for name, found in published["metrics"].items():
             metric = metrics[name]
-            assert found == (metric.provenance() if isinstance(metric, Metric) else metric.provenance(network)), name
+            assert found == metric.provenance(network), name
         for key in ("sampler", "num_inference_steps", "batch_size", "seed", "bootstrap"):
             assert published[key] == sampling[key]
 
 
-def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_method(composed):
-    for folder, group in (("tuned", "experiment"), ("tuned/model", "model")):
-        assert set(options(folder)) <= {f"{option}_{method}" for option in options(group) for method in COMPLETE}
-        for leader, followers in (("siss", ("adaptive_siss", "rl_lambda")), ("sfd", ("sfd_two_stage", "hybrid"))):
-            for option in options(group):
-                if f"{option}_{leader}" in options(folder):
-                    assert {f"{option}_{follower}" for follower in followers} <= set(options(folder)), (
-                        f"what {leader} needs in {option}, its relatives need too"
-                    )
-    assert composed("model=vae", "method=siss", debug=False)["method"]["rho"] == 0.1
-    assert composed("model=vae", "method=siss", "method.rho=0.2", debug=False)["method"]["rho"] == 0.2
-    assert composed("method=siss", debug=False)["method"]["rho"] == 0.04
-    assert composed("experiment=mnist_tshirt", debug=False)["method"]["tau"] == 5
-    assert composed("experiment=mnist_tshirt", "method.tau=7", debug=False)["method"]["tau"] == 7
+TUNED = sorted(path.relative_to(ROOT / "conf" / "tuned") for path in (ROOT / "conf" / "tuned").rglob("*.yaml"))
+
+
+def families() -> dict[str, set[str]]:
+    """The methods of each family, as Hydra composes them; one that names none is a family by itself."""
+    found: dict[str, set[str]] = {}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for method in options("method"):
+            choices = compose("train", [f"method={method}"], return_hydra_config=True).hydra.runtime.choices
+            found.setdefault(choices.get("method/family", method), set()).add(method)
+    return found
+
+
+def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_family():
+    """<experiment>/<family>.yaml, model/<model>/<family>.yaml, and <family>/<method>.yaml for what one method needs
+    besides. No file only names another.
+    """
+    members = families()
+    assert set(options("method/family")) <= {family for family, methods in members.items() if len(methods) > 1}
+    for path in TUNED:
+        of_model = path.parts[0] == "model"
+        whose, family, *method = path.with_suffix("").parts[of_model:]
+        assert whose in options("model" if of_model else "experiment"), path
+        assert family in members, path
+        assert set(method) <= members[family], path
+        content = yaml.safe_load((ROOT / "conf" / "tuned" / path).read_text())
+        assert set(content) - {"defaults"}, f"{path} has no value of its own"
+    assert len(TUNED) < 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "values"),
+    [
+        ("model=vae method=siss", {"rho": 0.1, "learning_rate": 4e-3}),
+        ("model=vae method=siss_no_is", {"rho": 0.1, "learning_rate": 4e-3}),
+        ("model=vae method=siss method.rho=0.2", {"rho": 0.2}),
+        ("method=siss", {"rho": 0.04, "learning_rate": 5e-4}),
+        ("experiment=mnist_tshirt", {"tau": 5}),
+        ("experiment=mnist_tshirt method.tau=7", {"tau": 7}),
+        ("experiment=mnist_tshirt method=rl_lambda", {"tau": 5}),  # a family inherited through a package
+        ("experiment=digits_class method=adaptive_siss", {"rho": 0.2, "learning_rate": 5e-4}),
+        ("experiment=digits_class method=siss", {"rho": 0.2, "learning_rate": 1e-3}),
+        ("experiment=digits_class method=siss model=vae", {"rho": 0.2, "learning_rate": 1e-3}),  # after the model's
+        ("experiment=digits_trousers method=neg_grad", {"learning_rate": 5e-5}),  # a family by itself
+        ("experiment=digits_trousers_lambda method=sfd", {"forget_weight": 0.01, "learning_rate": 5e-4}),
+        ("experiment=cifar10_class_small method=hybrid", {"alpha": 1.0, "learning_rate": 6e-5}),
+        ("experiment=sd_trousers method=critic_guided", {"max_steps": 40, "clip_range": 6e-3}),
+        ("experiment=sd_trousers method=ddpo", {"max_steps": 64, "clip_range": 6e-3}),
+        ("model=sd_tiny dataset=sd_concepts method=ddpo", {"max_steps": 128, "clip_range": 6e-3}),
+    ],
+)
+def test_tuned_settings_are_found(composed, overrides, values):
+    cfg = composed(*overrides.split(), debug=False)
+    assert {name: cfg["budget" if name in cfg["budget"] else "method"][name] for name in values} == values
+
+
+def test_a_method_adds_to_what_its_family_has(composed):
+    chosen = "experiment=cifar10_class_small"
+    schedules = [
+        composed(chosen, f"method={method}", debug=False)["method"]["fake_update"]["lr_schedule"]
+        for method in ("sfd", "sfd_two_stage")
+    ]
+    assert schedules[0] is None
+    assert schedules[1]["factor"] == 1.0
+
+
+def test_a_method_from_elsewhere_may_join_a_family(tmp_path):
+    """Or be one by itself; what is tuned is found either way."""
+    (tmp_path / "method").mkdir()
+    text = (ROOT / "conf" / "method" / "siss_no_is.yaml").read_text()
+    assert "rho: 0.04" in text
+    (tmp_path / "method" / "mine.yaml").write_text(text.replace("rho: 0.04", "rho: 0.5"))
+    (tmp_path / "method" / "alone.yaml").write_text("defaults: [neg_grad]\n")
+    (tmp_path / "tuned" / "digits_class").mkdir(parents=True)
+    (tmp_path / "tuned" / "digits_class" / "alone.yaml").write_text("# @package _global_\nbudget: {max_steps: 7}\n")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        searched = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=digits_class"]
+        assert compose("train", [*searched, "method=mine"]).method.rho == 0.2
+        assert compose("train", [*searched, "method=alone"]).budget.max_steps == 7
+
+
+def test_searches_name_options_that_there_are(composed):
+    """What hparams_search=... sets, without Optuna; with it tests/test_sweeps.py runs one."""
+    for name in options("hparams_search"):
+        search = yaml.safe_load((ROOT / "conf" / "hparams_search" / f"{name}.yaml").read_text())
+        chosen = [
+            f"{group.partition('/')[2]}={option}"
+            for entry in search["defaults"]
+            for group, option in entry.items()
+            if "hydra" not in group
+        ]
+        cfg = composed(*chosen, f"objective=[{','.join(search['objective'])}]")
+        sweeper = search["hydra"]["sweeper"]
+        assert len(sweeper["direction"]) == len(search["objective"])
+        for key, space in sweeper["params"].items():
+            assert OmegaConf.select(OmegaConf.create(cfg), key) is not None, key
+            override = OverridesParser.create().parse_override(f"{key}={space}")
+            assert override.is_interval_sweep()
+            for end in (override.value().start, override.value().end):
+                assert OmegaConf.select(OmegaConf.create(composed(*chosen, f"{key}={end}")), key) == end

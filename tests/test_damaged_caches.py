@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import marked
+from conftest import marked, names
 from filelock import FileLock
 from PIL import Image
 from pipelines import tiny
@@ -63,7 +63,7 @@ class Corpus(Dataset):
 
 def bases(root: Path, folder: Path, population: str = "all") -> Any:
     def build(seed, spec):
-        return build_vae(spec.image_shape, 2, seed, "auto", 2, 8, [4, 4], norm_num_groups=2)
+        return build_vae(spec.image_shape, names(2), seed, "auto", 2, 8, [4, 4], norm_num_groups=2)
 
     key = {"network": {}, "pretraining": {}}
     network = build(1, dataset().spec)
@@ -92,7 +92,7 @@ def evaluations(root: Path, folder: Path) -> Any:
     judge = trained_judge(dataset(), ClassifierRecipe(8, 8, 2, 4), root, CPU)
     sampling = Sampling(num_samples=9, num_inference_steps=1)
     evaluator = Evaluator(dataset(), judge, {"rates": Rates(), "fid": FID(min_samples=3)}, sampling, root)
-    network = build_vae((1, 8, 8), 2, 0, "auto", 2, 8, [4, 4], norm_num_groups=2)
+    network = build_vae((1, 8, 8), names(2), 0, "auto", 2, 8, [4, 4], norm_num_groups=2)
     found = evaluator.once(network)
     return {"grid": found.grid, "features": evaluator.references["forget"].features, **found.scores}
 

@@ -12,7 +12,7 @@ from test_distributed import PPO
 from test_train_prompts import SMALL, summary
 
 from unlearn_runner.graphs import MOST_RECORDINGS, GraphedPasses
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.siss import SISS, SISSNoIS
 from unlearn_runner.types import Batch, GeneratorState, Passes
 
@@ -49,7 +49,7 @@ def batch_of(b: int = 6, seed: int = 0, size: int = 8) -> Batch:
 
 def method_of(network, kind=SISS, **more):
     update = partial(Update, optimizer=partial(torch.optim.AdamW, lr=1e-3), ema_decay=0.9)
-    return kind(network, update, torch.Generator("cuda").manual_seed(0), **more)
+    return kind(Setting(network, torch.Generator("cuda").manual_seed(0)), update, **more)
 
 
 def weights_after(network, steps: int, kind=SISS, size: int = 8, **more) -> dict[str, torch.Tensor]:

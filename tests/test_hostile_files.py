@@ -63,7 +63,7 @@ def test_inception(hostile, tmp_path, monkeypatch):
 def test_open_clip(hostile, clip_weights, tmp_path, name):
     with pytest.raises(ConfigurationError) as raised:
         feature_extractor("open_clip", None, "tiny-for-tests", str(hostile(tmp_path / name)))
-    assert_refused(raised, "evaluation.extractor.open_clip_pretrained=")
+    assert_refused(raised, "judge.extractor.open_clip_pretrained=")
 
 
 def test_a_checkpoint(hostile, tmp_path):
@@ -132,11 +132,11 @@ def test_a_policy_of_something_else(playing, tmp_path, change, said):
 def test_parts_of_a_pipeline(hostile, composed, tmp_path, part):
     from hydra.utils import instantiate
 
-    from train import build_model
+    from unlearn_runner.assembly import build_network
 
     cfg = composed("model=sd_tiny", "dataset=sd_concepts")
     spec = instantiate(cfg["dataset"], _convert_="all").spec
-    network = build_model(cfg["model"]["network"], spec, 0)
+    network = build_network(cfg, spec, 0)
     network.save(tmp_path / "model")
     for weights in (tmp_path / "model" / part).glob("*.safetensors"):
         weights.unlink()

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from pipelines import PROMPTS, tiny
 from toy import gaussian_model
 
-from train import drawn_by
+from unlearn_runner.assembly import drawn_by
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.evaluation import evaluator as evaluating
@@ -163,6 +163,13 @@ def test_what_changes_no_sample_changes_no_key(tiny_network, tmp_path):
     assert model.fingerprint() == before
 
 
+class Newer(Rates):
+    """Of the same settings, by other code."""
+
+    version = Rates.version + 1
+    __module__, __qualname__ = Rates.__module__, Rates.__qualname__
+
+
 class Doubled(FeatureExtractor):
     """Some features of pictures."""
 
@@ -215,6 +222,7 @@ def test_of_an_evaluation_each_setting_matters(digits, tiny_network, shared_cach
         key(metrics={"rates": Rates()}), key(metrics={"rates": Rates(), "ssim": SSIM(sigma=0.5)}),
         key(metrics={"rates": Rates(), "mia": Membership(timesteps=[1])}),
         key(metrics={"rates": Rates(), "mia": Membership(timesteps=[2])}),
+        key(metrics={"rates": Newer(), "ssim": SSIM()}),
         *(key(judge=one) for one in extracted),
     ]  # fmt: skip
     assert len(set(found)) == len(found)

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -21,7 +22,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 METHODS = {
     "adaptive_siss": (),
@@ -39,9 +39,6 @@ POINTS = ("os.replace", "shutil.rmtree", "torch.save", "append", "close")
 
 def command(place: Path, method: str, *more: str, harm: Callable[[], None] | None = None) -> int:
     """Start the command in a process of its own, forked from this one; returns its id."""
-    import train
-    from unlearn_runner.cli import one_sentence
-
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -60,8 +57,7 @@ def command(place: Path, method: str, *more: str, harm: Callable[[], None] | Non
         os.chdir(place)
         if harm is not None:
             harm()
-        with one_sentence():
-            train.main()
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -231,7 +227,8 @@ def import_everything() -> None:
     import torchmetrics.image.fid  # noqa: F401
     from diffusers import DDPMPipeline, UNet2DModel  # noqa: F401
 
-    import train  # noqa: F401
+    import unlearn_runner.assembly
+    import unlearn_runner.cli
     import unlearn_runner.data.digits_trousers
     import unlearn_runner.drivers.sb3
     import unlearn_runner.evaluation.metrics

@@ -12,13 +12,13 @@ from pipelines import tiny
 from safetensors.torch import load_file, save_file
 from trainers import CPU, build_trainer
 
-from train import build_model
+from unlearn_runner.assembly import build_network
 from unlearn_runner.cache import write_json
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.evaluation.classifier import Classifier, ClassifierRecipe, Judge, trained_judge
+from unlearn_runner.evaluation.classifier import Classifier, ClassifierJudge, ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
 from unlearn_runner.evaluation.likelihood import flow_bits_per_dim
 from unlearn_runner.evaluation.metrics import FID, KID, Rates
@@ -117,7 +117,7 @@ def test_spoilt_weights_are_not_saved(composed, digits, tmp_path):
 
 def test_a_spoilt_base_is_refused_before_anything_is_unlearned(run, composed, tmp_path):
     cfg = composed()
-    network = build_model(cfg["model"]["network"], DigitsTrousers().spec, 0)
+    network = build_network(cfg, DigitsTrousers().spec, 0)
     network.save(tmp_path / "base")
     [file] = tmp_path.glob("base/unet/*.safetensors")
     weights = load_file(file)
@@ -145,8 +145,8 @@ def test_a_model_that_draws_nothing_finite_has_diverged(run, tmp_path):
 @pytest.mark.parametrize("headline", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_scores_that_are_not_finite_are_left_out_and_said(run, tmp_path, monkeypatch, capsys, headline):
     """A headline score among them: the run has diverged, with all else on record."""
-    compute = KID.__call__
-    monkeypatch.setattr(KID, "__call__", lambda self, samples: compute(self, samples) | {"kid_forget": math.inf})
+    compute = KID.score
+    monkeypatch.setattr(KID, "score", lambda self, *given: compute(self, *given) | {"kid_forget": math.inf})
     if headline:
         monkeypatch.setattr(FID, "_distance", lambda self, *pair: NAN)
         sentence = r"^eval/fid_retain: not a finite number, all else that was measured is in \S+$"
@@ -179,8 +179,8 @@ def test_no_json_holds_nan(tmp_path):
     assert strictly(tmp_path / "x.json") == {"a": None, "b": [1.5, None, {"c": [None, 2]}], "d": "NaN"}
 
 
-def judge_of(test: dict[str, float], train: dict[str, float], contents: int) -> Judge:
-    return Judge(Classifier(1, contents, 8, 8), test, "none", CPU, train_accuracy=train)
+def judge_of(test: dict[str, float], train: dict[str, float], contents: int) -> ClassifierJudge:
+    return ClassifierJudge(Classifier(1, contents, 8, 8), test, "none", CPU, train_accuracy=train)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_judge_that_did_not_learn_is_said(test, train, contents, doubted):
 
 
 def test_a_classifier_that_diverges_is_not_kept(digits, tmp_path):
-    with pytest.raises(ConfigurationError, match=r"the classifier diverged .* evaluation\.classifier\.learning_rate"):
+    with pytest.raises(ConfigurationError, match=r"the classifier diverged .* judge\.classifier\.learning_rate"):
         trained_judge(digits, ClassifierRecipe(max_steps=3, num_features=8, learning_rate=1e30), tmp_path, CPU)
     assert not [path for path in tmp_path.glob("classifiers/*") if path.is_dir() and path.suffix != ".partial"]
 

@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import options
+from conftest import names, options
 from hydra.utils import instantiate
 from test_train import command, runs_below, summary
 from trainers import build_driven, build_trainer
@@ -13,6 +13,7 @@ from trainers import build_driven, build_trainer
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.drivers.sb3 import RolloutStart
+from unlearn_runner.methods.method import Setting
 from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.models.one_step import OneStepPipeline
 from unlearn_runner.types import make_generator
@@ -63,7 +64,7 @@ def test_distillation_forgets_a_class_and_draws_in_one_step(tmp_path):
 
     generator = OneStepPipeline.from_pretrained(folder / "model")
     (weights,) = (tmp_path / "c" / "bases").glob("*/model")
-    teacher = build_ddpm((1, 16, 16), 10, 0, str(weights), [], [])
+    teacher = build_ddpm((1, 16, 16), tuple("0123456789"), 0, str(weights), [], [])
     teacher.load(weights)
     labels, ratios = torch.arange(1000) % 10, []
     for _ in range(3):
@@ -86,8 +87,8 @@ def test_choosing_lambda_costs_at_most_three_percent_of_a_step(composed, digits,
     methods = []
     for overrides in (("method=siss",), ("method=adaptive_siss", f"method/lambd={lambd}")):
         cfg = composed(*overrides, "method.split=false", debug=False)
-        network = instantiate(cfg["model"]["network"], image_shape=(1, 16, 16), num_labels=10, seed=0)
-        method = instantiate(cfg["method"], _convert_="all", model=network, generator=make_generator(0, "m"))
+        network = instantiate(cfg["model"]["network"], image_shape=(1, 16, 16), label_names=names(10), seed=0)
+        method = instantiate(cfg["method"], _convert_="all")(Setting(network, make_generator(0, "m")))
         methods.append((method, BatchStream(digits, method.reads, 64, 0, torch.device("cpu")), []))
     for step in range(55):
         for method, stream, seconds in methods:

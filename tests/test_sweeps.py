@@ -1,5 +1,6 @@
 """Grids of runs: what fails is reported, what is finished is not done again, and every launcher does the same."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, options
+from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from test_train import environment, runs_below, summary
+
+from unlearn_runner.training.loggers import WandbLogger
 
 JOB = ("debug=default", "method=siss", "evaluation.every=null", "evaluation.metrics.fid=null", "hardware=cpu",
        "hardware.threads=1", "trainer.checkpointing_steps=null")  # fmt: skip
@@ -72,8 +78,10 @@ def test_an_agent_of_a_wandb_sweep_can_call_the_command(tmp_path, shared_cache):
     """The command line as W&B's own code makes it of the sweep's file; the run is the one that the agent has named."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     sweep = yaml.safe_load((ROOT / "scripts" / "wandb_sweep.yaml").read_text())
-    chosen = {"method": "siss", "method.rho": 0.03, "seed": 2}
+    chosen = {"method.rho": 0.03, "seed": 2}
     assert chosen.keys() == sweep["parameters"].keys()
+    groups = {folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir()}
+    assert not chosen.keys() & groups, "as docs/wandb.md says"
     args = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in chosen.items()}})
     places = {
         "${env}": ["/usr/bin/env"], "${interpreter}": [sys.executable], "${program}": [str(ROOT / sweep["program"])],
@@ -92,6 +100,50 @@ def test_an_agent_of_a_wandb_sweep_can_call_the_command(tmp_path, shared_cache):
     assert list(folder.glob("wandb/offline-run-*/run-agentsrun.wandb"))
 
 
+def test_a_group_among_a_sweeps_parameters_hides_its_options(tmp_path, monkeypatch):
+    """In W&B's config, as its agent hands the parameters over: why scripts/wandb_sweep.yaml has values only."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # what an earlier test has set up knows nothing of the two variables
+    for parameters in ({"method.rho": 0.03}, {"method": "siss", "method.rho": 0.03}):
+        text = yaml.safe_dump({"wandb_version": 1} | {key: {"value": value} for key, value in parameters.items()})
+        (tmp_path / "parameters.yaml").write_text(text)
+        folder = tmp_path / str(len(parameters))
+        folder.mkdir()
+        logger = WandbLogger()
+        logger.start(folder, {"method": {"rho": 0.03, "lambd": 0.5}, "seed": 1})
+        found = dict(logger.run.config)
+        logger.finish({}, failed=False)
+        assert found["method"] == ("siss" if "method" in parameters else {"rho": 0.03, "lambd": 0.5})
+        assert (found["method.rho"], found["seed"]) == (0.03, 1)
+
+
+def test_a_search_without_optuna_says_what_it_needs(tmp_path):
+    if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is not None:
+        pytest.skip("Optuna's sweeper is there")
+    for command in (["hparams_search=siss"], ["-m", "hparams_search=learning_rate", "method=neg_grad"]):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert "needs pip install 'unlearn_runner[optuna]'" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("search", options("hparams_search"))
+def test_a_search_is_one_word(search):
+    """What Hydra makes of it where Optuna's sweeper is there: a sweep, also without -m, over what the file says."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [f"hparams_search={search}", "hydra.sweeper.n_trials=3"], return_hydra_config=True)
+    sweeper = cfg.hydra.sweeper
+    assert cfg.hydra.mode == RunMode.MULTIRUN
+    assert sweeper._target_.endswith("OptunaSweeper")
+    assert (sweeper.n_trials, len(sweeper.direction)) == (3, len(cfg.objective))
+    assert all(OmegaConf.select(cfg, key) is not None for key in sweeper.params)
+
+
 @pytest.mark.slow
 def test_a_study_of_optuna_is_continued(tmp_path, shared_cache):
     """Two objectives, kept in SQLite; the first command is killed, the second goes on with the same study."""
@@ -99,10 +151,9 @@ def test_a_study_of_optuna_is_continued(tmp_path, shared_cache):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     search = (
-        "hydra/sweeper=optuna", "hydra/sweeper/sampler=nsgaii", "hydra.sweeper.n_jobs=1", "hydra.sweeper.study_name=s",
+        "hparams_search=siss", "hydra/sweeper/sampler=nsgaii", "hydra.sweeper.study_name=s",
         f"hydra.sweeper.storage={storage}", "hydra.sweeper.direction=[minimize,maximize]", "logger=jsonl",
-        "objective=[eval/forget_rate,eval/ssim_retain]", "method.lambd=interval(0.05,0.95)",
-        "method.rho=tag(log,interval(0.01,0.2))",
+        "objective=[eval/forget_rate,eval/ssim_retain]",
     )  # fmt: skip
 
     def complete() -> list:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -98,7 +99,7 @@ def test_leaves_the_run_folder_of_the_contract(whole):
 
 def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     """In the run's scores and lines, also after a resumption; nothing where no look finds it."""
-    import train
+    from unlearn_runner import assembly
 
     overrides = (
         "experiment=digits_trousers_lambda", "method=adaptive_siss", "evaluation.relearning=null",
@@ -121,7 +122,7 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     break_off(whole, "step_000005")
     fresh = tmp_path / "outputs" / "fresh"
     fresh.mkdir()
-    train.unlearn(composed(*overrides, "evaluation.threshold=1.0", f"resume_from_checkpoint={whole}"), fresh)
+    assembly.unlearn(composed(*overrides, "evaluation.threshold=1.0", f"resume_from_checkpoint={whole}"), fresh)
     again = summary(whole)["metrics"]
     assert {key: again[key] for key in metrics if "reached" in key} == {
         key: value for key, value in metrics.items() if "reached" in key
@@ -191,9 +192,9 @@ def test_resumed_run_equals_the_uninterrupted_one(run, composed, tmp_path):
     shutil.copytree(whole, broken)
     break_off(broken, "step_000004")
     (tmp_path / "outputs" / "fresh").mkdir()
-    import train
+    from unlearn_runner import assembly
 
-    train.unlearn(composed(*KEPT, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
+    assembly.unlearn(composed(*KEPT, f"resume_from_checkpoint={broken}"), tmp_path / "outputs" / "fresh")
     assert not any((tmp_path / "outputs" / "fresh").iterdir()), "a resumed run goes on in its own folder"
     assert_same_bits(weights_of(broken), weights_of(whole))
     assert [timeless(line) for line in lines(broken)] == [timeless(line) for line in lines(whole)]
@@ -256,16 +257,16 @@ def test_signal_finishes_the_step_and_the_printed_command_goes_on(run, tmp_path,
 
 def test_latest_goes_on_or_begins(run, composed, tmp_path):
     """With the newest unfinished run of this configuration in its folder, or anew where there is none."""
-    import train
+    from unlearn_runner import assembly
 
     outputs = tmp_path / "outputs"
     whole = run(*KEPT, folder="whole")
     for folder in ("anew", "fresh"):
         (outputs / folder).mkdir()
     latest = composed(*KEPT, "resume_from_checkpoint=latest")
-    assert train.unlearn(latest, outputs / "anew") == outputs / "anew", "one that has finished is not gone on with"
+    assert assembly.unlearn(latest, outputs / "anew") == outputs / "anew", "one that has finished is not gone on with"
     break_off(whole, "step_000004")
-    assert train.unlearn(latest, outputs / "fresh") == whole
+    assert assembly.unlearn(latest, outputs / "fresh") == whole
     assert not any((outputs / "fresh").iterdir())
     assert_same_bits(weights_of(whole), weights_of(outputs / "anew"))
 
@@ -349,12 +350,12 @@ def test_a_vae_has_the_whole_evaluation_and_keeps_its_encoder(run):
 def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, monkeypatch):
     from unlearn_runner.evaluation.metrics import Rates
 
-    original, rates = Rates.__call__, iter([0.5, 0.25, 0.0, 0.5, 0.0])  # base, three looks on the way, after
+    original, rates = Rates.score, iter([0.5, 0.25, 0.0, 0.5, 0.0])  # base, three looks on the way, after
 
-    def known(self, samples):
-        return original(self, samples) | {"forget_rate": next(rates)}
+    def known(self, samples, rows):
+        return original(self, samples, rows) | {"forget_rate": next(rates)}
 
-    monkeypatch.setattr(Rates, "__call__", known)
+    monkeypatch.setattr(Rates, "score", known)
     # other metrics than other tests, so that no cached evaluation of the base is met
     folder = run("evaluation.every=1", "evaluation.metrics.ssim=null", "evaluation.metrics.kid=null")
     assert summary(folder)["metrics"]["eval/deletion_steps"] == 2
@@ -414,9 +415,13 @@ def test_config_hash_is_of_what_changes_the_result(composed):
     [
         (["method=sis"], r"method=sis: there is no such option; near it: siss"),
         (["dataset=digit"], r"dataset=digit: there is no such option; near it: digits"),
+        (
+            ["dataset=sd_concepts", "dataset/concepts@dataset=celebrity"],
+            r"dataset/concepts@dataset: there is no such group of options; did you mean dataset=celebrity\?",
+        ),
         (["trainer.max_step=3"], r"trainer\.max_step: there is no such option; near it: max_steps"),
         (["method.lambd=1.5"], r"method\.lambd must be a number in \[0, 1\] or .*, got 1\.5"),
-        (["model=vae", "method=erase_diff"], r"method=erase_diff speaks of a diffusion model's noise"),
+        (["model=vae", "method=erase_diff"], r"method=erase_diff needs a diffusion model"),
         (["model=vae", "model.network.norm_num_groups=7"], r"divide by norm_num_groups=7, got \[16, 32\]"),
         (["method.tau=1.0"], r"give method\.tau or method\.rho, not both"),
         (["trainer.max_steps=0"], r"trainer\.max_steps must be a whole number above 0, got 0"),
@@ -461,17 +466,14 @@ def refused(tmp_path, monkeypatch, capsys):
     """`refused("method=sis")`: what the command says to a mistake before it ends with status 1, in this process."""
     from hydra.core.global_hydra import GlobalHydra
 
-    import train
-    from unlearn_runner.cli import one_sentence
-
     def said(*overrides: str) -> str:
         as_a_script = {"HYDRA_MAIN_MODULE": "__main__", "HYDRA_FULL_ERROR": "0"}
         for name, value in (environment(tmp_path / "o", tmp_path / "c") | as_a_script).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as end, one_sentence():
-            train.main()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         assert end.value.code == 1
         return capsys.readouterr().err
 
@@ -505,12 +507,12 @@ def test_unwritable_outputs_get_one_sentence(tmp_path, shared_cache):
 @pytest.fixture
 def resumed(composed, tmp_path):
     """`resumed(folder, "seed=1")`: a debug run that goes on with another; returns the folder it was made in."""
-    import train
+    from unlearn_runner import assembly
 
     def resume(folder: Path, *overrides: str) -> Path:
         fresh = tmp_path / "outputs" / "fresh"
         fresh.mkdir(parents=True, exist_ok=True)
-        return train.unlearn(composed(f"resume_from_checkpoint={folder}", *overrides), fresh)
+        return assembly.unlearn(composed(f"resume_from_checkpoint={folder}", *overrides), fresh)
 
     return resume
 
@@ -552,9 +554,11 @@ def test_a_longer_run_goes_on_from_a_finished_one(run, resumed, tmp_path):
     again.mkdir()
     import yaml
 
-    import train
+    from unlearn_runner import assembly
 
-    assert train.unlearn(yaml.safe_load((longer / "config.yaml").read_text()), again) == again, "from what it has left"
+    assert assembly.unlearn(yaml.safe_load((longer / "config.yaml").read_text()), again) == again, (
+        "from what it has left"
+    )
     assert_same_bits(weights_of(again), weights_of(longer))
 
 

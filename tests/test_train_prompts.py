@@ -7,8 +7,7 @@ import torch
 from conftest import COMPLETE
 from diffusers import StableDiffusionPipeline
 
-from train import build_method, build_model
-from unlearn_runner.assembly import make
+from unlearn_runner.assembly import build_method, build_network, make
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.types import make_generator
@@ -32,13 +31,13 @@ def test_experiment_composes_with_every_method(composed, method):
     pretraining = cfg["model"]["pretraining"]
     assert pretraining["seed"] == pretraining["autoencoder"]["seed"] == cfg["clip"]["training"]["seed"] == 7
     spec = make(cfg["dataset"]).spec
-    network = build_model(cfg["model"]["network"], spec, 0)
+    network = build_network(cfg, spec, 0)
     network.freeze_for_unlearning()
     clip = make(cfg["clip"]["network"])
-    built = build_method(cfg["method"], network, spec, make_generator(0, "method"), clip)
+    built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
     assert built.networks
     evaluation = make(cfg["evaluation"])
-    require_enough_samples(evaluation["metrics"], evaluation["sampling"], 64, network.num_labels)
+    require_enough_samples(evaluation.metrics, evaluation.sampling, 64, network.num_labels)
 
 
 @pytest.mark.parametrize("method", [("method=siss",), ROLLING], ids=" ".join)

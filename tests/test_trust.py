@@ -71,7 +71,7 @@ def test_a_configuration_from_elsewhere_is_plain_data(elsewhere, text, options):
         ("method/mine.yaml", "defaults: [{override /hydra/launcher: evil}]\n"),
         ("local/default.yaml", PACKAGE),
         ("local/default.yaml", f"# @a b\u2028{PACKAGE}"),
-        ("tuned/model/ddpm_tiny_adaptive_siss.yaml", f"# @package _global_\n{CALLBACK}"),
+        ("tuned/model/ddpm_tiny/siss.yaml", f"# @package _global_\n{CALLBACK}"),
         ("local/default.yaml", "# @package _global_\nhydra: {job: {env_set: {PYTHONSTARTUP: evil.py}}}\n"),
         ("method/mine.yaml", f"# @package _global_\n{CALLBACK}"),
     ],

@@ -92,9 +92,9 @@ WRONG = [
     (["+method.lambda=0.5"], "method.lambda: SISS has no such option; near it: lambd"),
     (["+foo=1"], "foo: there is no such option"),
     (["+evaluation.metrics.mine._target_=unlearn_runner.evaluation.metrics.Mine"], "there is no such class"),
-    (["evaluation.metrics.fid._target_=unlearn_runner.hardware.Hardware"], "makes no Metric .*, which is needed there"),
+    (["evaluation.metrics.fid._target_=unlearn_runner.hardware.Hardware"], "makes no Metric, which is needed there"),
     (["method._target_=unlearn_runner.methods.method.Update"], "makes no Method, which is needed there"),
-    (["method=sfd", "method.labels=3"], "method.labels must be null, got 3: the runner fills it in"),
+    (["method=sfd", "+method.labels=3"], "method.labels: SFD has no such option"),
     (["~evaluation.oracle"], "evaluation.oracle is missing: give it, evaluation.oracle=..."),
     # combinations
     (["evaluation.metrics.is.splits=1000"], "needs at least 1000 samples .its splits.; evaluation.num_samples=200"),
@@ -106,13 +106,20 @@ WRONG = [
     ([*SD, "method=critic_guided", "method.forget_share=0"], r"method.forget_share must be a number in \(0, 1\]"),
     ([*SD, "method=critic_guided", "method.critic_warmup=999"], "method.critic_warmup must be below trainer.max_steps"),
     ([*SD, "method=critic_guided", "method.least_history=99"], "must be at most method.history=32"),
-    ([*SD, "method=critic_guided", "clip=none"], "ask CLIP; say which with clip=tiny"),
+    ([*SD, "method=critic_guided", "clip=none"], "method=critic_guided asks CLIP; say which with clip=tiny"),
     (["evaluation.num_inference_steps=1001"], "must be at most 1000, the timesteps of the model's schedule; got 1001"),
     (["model=sd_tiny"], "Stable Diffusion draws under prompts, and the dataset has none; take dataset=sd_concepts"),
-    (["model=vae", "method=sfd"], "method=sfd distils a diffusion model that draws under labels or prompts"),
-    (["dataset.conditional=false", "method=hybrid"], "method=hybrid distils a diffusion model that draws under labels"),
-    (["method=esd"], "method=esd leads away from a prompt"),
-    (["method=sfd", "trainer.init=scratch"], "trainer.init must be base, got 'scratch': this method reads no image"),
+    (["method=sfd", "+method.setting=3"], "method.setting: the runner itself gives it; take it away"),
+    (["+method.update.model=3"], "method.update.model: the runner itself gives it; take it away"),
+    (["+model.network.seed=3"], "model.network.seed: the runner itself gives it; take it away"),
+    (["method._partial_=false"], "method._partial_ must be true, got false"),
+    (["model=vae", "method=sfd"], "method=sfd needs a diffusion model; take model=ddpm_tiny"),
+    (["model=vae", "method=erase_diff"], "method=erase_diff needs a diffusion model; take model=ddpm_tiny"),
+    (["model=vae", "method=ddpo"], "method=ddpo needs a diffusion model; take model=ddpm_tiny"),
+    (["dataset.conditional=false", "method=hybrid"], "method=hybrid needs a dataset with labels or prompts; take"),
+    (["dataset.conditional=false", "method=sfd"], "method=sfd needs a dataset with labels or prompts; take"),
+    (["method=esd"], "method=esd needs prompts; take model=sd_tiny dataset=sd_concepts, or another"),
+    (["method=sfd", "trainer.init=scratch"], "method=sfd begins with the base; trainer.init must be base, got"),
     (["model=vae", "hardware.compile=true"], "hardware.compile must be false, got true: this model has no UNet"),
     (["model.pretraining=null"], "model.weights must be a folder or a hub id, got 'auto'"),
     ([*SD, "method=siss", "evaluation.oracle=true"], "evaluation.oracle must be false, got true"),
@@ -388,7 +395,7 @@ def wrong_configurations(count: int, seed: int, compose) -> list[tuple[str, ...]
     starts += [(*SD, f"method={method}") for method in ("critic_guided", "ddpo", "esd", "siss")]
     starts += [("model=vae", "method=siss"), ("evaluation=full",), ("dataset=digits",), ("clip=tiny",)]
     known = {start: list(leaves(compose(*start))) for start in starts}
-    groups = ["dataset", "model", "method", "hardware", "evaluation", "logger", "experiment", "clip"]
+    groups = ["dataset", "model", "method", "hardware", "evaluation", "judge", "logger", "experiment", "clip"]
     found = []
     while len(found) < count:
         start = rng.choice(starts)

@@ -6,15 +6,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from train import build_method, build_model
-from unlearn_runner.assembly import make
+from unlearn_runner.assembly import build_method, build_network, make
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.training.checkpoint import Checkpoints
 from unlearn_runner.training.progress import ProgressBar
 from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.training.trainer import Recorder, Trainer, identity_of
+from unlearn_runner.training.trainer import Recorder, Trainer, identity_of, planned
 from unlearn_runner.types import make_generator
 
 CPU = torch.device("cpu")
@@ -30,11 +29,12 @@ def build_trainer(
 ) -> Trainer:
     """`base` is a folder of weights that the network is given, as train.py does it, when the method is built."""
     spec = data.spec
-    network = build_model(cfg["model"]["network"], spec, 0)
+    network = build_network(cfg, spec, 0)
     plan = make(cfg["trainer"])
     if plan.init == "base":
         network.freeze_for_unlearning()
-    method = build_method(cfg["method"], network, spec, make_generator(0, "method"), make(cfg["clip"]["network"]))
+    method = build_method(cfg, network, spec, make_generator(0, "method"), make(cfg["clip"]["network"]))
+    plan = planned(plan, method)
     if base is not None:
         network.load(base)
     return Trainer(

@@ -1,11 +1,41 @@
-"""From a checked configuration to the parts that it describes."""
+"""From a checked configuration to the parts that it describes, in the one order that works, and one run of them.
 
-from collections.abc import Mapping
+Nothing below this module knows a configuration. Heavy libraries are imported by the functions that need them: what is
+wrong with a configuration was said before.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
+
+from unlearn_runner import rules
+from unlearn_runner.errors import folder_or_name
+from unlearn_runner.spec import DataSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from unlearn_runner.data.forget_retain import Dataset, ForgetRetain
+    from unlearn_runner.drivers.driver import Driver
+    from unlearn_runner.evaluation.judge import Judge, JudgeRecipe
+    from unlearn_runner.hardware import Hardware
+    from unlearn_runner.methods.method import Method
+    from unlearn_runner.models.clip import Clip
+    from unlearn_runner.models.model import GenerativeModel
+    from unlearn_runner.training.evaluation import EvaluationPlan
+    from unlearn_runner.training.loggers import Logger
+    from unlearn_runner.training.trainer import Plan
+
+Config = Mapping[str, Any]
+
+
+# 1. One part
 
 
 def make(node: Any, **given: Any) -> Any:
@@ -26,7 +56,214 @@ def make(node: Any, **given: Any) -> Any:
     target = get_object(node["_target_"])
     if node.get("_partial_"):
         return partial(target, **options)
+    return _called(node["_target_"], target, **options)
+
+
+def _called(name: str, target: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
     try:
-        return target(**options)
+        return target(*arguments, **options)
     except Exception as error:
-        raise InstantiationException(f"Error in call to target '{node['_target_']}': {error!r}") from error
+        raise InstantiationException(f"Error in call to target '{name}': {error!r}") from error
+
+
+def build_network(cfg: Config, spec: DataSpec, seed: int) -> "GenerativeModel":
+    """The network of the group `model` for a dataset, with fresh weights drawn from `seed`."""
+    return make(cfg["model"]["network"], image_shape=spec.image_shape, label_names=spec.label_names, seed=seed)
+
+
+def build_method(
+    cfg: Config, network: "GenerativeModel", spec: DataSpec, generator: "torch.Generator", clip: "Clip | None" = None
+) -> "Method":
+    """The method of the group `method`. Raises ConfigurationError unless there is what it requires."""
+    from unlearn_runner.methods.method import Setting
+    from unlearn_runner.models.model import DiffusionModel
+
+    labels = spec.labels
+    there = rules.facts(
+        isinstance(network, DiffusionModel), labels is not None, network.prompts is not None, clip is not None,
+        cfg["trainer"]["init"],
+    )  # fmt: skip
+    node = cfg["method"]
+    rules.require(getattr(get_object(node["_target_"]), "requires", ()), there, rules.in_words(cfg))
+    return _called(node["_target_"], make(node), Setting(network, generator, labels, clip))
+
+
+# 2. All parts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration describes, built and checked. No image is read yet, and no weight."""
+
+    hardware: "Hardware"
+    dataset: "Dataset"
+    plan: "Plan"
+    driver: "Driver"
+    logger: "Logger"
+    evaluation: "EvaluationPlan"
+    judge: "JudgeRecipe"
+    network: "GenerativeModel"
+    clip: "Clip | None"
+    method: "Method"
+    cfg: Config
+
+    def fresh_network(self, seed: int, spec: DataSpec | None = None) -> "GenerativeModel":
+        """A network like the run's, for the run's dataset or another."""
+        return self.hardware.prepare(build_network(self.cfg, spec or self.dataset.spec, seed))
+
+
+def build_parts(cfg: Config) -> Parts:
+    """The constructors check what the user gave; the network comes late, for importing it takes longest."""
+    from unlearn_runner.distributed import is_first
+    from unlearn_runner.evaluation.evaluator import require_enough_samples
+    from unlearn_runner.models.stable_diffusion import require_told_apart
+    from unlearn_runner.training.loggers import NoLogger
+    from unlearn_runner.training.trainer import planned
+    from unlearn_runner.types import make_generator
+
+    seed = cfg["seed"]
+    hardware = make(cfg["hardware"])
+    hardware.apply()
+    dataset = make(cfg["dataset"])
+    plan, driver = make(cfg["trainer"]), make(cfg["driver"])
+    logger = make(cfg["logger"]) if is_first() else NoLogger()
+    evaluation, judge = make(cfg["evaluation"]), make(cfg["judge"])
+    num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
+    require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
+    network = hardware.prepare(build_network(cfg, dataset.spec, seed))
+    if network.prompts is not None:
+        require_told_apart(network, dataset.spec.labels)
+    if plan.init == "base":
+        network.freeze_for_unlearning()
+    clip = make(cfg["clip"]["network"])
+    if clip is not None:
+        hardware.place(clip)
+    method = build_method(cfg, network, dataset.spec, make_generator(seed, "method", hardware.device), clip)
+    return Parts(
+        hardware, dataset, planned(plan, method), driver, logger, evaluation, judge, network, clip, method, cfg
+    )  # fmt: skip
+
+
+def drawn_by(network: "GenerativeModel", dataset: "Dataset", device: "torch.device") -> "ForgetRetain":
+    """The images that the base draws of a dataset's prompts, drawn once for all runs."""
+    from unlearn_runner.types import make_generator
+
+    def draw(labels):
+        generator = make_generator(dataset.seed, "base images", device)
+        steps, batch = dataset.num_inference_steps, dataset.batch_size
+        return network.sample(len(labels), labels.to(device), generator, steps, batch_size=batch)
+
+    return dataset.load_from(draw, {"model": network.fingerprint(), "device": device.type})
+
+
+# 3. A run
+
+
+def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
+    """One run, in a folder of its own or in that of the run which it resumes; returns it."""
+    from unlearn_runner.data.streams import BatchStream
+    from unlearn_runner.distributed import from_first, is_first
+    from unlearn_runner.evaluation.evaluator import Evaluator
+    from unlearn_runner.models.model import require_usable
+    from unlearn_runner.training.checkpoint import Checkpoints
+    from unlearn_runner.training.pretraining import pretrained
+    from unlearn_runner.training.progress import run_console
+    from unlearn_runner.training.recorder import RunRecorder
+    from unlearn_runner.training.run_folder import (
+        DATA,
+        checkpoint_to_resume,
+        continued,
+        identity_of_run,
+        open_run_folder,
+    )
+    from unlearn_runner.training.signals import Interrupts
+    from unlearn_runner.training.trainer import Trainer
+
+    console, cache_dir = run_console(quiet=not is_first()), Path(cfg["paths"]["cache"]).expanduser()
+
+    # 1. Build every part, and find what is to be resumed.
+    parts = build_parts(cfg)
+    network, dataset, hardware, plan, driver = (
+        parts.network, parts.dataset, parts.hardware, parts.plan, parts.driver
+    )  # fmt: skip
+    pretraining = make(cfg["model"]["pretraining"])
+    total_steps = driver.total_steps(parts.method, plan)
+    identity = from_first(lambda: identity_of_run(cfg))
+    outputs = Path(cfg["paths"]["outputs"])
+    checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], outputs, identity, driver.extendable)
+    data = None if dataset.from_base else dataset.load()
+    if data is not None:
+        identity[DATA] = data.fingerprint
+    if checkpoint is not None:
+        identity = continued(identity, checkpoint)
+    folder = open_run_folder(fresh_folder, checkpoint, cfg, identity)
+
+    with (
+        Interrupts() as interrupts,
+        RunRecorder(folder, parts.logger, cfg, total_steps, console, interrupts) as recorder,
+    ):
+        # 2. Get the base weights and the judge, or make them once.
+        def weights_of(population: str) -> str | Path:
+            if population == "all" and cfg["model"]["weights"] != "auto":
+                return folder_or_name(cfg["model"]["weights"], "model.weights")
+            key = {name: cfg["model"][name] for name in ("network", "pretraining")} | hardware.beyond_rounding
+            fresh = parts.fresh_network
+            return pretrained(population, pretraining, key, fresh, data, cache_dir, interrupts, console)
+
+        network.load(weights_of("all"))
+        require_usable(network, cfg["model"]["weights"])
+        if data is None:
+            data = drawn_by(network, dataset, hardware.device)
+        for note in data.notes:
+            console.print(note, soft_wrap=True)
+        judge = trained_judge_of(parts, data, cache_dir, console)
+
+        # 3. Measure, unlearn, measure.
+        evaluation = parts.evaluation
+        evaluators = (
+            look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, parts.clip)
+            for look in (evaluation, evaluation.probe, evaluation.at_threshold)
+        )
+        recorder.watch(network, *evaluators, evaluation.threshold)
+        if plan.init == "scratch":
+            network.load_state_dict(parts.fresh_network(cfg["seed"]).state_dict())
+        reads = parts.method.reads
+        trainer = Trainer(
+            parts.method,
+            BatchStream(data, reads, plan.batch_size, cfg["seed"], hardware.device, network.encode),
+            plan,
+            recorder,
+            Checkpoints(folder.checkpoints, plan.checkpoints_total_limit),
+            interrupts,
+            identity,
+            resettable=total_steps > plan.max_steps,
+        )
+        recorder.trainer = trainer
+        driver.prepare(trainer)
+        if checkpoint is not None:
+            trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
+        driver.run(trainer)
+        if relearning := evaluation.relearning:
+            recorder.relearn("eval", parts.method.model, relearning)
+        if evaluation.oracle:
+            oracle = parts.fresh_network(cfg["seed"])
+            oracle.load(weights_of("retain"))
+            recorder.compare_with_oracle(oracle)
+            if relearning:
+                recorder.relearn("oracle", oracle, relearning)
+        recorder.report()
+    return folder.path
+
+
+def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, console: Any) -> "Judge":
+    """The run's judge, and before it CLIP where that is trained here; each from the cache if it is there."""
+    from unlearn_runner.training.clip import trained_clip
+    from unlearn_runner.training.progress import ProgressBar
+
+    clip_training = make(parts.cfg["clip"]["training"])
+    if clip_training is not None:
+        with closing(ProgressBar("training CLIP", clip_training.max_steps, console)) as progress:
+            network = parts.cfg["clip"]["network"]
+            parts.clip.load(trained_clip(parts.clip, clip_training, network, cache_dir, progress.update))
+    with closing(ProgressBar("training the judge", parts.judge.max_steps, console)) as progress:
+        return parts.judge.judge(data, cache_dir, parts.hardware.device, progress.update)

@@ -205,7 +205,14 @@ def _of_composition(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         known = sorted(str(name) for name in error.options)
+        if (group, option) == ("hydra/sweeper", "optuna"):
+            return "hydra/sweeper=optuna, a search by Optuna, needs pip install 'unlearn_runner[optuna]'."
         return f"{group}={option}: there is no such option{near(option, known)}; there are {', '.join(known)}."
+    if (given := re.match(r"Override \+?(.*) looks like a config group override, but", str(error))) is not None:
+        key, _, value = given[1].partition("=")
+        group = key.partition("@")[0].rpartition("/")[0]  # conf/dataset/concepts once held what conf/dataset holds
+        meant = f"; did you mean {group}={value}?" if group and (CONF / group / f"{value}.yaml").is_file() else "."
+        return f"{key}: there is no such group of options{meant}"
     if isinstance(error, InstantiationException):
         deepest = error
         while deepest.__cause__ is not None:

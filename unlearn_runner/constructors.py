@@ -11,6 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -177,6 +178,7 @@ class Constructor:
     name: str
     options: dict[str, Option]
     makes: frozenset[tuple[str, str]]
+    requires: tuple[str, ...] = ()  # what a method says at the top of its class that it needs
 
 
 @cache
@@ -191,8 +193,16 @@ def constructor_of(target: str) -> Constructor | None:
         made = source.evaluate(node.returns) if node.returns is not None else None
         classes = [arm for arm in arms_of(made) if isinstance(arm, type) and issubclass(arm, Opaque)]
         makes = frozenset().union(*(_ancestors(arm.module, arm.name) for arm in classes))
-        return Constructor(name, _signature(source, node, name), makes)
-    return Constructor(name, _of_class(source, node), _ancestors(source.module, node.name))
+        needs = (need for target in _further(source, node, name) for need in constructor_of(target).requires)
+        return Constructor(name, _signature(source, node, name), makes, tuple(dict.fromkeys(needs)))
+    requires = tuple(constant_of(target, "requires") or ())
+    return Constructor(name, _of_class(source, node), _ancestors(source.module, node.name), requires)
+
+
+def _further(source: Source, node: ast.FunctionDef, owner: str) -> tuple[str, ...]:
+    """The constructors that the module's FURTHER_OPTIONS names for what `**` takes."""
+    further = source.found.get("FURTHER_OPTIONS") if node.args.kwarg is not None else None
+    return ast.literal_eval(further.value).get(owner, ()) if isinstance(further, ast.Assign) else ()
 
 
 def _of_class(source: Source, node: ast.ClassDef) -> dict[str, Option]:
@@ -227,6 +237,24 @@ def makes(target: str, kind: str) -> bool:
 
 
 @cache
+def constant_of(target: str, name: str) -> Any:
+    """The literal that a class, or one it derives from, gives to an attribute of its own; None if there is none."""
+    module, _, title = target.rpartition(".")
+    found = _defined(module, title) if module else None
+    if found is None or not isinstance(found[1], ast.ClassDef):
+        return None
+    source, node = found
+    for part in node.body:
+        named = part.targets if isinstance(part, ast.Assign) else [getattr(part, "target", None)]
+        if any(isinstance(one, ast.Name) and one.id == name for one in named):
+            with suppress(ValueError):
+                return ast.literal_eval(part.value)
+    above = (value for base in node.bases if isinstance(value := source.evaluate(base), type))
+    values = (constant_of(f"{base.module}.{base.name}", name) for base in above if issubclass(base, Opaque))
+    return next((value for value in values if value is not None), None)
+
+
+@cache
 def _ancestors(module: str, name: str) -> frozenset[tuple[str, str]]:
     """A class and all that it derives from, by where they are defined."""
     found = _defined(module, name)
@@ -255,11 +283,9 @@ def _signature(source: Source, node: ast.FunctionDef, owner: str, skip: int = 0)
         argument.arg: _option(source, argument.annotation, default)
         for argument, default in zip(named, defaults, strict=True)
     }
-    further = source.found.get("FURTHER_OPTIONS") if arguments.kwarg is not None else None
-    if isinstance(further, ast.Assign):
-        for target in ast.literal_eval(further.value).get(owner, ()):
-            others = constructor_of(target).options.items()
-            found = {key: option._replace(required=False) for key, option in others} | found
+    for target in _further(source, node, owner):
+        others = constructor_of(target).options.items()
+        found = {key: option._replace(required=False) for key, option in others} | found
     return found
 
 

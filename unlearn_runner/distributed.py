@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -248,7 +249,7 @@ def work(script: str, function: str, arguments: tuple[Any, ...]) -> Any:
     """What each of the new processes does."""
     os.setpgrp()  # Ctrl-C reaches the launcher alone, which passes it on
     spec = importlib.util.spec_from_file_location("launched", script)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["launched"] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     with joined():
         try:

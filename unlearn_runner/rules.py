@@ -7,7 +7,7 @@ All raise ConfigurationError.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from inspect import signature
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 
 from PIL import ImageColor
 
-from unlearn_runner.constructors import makes
+from unlearn_runner import catalogue
+from unlearn_runner.constructors import constant_of, constructor_of, makes
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.spec import Labels, spec_of
 from unlearn_runner.weights import located
@@ -233,42 +234,29 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
 
 # 2. About a model, a dataset and a method together
 
-DISTILS = (
-    "distils a diffusion model that draws under labels or prompts; take model=ddpm_tiny and a dataset with labels "
-    "(dataset.conditional=true), or another method."
-)
-NEEDS = {  # of a method, by the name of its constructor, and what is said where it is not there
-    "EraseDiff": (
-        "noise",
-        "method=erase_diff speaks of a diffusion model's noise; take model=ddpm_tiny, or another method.",
-    ),
-    "SFD": ("labels", f"method=sfd {DISTILS}"),
-    "hybrid": ("labels", f"method=hybrid {DISTILS}"),
-    "CriticGuided": (
-        "labels",
-        "method=critic_guided and ddpo need a diffusion model that draws under labels or prompts; take model=sd_tiny "
-        "dataset=sd_concepts, or another method.",
-    ),
-    "ESD": (
-        "prompts",
-        "method=esd leads away from a prompt, towards what is drawn under none; take model=sd_tiny "
-        "dataset=sd_concepts, or another method.",
-    ),
+REQUIREMENTS = {  # what a method may require, and what is said where it is not there
+    "noise": "{method} needs a diffusion model; take model=ddpm_tiny, or another method.",
+    "labels": "{method} needs a dataset with labels or prompts; take dataset.conditional=true, or another method.",
+    "prompts": "{method} needs prompts; take model=sd_tiny dataset=sd_concepts, or another method.",
+    "clip": "{method} asks CLIP; say which with clip=tiny or clip=vit_b_32.",
+    "base": "{method} begins with the base; trainer.init must be base, got 'scratch'.",
+    "images": "",  # the retain and the forget set, at its beginning: they are always there
 }
-READ_NO_IMAGE = ("SFD", "hybrid", "CriticGuided", "ESD", "Given")
 
 
-def fits(method: str, diffusion: bool, labels: bool, prompts: bool) -> None:
-    """Whether a method finds in model and dataset what it needs."""
-    need, sentence = NEEDS.get(method, (None, ""))
-    there = {None: True, "noise": diffusion, "labels": diffusion and labels, "prompts": diffusion and prompts}
-    if not there[need]:
-        raise ConfigurationError(sentence)
+def require(requires: Sequence[str], there: Container[str], method: str) -> None:
+    """Whether model, dataset and CLIP are what a method says that it needs."""
+    for need in requires:
+        if need not in REQUIREMENTS:
+            raise ConfigurationError(f"{method} requires '{need}'; a method may require {', '.join(REQUIREMENTS)}.")
+        if need not in there:
+            raise ConfigurationError(REQUIREMENTS[need].format(method=method))
 
 
-def a_teacher(init: str, reads_no_image: bool) -> None:
-    if init == "scratch" and reads_no_image:
-        raise ConfigurationError("trainer.init must be base, got 'scratch': this method reads no image.")
+def facts(diffusion: bool, labels: bool, prompts: bool, clip: bool, init: str) -> set[str]:
+    """Which of REQUIREMENTS a run has."""
+    found = {"noise": diffusion, "labels": labels, "prompts": labels and prompts, "clip": clip, "base": init == "base"}
+    return {"images", *(name for name, there in found.items() if there)}
 
 
 def label_that_is_kept(label: int, retain: Sequence[int]) -> None:
@@ -411,6 +399,11 @@ def _name(node: Mapping[str, Any]) -> str:
     return node["_target_"].rpartition(".")[2]
 
 
+def in_words(cfg: Mapping[str, Any]) -> str:
+    """How a person calls the method of a configuration."""
+    return f"method={cfg['choices']['method']}"
+
+
 def _is_diffusion(cfg: Mapping[str, Any]) -> bool:
     return makes(cfg["model"]["network"]["_target_"], "models.model.DiffusionModel")
 
@@ -447,11 +440,15 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     recipe, weights, clip = cfg["model"]["pretraining"], cfg["model"]["weights"], cfg["clip"]["network"]
     prompted = "concept" in dataset
     labelled = prompted or dataset.get("conditional", "forget_dir" not in dataset)
-    draws_texts = "prompts" in network
+    draws_texts = makes(network["_target_"], "models.stable_diffusion.StableDiffusion")
     if draws_texts:
         prompts_for_texts(prompted)
-    fits(_name(method), _is_diffusion(cfg), bool(labelled), draws_texts and prompted)
-    a_teacher(trainer["init"], _name(method) in READ_NO_IMAGE)
+    there = facts(
+        _is_diffusion(cfg), bool(labelled), draws_texts and prompted, clip is not None, trainer["init"]
+    )  # fmt: skip
+    for _, node in parts(method):
+        if makes(node["_target_"], "methods.method.Method"):
+            require(constructor_of(node["_target_"]).requires, there, in_words(cfg))
     teachable(
         recipe is not None, bool((recipe or {}).get("corpus")), weights, dataset.get("source") == "base",
         cfg["evaluation"]["oracle"],
@@ -460,16 +457,11 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
         raise ConfigurationError(
             "model.pretraining.autoencoder must be a recipe, got null: there is no other to encode by."
         )
-    if _name(method) == "CriticGuided":
-        if clip is None:
-            raise ConfigurationError(
-                "method=critic_guided and ddpo ask CLIP; say which with clip=tiny or clip=vit_b_32."
-            )
-        if method.get("critic_update") is not None and method["critic_warmup"] >= trainer["max_steps"]:
-            raise ConfigurationError(
-                f"method.critic_warmup must be below trainer.max_steps={trainer['max_steps']}, got "
-                f"{method['critic_warmup']}: in these rounds the critic alone learns, so nothing would be forgotten."
-            )
+    if method.get("critic_update") is not None and method["critic_warmup"] >= trainer["max_steps"]:
+        raise ConfigurationError(
+            f"method.critic_warmup must be below trainer.max_steps={trainer['max_steps']}, got "
+            f"{method['critic_warmup']}: in these rounds the critic alone learns, so nothing would be forgotten."
+        )
     if _name(method) == "RLLambda" and "LambdaDriver" not in cfg["driver"]["_target_"]:
         raise ConfigurationError(
             "driver must be that of method=rl_lambda, got another: choose the method by its group."
@@ -622,7 +614,7 @@ def multiples(value: int, of: int) -> str:
 
 
 def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
-    evaluation, clip = cfg["evaluation"], cfg["clip"]["network"]
+    evaluation, clip, features = cfg["evaluation"], cfg["clip"]["network"], features_of(cfg["judge"])
     looks = {
         "evaluation": evaluation,
         "evaluation.probe": evaluation["probe"],
@@ -631,18 +623,25 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
     for path, look in looks.items():
         metrics = {} if look is None else {name: node for name, node in look["metrics"].items() if node is not None}
         for name, node in metrics.items():
-            if _name(node) == "ClipScore":
+            if "clip" in (constant_of(node["_target_"], "needs") or ()):
                 a_clip(f"{path}.metrics.{name}", clip is not None)
             if _name(node) == "Paraphrases" and not node["templates"]:
                 raise ConfigurationError(
                     f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
                     f"{path}.metrics.{name}=null."
                 )
-            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], evaluation, labels)
+            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], features, labels)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
-        if asked and "Rates" not in map(_name, metrics.values()):
+        if asked and not any("forget_rate" in catalogue.made_by(_name(node)) for node in metrics.values()):
             raise ConfigurationError(f"{path}.metrics.rates must not be null: {needed} asks for its forget_rate.")
+
+
+def features_of(judge: Mapping[str, Any]) -> int:
+    """How many features a judge has; 0 of one that is only known when it is built."""
+    extractor = (judge.get("extractor") or {}).get("name", "classifier")
+    own = (judge.get("classifier") or {}).get("num_features", 0)
+    return {"classifier": own, "inception": 2048}.get(extractor, 0)
 
 
 def enough_samples(
@@ -650,13 +649,10 @@ def enough_samples(
     metric: str,
     node: Mapping[str, Any],
     sampling: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
+    features: int,
     labels: Sequence[str] | None,
 ) -> None:
-    """Whether there are as many samples as a metric splits, or compares."""
-    features = {"classifier": evaluation["classifier"]["num_features"], "inception": 2048}.get(
-        evaluation["features"], 0
-    )
+    """Whether there are as many samples as a metric splits, or compares in so many features."""
     if metric == "FID":
         least, why = (
             max(node["min_samples"], features + 1),
@@ -680,30 +676,6 @@ def enough_samples(
             )
 
 
-SCORES = {  # the keys that a metric makes, without prefix
-    "Rates": ("forget_rate", "restored_rate", "retain_accuracy", "per_class/accuracy/*"),
-    "FID": (
-        "fid_forget",
-        "fid_retain",
-        "fid_base_forget",
-        "fid_base_retain",
-        "per_class/fid/*",
-        "per_class/fid_base/*",
-    ),
-    "KID": ("kid_forget", "kid_retain", "per_class/kid/*"),
-    "PrecisionRecall": ("precision_retain", "recall_retain"),
-    "IS": ("is_forget", "is_retain", "per_class/is/*"),
-    "SSIM": ("ssim_forget", "ssim_retain", "per_class/ssim/*"),
-    "NLL": ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"),
-    "Membership": ("mia_auc", "mia_tpr_at_1pct_fpr", "per_timestep/mia_*"),
-    "Paraphrases": ("forget_rate_paraphrases",),
-    "ClipScore": ("clip_score_retain",),
-    "Robustness": ("attack_success",),
-}
-RELEARNT = ("relearn_steps", "relearn_reached", "per_step/relearn_forget_rate/*")
-DELETED = ("deletion_steps", "lasting_deletion_steps")
-
-
 def _objective(cfg: Mapping[str, Any]) -> None:
     """A score that a sweeper is to look at and that no metric of this run makes."""
     wanted = cfg["objective"]
@@ -713,11 +685,13 @@ def _objective(cfg: Mapping[str, Any]) -> None:
 
     def of(look: Mapping[str, Any] | None) -> list[str]:
         nodes = [] if look is None else [node for node in look["metrics"].values() if node is not None]
-        return [key for node in nodes for key in SCORES.get(_name(node), ("*",))]
+        return [key for node in nodes for key in catalogue.made_by(_name(node)) or ("*",)]
 
-    scores, relearnt = of(evaluation), RELEARNT if evaluation["relearning"] is not None else ()
+    scores = of(evaluation)
+    relearnt = catalogue.made_by("Relearning") if evaluation["relearning"] is not None else ()
+    deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
-    known += [f"eval/{key}" for key in (*scores, *relearnt, *(DELETED if evaluation["every"] else ()))]
+    known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
     if evaluation["oracle"]:
         known += [f"{prefix}/{key}" for prefix in ("oracle", "oracle_gap") for key in (*scores, *relearnt)]
     if evaluation["threshold"] is not None and evaluation["every"]:

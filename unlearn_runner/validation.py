@@ -16,14 +16,13 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin
 import annotated_types
 import pydantic
 
-from unlearn_runner import options, rules
+from unlearn_runner import rules
 from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package, with_defaults
 from unlearn_runner.errors import ConfigurationError, near
 from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
 
 TRUSTED = ("unlearn_runner.", "torch.optim.", "diffusers.optimization.", "stable_baselines3.")
-FILLED_IN = ("model", "generator", "labels", "clip")  # by the runner, of a method
-GIVEN = {"model.network": ("image_shape", "num_labels", "seed", "prompts")}  # by the dataset and the run
+GIVEN = {"model.network": ("image_shape", "label_names", "seed")}  # by the dataset and the run
 
 
 # 1. Values and types
@@ -287,23 +286,24 @@ class _Check:
             raise ConfigurationError(
                 f"{path}._target_={target} makes no {' or '.join(made.name for made in makes)}, which is needed there."
             )
+        if partial and constructor.options:  # a class there is what it is called with
+            first, option = next(iter(constructor.options.items()))
+            given = (*given, *([first] if _is_part(arms_of(option.type)[0]) else []))
         found = {"_target_": target} | ({"_partial_": partial} if "_partial_" in value else {})
-        for key, part in value.items():
+        # what a person sets comes before what is made of it
+        for key, part in sorted(value.items(), key=lambda item: isinstance(item[1], Mapping)):
             if key in ("_target_", "_partial_"):
                 continue
             option = constructor.options.get(key)
             if option is None:
-                known = [name for name in constructor.options if name not in (*FILLED_IN, *given)]
+                known = [name for name in constructor.options if name not in given]
                 raise ConfigurationError(f"{path}.{key}: {constructor.name} has no such option{near(str(key), known)}.")
-            if key in given or (key in FILLED_IN and _is_part(arms_of(option.type)[0])):
-                if part is not None:
-                    raise ConfigurationError(f"{path}.{key} must be null, got {shown(part)}: the runner fills it in.")
-                found[key] = None
-            else:
-                found[key] = self.value(part, _narrowed(option.type, target, key), f"{path}.{key}")
+            if key in given:
+                raise ConfigurationError(f"{path}.{key}: the runner itself gives it; take it away.")
+            found[key] = self.value(part, _narrowed(option.type, target, key), f"{path}.{key}")
         if not partial:
             for key, option in constructor.options.items():
-                if option.required and key not in (*value, *FILLED_IN, *given):
+                if option.required and key not in (*value, *given):
                     raise ConfigurationError(f"{path}.{key} is missing: give it, {path}.{key}=...")
         return {key: found[key] for key in value}
 
@@ -337,8 +337,6 @@ def _one_folder(name: str) -> bool:
 
 Text = Annotated[str, annotated_types.MinLen(1)]
 FolderName = Annotated[str, annotated_types.Predicate(_one_folder)]
-METRICS = [in_package(f"evaluation.metrics.{name}") for name in ("Metric", "ImageMetric", "PromptMetric")]
-AnyMetric = typing.Union[tuple(METRICS)]  # noqa: UP007 - made of a list
 
 
 class Budget(TypedDict):
@@ -370,29 +368,6 @@ class Clip(TypedDict):
     training: in_package("training.clip.ClipTraining") | None
 
 
-class Look(TypedDict):
-    metrics: Mapping[str, AnyMetric | None]
-    sampling: in_package("evaluation.evaluator.Sampling")
-
-
-class Evaluation(Look):
-    num_samples: options.NumSamples
-    sampler: options.Sampler
-    num_inference_steps: options.NumInferenceSteps
-    batch_size: BatchSize
-    seed: Seed
-    bootstrap: options.Bootstrap | None
-    oracle: bool
-    every: PositiveInt | None
-    features: Literal["classifier", "inception", "open_clip"]
-    classifier: in_package("evaluation.classifier.ClassifierRecipe")
-    extractor: in_package("evaluation.features.FeatureExtractor") | None
-    relearning: in_package("training.relearning.Relearning") | None
-    threshold: options.UnitInterval | None
-    probe: Look
-    at_threshold: Look | None
-
-
 class Security(TypedDict):
     allow: Sequence[Text]
 
@@ -414,8 +389,9 @@ class Configuration(TypedDict):
     dataset: in_package("data.forget_retain.Dataset")
     model: Model
     clip: Clip
-    method: in_package("methods.method.Method")
-    evaluation: Evaluation
+    method: collections.abc.Callable[..., in_package("methods.method.Method")]
+    evaluation: in_package("training.evaluation.EvaluationPlan")
+    judge: in_package("evaluation.judge.JudgeRecipe")
     logger: in_package("training.loggers.Logger")
 
 

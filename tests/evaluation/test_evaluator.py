@@ -1,5 +1,6 @@
 """One evaluation: what is drawn, under which conditions, compared with what."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from safetensors.torch import load_file
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
-from unlearn_runner.evaluation.evaluator import Evaluator, Sampling, _Clock, require_enough_samples
+from unlearn_runner.evaluation.evaluator import Evaluator, Sampling, require_enough_samples
 from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.metrics import FID, KID, SSIM, Rates
+from unlearn_runner.evaluation.view import Clock
 
 CPU = torch.device("cpu")
 FEW_FEATURES = ClassifierRecipe(num_features=8)  # FID needs more samples than features
@@ -116,13 +118,14 @@ def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network, 
     half = torch.arange(200) % 2 == 0
     logits = torch.zeros(200, 11)
     logits[half, 10] = 9.0  # half of the samples are taken for trousers
-    judged = dict(evaluation.judged)
-    judged["forget"] = replace(judged["forget"], logits=logits)
-    rows = {"mia": {"forget": torch.rand(100, 1), "unseen": torch.rand(100, 1) + 0.1}}
-    scores = evaluator._score(judged, rows, _Clock(), None)
+    view = evaluator.view(network)
+    view.judged["forget"] = replace(view.judged["forget"], logits=logits)
+    rows = evaluator.measure(view, Clock())
+    rows["mia"] = {"forget": torch.rand(100, 1), "unseen": torch.rand(100, 1) + 0.1}
+    scores = evaluator._score(view.samples, rows, Clock())
     assert scores["forget_rate"] == 0.5
     often = Evaluator(digits, judge, metrics, replace(sampling, bootstrap=200), shared_cache)
-    intervals = often._intervals(scores, judged, rows, None)
+    intervals = often._intervals(view, rows, scores)
     low, high = intervals["forget_rate"]
     assert low == pytest.approx(0.5 - 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
     assert high == pytest.approx(0.5 + 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
@@ -157,3 +160,52 @@ def test_references_are_mirrored_where_training_mirrors(judge, shared_cache):
     assert torch.allclose(references[0], judge(pixels[:1]).features[0], atol=1e-5)
     assert torch.allclose(references[1], judge(pixels[1:2].flip(-1)).features[0], atol=1e-5)
     assert not torch.allclose(references[1], judge(pixels[1:2]).features[0], atol=1e-3)
+
+
+def test_nothing_is_made_that_no_metric_asks_for(digits, judge, tiny_network, shared_cache, monkeypatch):
+    """Neither real images, where no metric compares with them, nor what a model cannot be asked."""
+    evaluator = Evaluator(digits, judge, {"rates": Rates(), "ssim": SSIM()}, SAMPLING, shared_cache)
+    monkeypatch.setattr(evaluator, "_judged_once", lambda *_: pytest.fail("real images are judged"))
+    assert evaluator(tiny_network(image_shape=(1, 16, 16))).scores.keys() >= {"forget_rate", "ssim_retain"}
+
+    class OfTexts(Rates):
+        needs = ("prompts", "clip")
+
+        def measure(self, view):
+            pytest.fail("it is asked")
+
+    network = tiny_network(image_shape=(1, 16, 16))
+    evaluator = Evaluator(digits, judge, {"mine": OfTexts(), "other": OfTexts()}, SAMPLING, shared_cache)
+    assert evaluator(network).scores == {}
+    assert evaluator.left_out_of(network) == ["mine, other left out: this model draws under no prompts."]
+
+
+def test_rows_of_samples_are_redrawn_with_them(digits, judge, tiny_network, shared_cache):
+    """A metric of rows that are the samples' sees the rows of the samples that a bootstrap chose."""
+    seen = []
+
+    class Paired(Rates):
+        paired = True
+
+        def measure(self, view):
+            return {name: judged.logits for name, judged in view.judged.items()}
+
+        def score(self, samples, rows):
+            seen.append(torch.equal(rows["retain"], samples.retain.samples.logits))
+            (table,) = [table for name, table in samples.grouped(rows, True).items() if name == "/3"]
+            seen.append(torch.equal(table, samples.per_class["3"].samples.logits))
+            return super().score(samples, rows)
+
+    sampling = replace(SAMPLING, bootstrap=20)
+    Evaluator(digits, judge, {"paired": Paired()}, sampling, shared_cache)(tiny_network(image_shape=(1, 16, 16)))
+    assert len(seen) == 42
+    assert all(seen)
+
+
+def test_a_clock_counts_no_second_twice():
+    clock = Clock()
+    with clock("outer"):
+        time.sleep(0.02)
+        with clock("inner"):
+            time.sleep(0.05)
+    assert 0.02 <= clock.seconds["outer"] < 0.05 <= clock.seconds["inner"]

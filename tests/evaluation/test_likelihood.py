@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from no_samples import NO_SAMPLES
 from torch import nn
 
 from unlearn_runner.evaluation.likelihood import (
@@ -14,6 +15,7 @@ from unlearn_runner.evaluation.likelihood import (
     latent_costs,
     strata,
 )
+from unlearn_runner.evaluation.view import View
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, Noising
 
 
@@ -178,12 +180,12 @@ def test_first_step_and_far_tails_stay_finite():
 def test_scores_of_a_network_repeat(digits, tiny_network):
     network = tiny_network(image_shape=(1, 16, 16), prediction_type="v_prediction", dropout=0.5).train()
     metric = NLL(num_images=2, num_bound_images=3, num_timesteps=4, rtol=0.1, atol=0.1, batch_size=2)
-    rows = metric.measure(network, digits)
+    rows = metric.measure(View(network, digits))
     assert {name: tuple(values.shape) for name, values in rows.items()} == {
         "nll_forget": (2,), "nll_retain": (2,), "nll_bound_forget": (3, 2), "nll_bound_retain": (3, 2),
     }  # fmt: skip
     torch.manual_seed(99)
-    assert metric(metric.measure(network, digits)) == metric(rows)
+    assert metric.score(NO_SAMPLES, metric.measure(View(network, digits))) == metric.score(NO_SAMPLES, rows)
     assert network.training
     assert all(weight.grad is None for weight in network.parameters())
 
@@ -257,13 +259,13 @@ def test_evidence_stays_finite_where_weights_underflow():
 def test_scores_of_a_vae_repeat(digits, tiny_vae):
     network = tiny_vae(image_shape=(1, 16, 16)).train()
     metric = NLL(num_bound_images=5, num_importance_samples=3, batch_size=2)
-    rows = metric.measure(network, digits)
+    rows = metric.measure(View(network, digits))
     assert {name: tuple(values.shape) for name, values in rows.items()} == dict.fromkeys(
         ("nll_forget", "nll_retain", "nll_bound_forget", "nll_bound_retain"), (5,)
     )
-    scores = metric(rows)
+    scores = metric.score(NO_SAMPLES, rows)
     torch.manual_seed(99)
-    assert metric(metric.measure(network, digits)) == scores
+    assert metric.score(NO_SAMPLES, metric.measure(View(network, digits))) == scores
     assert scores["nll_bound_forget"] > scores["nll_forget"]
     assert network.network_evaluations == 2 * 2 * 5 * 3
     # an untrained decoder answers about 0 with sigma 1: every pixel's density is that of N(0, 1), and one of 256 levels

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from no_samples import NO_SAMPLES
 
 from unlearn_runner.evaluation.membership import Membership, attack, losses_at
 from unlearn_runner.evaluation.metrics import first_distinct
+from unlearn_runner.evaluation.view import View
 from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.models.model import squared_error
 from unlearn_runner.types import make_generator
@@ -39,7 +41,7 @@ def test_a_memorising_model_is_caught(digits, tiny_network):
     data = digits.__class__(digits.spec, few, digits.retain, digits.forget_test, digits.retain_test)
     network = tiny_network(image_shape=(1, 16, 16), block_out_channels=[16, 16])
     metric = Membership(num_images=8, timesteps=[100, 300])
-    before = metric(metric.measure(network, data))
+    before = metric.score(NO_SAMPLES, metric.measure(View(network, data)))
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     g = torch.Generator().manual_seed(0)
     x0 = few.pixels.float() / 127.5 - 1
@@ -50,12 +52,12 @@ def test_a_memorising_model_is_caught(digits, tiny_network):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    rows = metric.measure(network, data)
-    after = metric(rows)
+    rows = metric.measure(View(network, data))
+    after = metric.score(NO_SAMPLES, rows)
     assert after["mia_auc"] > max(0.6, before["mia_auc"])
     assert {"mia_tpr_at_1pct_fpr", "per_timestep/mia_loss_forget/100", "per_timestep/mia_auc/300"} <= set(after)
-    assert metric(metric.measure(network, data)) == after
-    assert metric({"forget": rows["forget"]}) == {}, "nothing held out, nothing to tell"
+    assert metric.score(NO_SAMPLES, metric.measure(View(network, data))) == after
+    assert metric.score(NO_SAMPLES, {"forget": rows["forget"]}) == {}, "nothing held out, nothing to tell"
 
 
 def test_a_memorising_vae_is_caught(digits, tiny_vae):
@@ -71,12 +73,12 @@ def test_a_memorising_vae_is_caught(digits, tiny_vae):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    rows = metric.measure(network, data)
+    rows = metric.measure(View(network, data))
     assert rows["forget"].shape == (8,)
-    scores = metric(rows)
+    scores = metric.score(NO_SAMPLES, rows)
     assert set(scores) == {"mia_auc", "mia_tpr_at_1pct_fpr"}, "it has no timesteps"
     assert scores["mia_auc"] > 0.8
-    assert metric(metric.measure(network, data)) == scores
+    assert metric.score(NO_SAMPLES, metric.measure(View(network, data))) == scores
     generator = make_generator(0, "membership/forget")
     eps = torch.randn(4, 8, 3, generator=generator)
     chosen = first_distinct(few, 8, 0)

@@ -1,17 +1,24 @@
 """Metrics against independent formulas."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
+from unlearn_runner.catalogue import made_by
+from unlearn_runner.constructors import constant_of
 from unlearn_runner.data.forget_retain import alike
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judged
 from unlearn_runner.evaluation.evaluator import gap
-from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, Group, PrecisionRecall, Rates, Samples, first_distinct
+from unlearn_runner.evaluation.judge import Judged
+from unlearn_runner.evaluation.likelihood import NLL
+from unlearn_runner.evaluation.membership import Membership
+from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, PrecisionRecall, Rates, first_distinct
+from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
+from unlearn_runner.evaluation.view import Group, Need, Samples, View
 from unlearn_runner.spec import DataSpec
 
 SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
@@ -28,14 +35,18 @@ def judged(n, seed, contents=None, d=8, shift=0.0):
 
 def samples(forget, retain, retain_labels, reference=None, spec=SPEC):
     forget_group, retain_group = Group(forget, reference), Group(retain, reference)
-    return Samples(spec, forget_group, retain_group, {"1": forget_group}, retain_labels, {"1": 1})
+    places = {
+        name: (kind, torch.arange(len(part)))
+        for name, kind, part in (("forget", "forget", forget), ("retain", "retain", retain), ("/1", "forget", forget))
+    }
+    return Samples(spec, forget_group, retain_group, {"1": forget_group}, retain_labels, {"1": 1}, places)
 
 
 def test_rates():
     forget = judged(10, 0, [3] * 4 + [1] * 5 + [0])
     retain = judged(8, 1, [0, 0, 0, 1, 2, 2, 2, 3])
     labels = torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
-    scores = Rates()(samples(forget, retain, labels))
+    scores = Rates().score(samples(forget, retain, labels), {})
     assert scores == {
         "forget_rate": 0.4, "restored_rate": 0.5, "retain_accuracy": 0.75, "per_class/accuracy/1": 0.5,
     }  # fmt: skip
@@ -45,14 +56,14 @@ def test_rates_without_labels_or_clean_class():
     spec = SPEC._replace(label_names=None)
     pool = judged(10, 0, [3] * 4 + [1] * 6)
     group = Group(pool, None)
-    assert Rates()(Samples(spec, group, group, {}, None, {})) == {"forget_rate": 0.4}
+    assert Rates().score(Samples(spec, group, group, {}, None, {}, {}), {}) == {"forget_rate": 0.4}
     whole_class = SPEC._replace(restored_content=None)
-    assert "restored_rate" not in Rates()(samples(pool, pool, torch.zeros(10).long(), spec=whole_class))
+    assert "restored_rate" not in Rates().score(samples(pool, pool, torch.zeros(10).long(), spec=whole_class), {})
 
 
 def test_fid_is_the_frechet_distance():
     forget, retain, reference = judged(200, 0, shift=1.0), judged(300, 1), judged(400, 2)
-    scores = FID(per_class=True)(samples(forget, retain, None, reference))
+    scores = FID(per_class=True).score(samples(forget, retain, None, reference), {})
 
     def frechet(a, b):
         a, b = a.features.double().numpy(), b.features.double().numpy()
@@ -66,20 +77,20 @@ def test_fid_is_the_frechet_distance():
 
     before = judged(200, 3), judged(300, 4)
     drawn = samples(forget, retain, None)
-    assert FID(against="base")(drawn) == {}, "the base has none before it"
+    assert FID(against="base").score(drawn, {}) == {}, "the base has none before it"
     groups = (Group(part, None, earlier) for part, earlier in zip((forget, retain), before, strict=True))
     drawn = drawn._replace(**dict(zip(("forget", "retain"), groups, strict=True)))
     for _ in range(2):
-        scores = FID(against="base")(drawn)
+        scores = FID(against="base").score(drawn, {})
         assert scores["fid_base_forget"] == pytest.approx(frechet(forget, before[0]), rel=1e-6)
         assert scores["fid_base_retain"] == pytest.approx(frechet(retain, before[1]), rel=1e-6)
     same = drawn._replace(retain=Group(retain, None, retain))
-    assert FID(against="base")(same)["fid_base_retain"] == pytest.approx(0, abs=1e-6)
+    assert FID(against="base").score(same, {})["fid_base_retain"] == pytest.approx(0, abs=1e-6)
 
 
 def test_kid_is_the_unbiased_mmd():
     forget, retain, reference = judged(60, 0, shift=0.5), judged(60, 1), judged(60, 2)
-    scores = KID(min_samples=60, subset_size=60, subsets=1)(samples(forget, retain, None, reference))
+    scores = KID(min_samples=60, subset_size=60, subsets=1).score(samples(forget, retain, None, reference), {})
 
     def mmd(a, b):
         x, y = a.features.double().numpy(), b.features.double().numpy()
@@ -97,16 +108,16 @@ def test_kid_and_is_do_not_touch_the_global_generator():
     drawn = samples(forget, retain, None, reference)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = KID(min_samples=60, subset_size=30)(drawn) | IS(splits=3)(drawn)
+    first = KID(min_samples=60, subset_size=30).score(drawn, {}) | IS(splits=3).score(drawn, {})
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(1)
-    assert KID(min_samples=60, subset_size=30)(drawn) | IS(splits=3)(drawn) == first
+    assert KID(min_samples=60, subset_size=30).score(drawn, {}) | IS(splits=3).score(drawn, {}) == first
 
 
 def test_inception_score():
     forget = judged(100, 0, [0] * 100)
     retain = judged(100, 1, [i % 4 for i in range(100)])
-    scores = IS()(samples(forget, retain, None))
+    scores = IS().score(samples(forget, retain, None), {})
     assert scores["is_forget"] == pytest.approx(1.0, abs=1e-3)
     assert scores["is_retain"] == pytest.approx(4.0, abs=1e-2)
     p = retain.logits.double().softmax(1)
@@ -116,32 +127,42 @@ def test_inception_score():
 
 def test_inception_score_of_an_extractor_with_logits():
     pool = replace(judged(100, 0, [0] * 100), is_logits=20.0 * torch.eye(5)[torch.arange(100) % 5])
-    assert IS()(samples(pool, pool, None))["is_forget"] == pytest.approx(5.0, abs=1e-3)
+    assert IS().score(samples(pool, pool, None), {})["is_forget"] == pytest.approx(5.0, abs=1e-3)
 
 
 def test_ssim_compares_with_the_base_row_by_row():
     a, b = judged(6, 0), judged(6, 1)
     metric = SSIM(per_class=True)
-    assert metric.compare(a, None).similarity.tolist() == [1.0] * 6
-    scores = metric(samples(metric.compare(a, a), metric.compare(a, b), None))
+    view = View.__new__(View)  # SSIM asks for the samples alone
+    view.judged, view.base_samples = {"forget": a, "retain": b}, None
+    assert {name: rows.tolist() for name, rows in metric.measure(view).items()} == dict.fromkeys(view.judged, [1.0] * 6)
+    view.base_samples = {"forget": a, "retain": a}
+    rows = metric.measure(view)
+    assert torch.equal(rows["retain"], metric.compare(b, a))
+    drawn = samples(a, b, None)
+    scores = metric.score(drawn, rows)
     assert scores["ssim_forget"] == pytest.approx(1.0)
     assert scores["ssim_retain"] < 0.2
     assert scores["per_class/ssim/1"] == scores["ssim_forget"]
     half = metric.compare(a, replace(b, images=torch.cat([a.images[:3], b.images[3:]])))
-    assert half.similarity[:3].tolist() == pytest.approx([1.0] * 3)
-    assert half.similarity[3:].max() < 0.5
+    assert half[:3].tolist() == pytest.approx([1.0] * 3)
+    assert half[3:].max() < 0.5
+    rows_of = {"forget": torch.arange(3), "retain": torch.arange(3, 6), "/1": torch.tensor([5])}
+    some = drawn._replace(places={name: ("forget", chosen) for name, chosen in rows_of.items()})
+    scores = metric.score(some, {"forget": half})
+    assert list(scores.values()) == pytest.approx([float(part.mean()) for part in (half[:3], half[3:], half[5:])])
 
 
 def test_precision_and_recall():
     real = judged(300, 0)
-    same = PrecisionRecall()(samples(judged(300, 1), judged(300, 1), None, real))
+    same = PrecisionRecall().score(samples(judged(300, 1), judged(300, 1), None, real), {})
     assert same["precision_retain"] > 0.6
     assert same["recall_retain"] > 0.6
-    far = PrecisionRecall()(samples(judged(300, 1), judged(300, 1, shift=20.0), None, real))
+    far = PrecisionRecall().score(samples(judged(300, 1), judged(300, 1, shift=20.0), None, real), {})
     assert far == {"precision_retain": 0.0, "recall_retain": 0.0}
     one_mode = judged(300, 1)
     one_mode = replace(one_mode, features=real.features[:1] + 1e-3 * one_mode.features)
-    narrow = PrecisionRecall()(samples(one_mode, one_mode, None, real))
+    narrow = PrecisionRecall().score(samples(one_mode, one_mode, None, real), {})
     assert narrow["precision_retain"] == 1.0
     assert narrow["recall_retain"] < 0.05
 
@@ -150,8 +171,8 @@ def test_too_few_references_get_no_distance():
     few, many = judged(30, 2), judged(400, 0)
     drawn = samples(many, many, None, few)
     for metric in (FID(), KID(), PrecisionRecall()):
-        assert metric(drawn) == {}
-    assert set(FID(min_samples=30)(drawn)) == {"fid_forget", "fid_retain"}
+        assert metric.score(drawn, {}) == {}
+    assert set(FID(min_samples=30).score(drawn, {})) == {"fid_forget", "fid_retain"}
     assert FID(min_samples=100).least(64) == 100
     assert FID(min_samples=100).least(2048) == 2049, "fewer samples than features: a singular covariance"
 
@@ -174,6 +195,20 @@ def test_first_distinct_takes_each_picture_once():
 def test_refuses(build):
     with pytest.raises(ConfigurationError, match=r"evaluation\.metrics"):
         build()
+
+
+ALL = (FID, IS, KID, SSIM, PrecisionRecall, Rates, NLL, Membership, Paraphrases, ClipScore, Robustness)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_each_metric_declares_itself(kind):
+    """Its version, its needs as they are read without importing it, and its keys in the catalogue."""
+    assert kind.version >= 1
+    assert set(kind.needs) <= set(get_args(Need))
+    declared = constant_of(f"{kind.__module__}.{kind.__name__}", "needs")
+    assert tuple(declared or ()) == tuple(kind.needs)
+    assert made_by(kind.__name__)
+    assert set(kind.held_out.values()) <= {"forget_test", "retain_test"}
 
 
 def test_gap_is_over_what_both_have():

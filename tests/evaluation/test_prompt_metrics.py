@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from no_samples import NO_SAMPLES
 from pipelines import tiny
 
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Classifier, Judge
+from unlearn_runner.evaluation.classifier import Classifier, ClassifierJudge
 from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
+from unlearn_runner.evaluation.view import View
 from unlearn_runner.models.clip import small_clip
 
 
@@ -23,7 +25,7 @@ def data(tmp_path_factory):
 def judge():
     """It has learnt nothing, but always says the same of the same picture."""
     torch.manual_seed(0)
-    return Judge(Classifier(3, 3, 8, 8), {}, "random", torch.device("cpu"))
+    return ClassifierJudge(Classifier(3, 3, 8, 8), {}, "random", torch.device("cpu"))
 
 
 def noting(model):
@@ -43,14 +45,15 @@ def test_paraphrases_are_drawn_and_judged(data, judge):
     model = tiny()
     asked, drawn = noting(model)
     metric = Paraphrases("trousers", ["no {} here", "{}!"], num_samples=3, num_inference_steps=2)
-    rows = metric.measure(model, data, judge, None)
+    rows = metric.measure(View(model, data, judge))
     wanted = model.embed(["no trousers here", "trousers!"]).repeat_interleave(3, dim=0)
     torch.testing.assert_close(asked[0], wanted)
     expected = judge(to_uint8(drawn[0])).contents == 2
     assert torch.equal(rows["paraphrases"], expected)
-    assert metric({"paraphrases": torch.tensor([True, False, False, False])}) == {"forget_rate_paraphrases": 0.25}
+    rows = {"paraphrases": torch.tensor([True, False, False, False])}
+    assert metric.score(NO_SAMPLES, rows) == {"forget_rate_paraphrases": 0.25}
     assert metric.provenance(model)["prompts"] == ("no trousers here", "trousers!")
-    assert torch.equal(metric.measure(model, data, judge, None)["paraphrases"], expected)
+    assert torch.equal(metric.measure(View(model, data, judge))["paraphrases"], expected)
 
 
 def test_clip_score_by_hand(data, judge):
@@ -60,8 +63,9 @@ def test_clip_score_by_hand(data, judge):
     model.sample = lambda n, cond, *more, **named: shown
     texts = clip.of_texts(["a picture of a seven", "a picture of a one"])[[0, 0, 1, 1]]
     cosines = (clip.of_images(shown) * texts).sum(1)
-    rows = metric.measure(model, data, judge, clip)
-    assert metric(rows)["clip_score_retain"] == pytest.approx(float(100 * cosines.clamp(min=0).mean()), rel=1e-5)
+    rows = metric.measure(View(model, data, judge, clip))
+    expected = float(100 * cosines.clamp(min=0).mean())
+    assert metric.score(NO_SAMPLES, rows)["clip_score_retain"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
@@ -82,11 +86,11 @@ def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
 
     asked, drawn = noting(model)
     metric = Robustness(num_restarts=2, num_steps=40, batch_size=16, num_samples=4, num_inference_steps=2)
-    rows = metric.measure(model, data, judge, None)
+    rows = metric.measure(View(model, data, judge))
     for start, embedding in zip((0, 1), asked, strict=True):
         assert loss(embedding[:1].expand(32, -1, -1)) < loss(torch.full((32,), start)) - 0.1
     best = max(int((judge(to_uint8(images)).contents == 2).sum()) for images in drawn)
-    assert metric(rows)["attack_success"] == best / 4
+    assert metric.score(NO_SAMPLES, rows)["attack_success"] == best / 4
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
     assert [weight.requires_grad for weight in model.parameters()] == asking

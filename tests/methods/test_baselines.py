@@ -5,7 +5,7 @@ import torch
 
 from unlearn_runner.methods.denoising import Denoising, denoising_loss, draw_noise, drawn_loss
 from unlearn_runner.methods.erase_diff import EraseDiff, combine, erase_diff_loss
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.neg_grad import NegGrad, neg_grad_loss
 from unlearn_runner.models.model import squared_error
 from unlearn_runner.types import Batch, make_generator
@@ -57,7 +57,7 @@ def test_erase_diff_direction():
 def test_each_moves_its_loss_the_right_way(tiny_network, cls):
     """On one batch, many steps: the loss that is logged falls, or for NegGrad rises."""
     network = tiny_network()
-    method = cls(network, lambda m: sgd(m, max_grad_norm=1.0), make_generator(0, "m"))
+    method = cls(Setting(network, make_generator(0, "m")), lambda m: sgd(m, max_grad_norm=1.0))
     key = "loss/retain" if cls is Denoising else "loss/forget"
     values = [method.step(batch())[key].item() for _ in range(40)]
     first, last = sum(values[:5]), sum(values[-5:])
@@ -66,7 +66,7 @@ def test_each_moves_its_loss_the_right_way(tiny_network, cls):
 
 def test_erase_diff_speaks_of_noise_whatever_the_network_predicts(tiny_network):
     network, images = tiny_network(prediction_type="v_prediction"), batch()
-    found = EraseDiff(network, sgd, make_generator(0, "m")).step(images)["loss/forget"]
+    found = EraseDiff(Setting(network, make_generator(0, "m")), sgd).step(images)["loss/forget"]
     network, g = tiny_network(prediction_type="v_prediction"), make_generator(0, "m")
     drawn_loss(network, images.x0_retain, images.cond_retain, g)
     timesteps, eps = draw_noise(network, images.x0_forget, g)
@@ -80,8 +80,8 @@ def test_erase_diff_speaks_of_noise_whatever_the_network_predicts(tiny_network):
 def test_each_reads_only_its_streams(tiny_network):
     images = batch()
     generator = make_generator(0, "m")
-    Denoising(tiny_network(), sgd, generator).step(images._replace(x0_forget=None, cond_forget=None))
-    NegGrad(tiny_network(), sgd, generator).step(images._replace(x0_retain=None, cond_retain=None))
+    Denoising(Setting(tiny_network(), generator), sgd).step(images._replace(x0_forget=None, cond_forget=None))
+    NegGrad(Setting(tiny_network(), generator), sgd).step(images._replace(x0_retain=None, cond_retain=None))
 
 
 def test_update_clips_steps_and_averages(tiny_network):

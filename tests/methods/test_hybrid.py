@@ -10,7 +10,6 @@ from toy import drawn_gaussian, gaussian_model
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.hybrid import (
-    VARIANTS,
     hybrid,
     mixture_costs,
     mixture_guess,
@@ -18,6 +17,7 @@ from unlearn_runner.methods.hybrid import (
     student_losses,
 )
 from unlearn_runner.methods.lambdas import ClosedForm, Inferred
+from unlearn_runner.methods.method import Setting
 from unlearn_runner.methods.overrides import Fixed
 from unlearn_runner.methods.sfd import NoiseRange, generator_loss
 from unlearn_runner.models.model import predict_x0
@@ -34,7 +34,7 @@ def build(variant, model, labels=LABELS, **settings):
         "forget_samples": 1.0, "forget_weight": 1.0, "beta": 20.0,
         "prior": None, "target": "drawn", "num_draws": 1, "eta": 1.0, "distil_share": 0.5, "lambd": 0.3,
     }  # fmt: skip
-    return hybrid(variant, model, labels=labels, generator=make_generator(0, "m"), **(defaults | settings))
+    return hybrid(Setting(model, make_generator(0, "m"), labels), variant, **(defaults | settings))
 
 
 def inferred(objective="variance"):
@@ -264,9 +264,3 @@ def test_objectives_of_an_ascended_term_are_refused(tiny_network, objective):
 def test_refuses(tiny_network, variant, settings):
     with pytest.raises(ConfigurationError, match=r"method\.[a-z_.]+ must"):
         build(variant, tiny_network(), **settings)
-
-
-def test_every_variant_refuses_what_it_cannot_distil(tiny_network):
-    for variant in VARIANTS:
-        with pytest.raises(ConfigurationError, match="a diffusion model that draws under labels"):
-            build(variant, tiny_network(num_labels=None), labels=None)

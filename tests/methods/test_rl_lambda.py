@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.method import Setting
 from unlearn_runner.methods.rl_lambda import Probe, RLLambda, paper_reward, probe_reward
 from unlearn_runner.types import Batch
 
@@ -62,4 +63,4 @@ def test_probe_looks_at_the_same_images_timesteps_and_noise(tiny_network):
 )
 def test_refusals(tiny_network, settings, named):
     with pytest.raises(ConfigurationError, match=named):
-        RLLambda(model=tiny_network(), generator=torch.Generator(), agent=None, update=None, **settings)
+        RLLambda(Setting(tiny_network(), torch.Generator()), agent=None, update=None, **settings)

@@ -8,7 +8,7 @@ from conftest import assert_same_bits
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.lambdas import Constant
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.siss import (
     SISS,
     LastNorms,
@@ -149,9 +149,8 @@ def test_differing_conditions_make_the_weights_one_hot():
 
 
 def method(network, cls=SISS, **settings):
-    return cls(
-        network, lambda model: Update(model, lambda w: torch.optim.SGD(w, lr=1e-3)), make_generator(0, "m"), **settings
-    )
+    setting = Setting(network, make_generator(0, "m"))
+    return cls(setting, lambda model: Update(model, lambda w: torch.optim.SGD(w, lr=1e-3)), **settings)
 
 
 def unit_batch(b=32, one_label=False, seed=0):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from unlearn_runner.methods.lambdas import Inferred
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.siss import SISS, SISSNoIS, mix
 from unlearn_runner.models.model import Noising
 from unlearn_runner.types import Batch, make_generator
@@ -123,9 +123,8 @@ def test_mean_weighted_loss_is_the_negative_elbo(tiny_vae, lambd, num_labels):
 
 def method(network, cls=SISS, **settings):
     network.freeze_for_unlearning()
-    return cls(
-        network, lambda model: Update(model, lambda w: torch.optim.SGD(w, lr=1e-3)), make_generator(0, "m"), **settings
-    )
+    setting = Setting(network, make_generator(0, "m"))
+    return cls(setting, lambda model: Update(model, lambda w: torch.optim.SGD(w, lr=1e-3)), **settings)
 
 
 def unit_batch(b=32, close=False, seed=0):

@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import names
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch.autograd import gradcheck
 
@@ -16,7 +17,7 @@ from unlearn_runner.types import make_generator
 
 def attentive(num_labels=None):
     """A network that attends at both of its resolutions."""
-    return build_ddpm((1, 16, 16), num_labels, 0, "auto", [16, 32], [True, True], norm_num_groups=8)
+    return build_ddpm((1, 16, 16), names(num_labels), 0, "auto", [16, 32], [True, True], norm_num_groups=8)
 
 
 def as_in_diffusers(model):

@@ -88,7 +88,7 @@ def test_weights_are_used_with_the_activation_that_they_learnt_with(configured, 
     ):
         pretrained_clip("ViT-L-14", "openai")
     for tag in ("openai", "metaclip_fullcc", "dfn2b"):
-        with pytest.raises(ConfigurationError, match=r"take evaluation\.extractor.open_clip_model=ViT-B-16-quickgelu"):
+        with pytest.raises(ConfigurationError, match=r"take judge\.extractor.open_clip_model=ViT-B-16-quickgelu"):
             feature_extractor("open_clip", None, "ViT-B-16", tag)
     hub, own, plain = (tmp_path / name / "open_clip_model.safetensors" for name in ("hub", "own", "plain"))
     for file in (hub, own, plain):
@@ -151,7 +151,7 @@ def test_a_file_that_holds_more_than_weights_is_not_read(configured, tmp_path, k
     for option, load in (
         ("clip.network.pretrained", lambda: pretrained_clip("small-for-tests", str(file))),
         (
-            "evaluation.extractor.open_clip_pretrained",
+            "judge.extractor.open_clip_pretrained",
             lambda: feature_extractor("open_clip", None, "small-for-tests", str(file)),
         ),
     ):

@@ -123,7 +123,7 @@ def test_weights_from_a_folder(tiny_network, tmp_path, pipeline, monkeypatch):
     source.save(tmp_path) if pipeline else (
         source.unet.save_pretrained(tmp_path), source.scheduler.save_pretrained(tmp_path)
     )  # fmt: skip
-    loaded = build_ddpm((1, 8, 8), 10, 0, f"~/{tmp_path.name}", [1], [False])
+    loaded = build_ddpm((1, 8, 8), tuple("0123456789"), 0, f"~/{tmp_path.name}", [1], [False])
     loaded.load(tmp_path)
     for x, y in zip(source.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(x, y)
@@ -135,12 +135,12 @@ def test_refuses(tiny_network, tmp_path):
     with pytest.raises(ConfigurationError, match="one entry for each"):
         tiny_network(attention=[False])
     with pytest.raises(ConfigurationError, match="there is no such folder"):
-        build_ddpm((1, 8, 8), 10, 0, "./nowhere", [8], [False])
+        build_ddpm((1, 8, 8), tuple("0123456789"), 0, "./nowhere", [8], [False])
     with pytest.raises(ConfigurationError, match="expected 'auto', a folder"):
-        build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [8], [False])
+        build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False])
     tiny_network(num_labels=None).save(tmp_path)
     with pytest.raises(ConfigurationError, match=r"no labels.*10 labels"):
-        build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [8], [False])
+        build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False])
     with pytest.raises(ConfigurationError, match="prediction_type"):
         from unlearn_runner.models.ddpm import DDPM
 

@@ -122,11 +122,11 @@ def test_damaged_weights_are_refused_when_the_model_is_built(tiny_network, tiny_
 
 
 def build_ddpm_of(folder):
-    return lambda: build_ddpm((1, 8, 8), 10, 0, str(folder), [8], [False])
+    return lambda: build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(folder), [8], [False])
 
 
 def build_vae_of(folder):
-    return lambda: build_vae((1, 8, 8), 10, 0, str(folder))
+    return lambda: build_vae((1, 8, 8), tuple("0123456789"), 0, str(folder))
 
 
 class Malicious:

@@ -54,7 +54,7 @@ def test_saved_folder_draws_the_same_images(tiny_network, tmp_path):
 def test_a_generator_is_no_base(tiny_network, tmp_path):
     OneStep(tiny_network(), 440).save(tmp_path)
     with pytest.raises(ConfigurationError, match="got a one-step generator"):
-        build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [8], [False])
+        build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False])
     with pytest.raises(ConfigurationError, match=r"lie in 0\.\.999, got 1000"):
         OneStep(tiny_network(), 1000)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import assert_same_bits, names
 from torch.distributions import Normal
 
 from unlearn_runner.errors import ConfigurationError
@@ -94,7 +94,7 @@ def test_saved_folder_gives_the_same_bits(tiny_vae, tmp_path, num_labels):
     assert torch.equal(network_there.decode(z, labels).clamp(-1, 1), ours)
 
     for source in (tmp_path, tmp_path / "vae"):
-        loaded = build_vae((1, 8, 8), num_labels, 0, str(source))
+        loaded = build_vae((1, 8, 8), names(num_labels), 0, str(source))
         loaded.load(source)
         assert_same_bits(dict(loaded.state_dict()), dict(network.state_dict()))
         assert loaded.sample_shape == (3,)
@@ -130,16 +130,16 @@ def test_refuses(tiny_vae, tiny_network, tmp_path):
     with pytest.raises(ConfigurationError, match=r"divide by norm_num_groups=4, got \[8, 6\]"):
         tiny_vae(block_out_channels=[8, 6])
     with pytest.raises(ConfigurationError, match="there is no such folder"):
-        build_vae((1, 8, 8), 10, 0, "./nowhere")
+        build_vae((1, 8, 8), tuple("0123456789"), 0, "./nowhere")
     with pytest.raises(ConfigurationError, match="expected 'auto', or a folder"):
-        build_vae((1, 8, 8), 10, 0, str(tmp_path))
+        build_vae((1, 8, 8), tuple("0123456789"), 0, str(tmp_path))
     tiny_network().save(tmp_path / "ddpm")
     with pytest.raises(ConfigurationError, match="expected 'auto', or a folder"):
-        build_vae((1, 8, 8), 10, 0, str(tmp_path / "ddpm"))
+        build_vae((1, 8, 8), tuple("0123456789"), 0, str(tmp_path / "ddpm"))
     with pytest.raises(ConfigurationError, match="expected 'auto', or a folder"):
-        build_vae((1, 8, 8), 10, 0, str(tmp_path / "ddpm" / "unet"))
+        build_vae((1, 8, 8), tuple("0123456789"), 0, str(tmp_path / "ddpm" / "unet"))
     tiny_vae(num_labels=None).save(tmp_path)
     with pytest.raises(ConfigurationError, match=r"no labels.*10 labels"):
-        build_vae((1, 8, 8), 10, 0, str(tmp_path))
+        build_vae((1, 8, 8), tuple("0123456789"), 0, str(tmp_path))
     with pytest.raises(ConfigurationError, match=r"\(1, 8, 8\) with no labels.*\(1, 16, 16\)"):
         build_vae((1, 16, 16), None, 0, str(tmp_path))

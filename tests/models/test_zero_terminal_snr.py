@@ -13,7 +13,7 @@ from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.likelihood import bound_bits_per_dim, flow_bits_per_dim, strata
 from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.methods.esd import ESD
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.ddpm import DDPM
 from unlearn_runner.models.model import predict_eps, predict_x0, timestep_with_ratio
 from unlearn_runner.models.one_step import OneStep
@@ -127,7 +127,7 @@ def test_esd_starts_at_pure_noise_and_stays_finite(tmp_path):
     model.freeze_for_unlearning()
     labels = Labels(retain=(0,), forget=(1, 2), names=model.prompts, contents=(0, 1, 1))
     update = partial(Update, optimizer=partial(torch.optim.SGD, lr=1e-4))
-    method = ESD(model, update, make_generator(0, "method"), labels, batch_size=2, num_inference_steps=2)
+    method = ESD(Setting(model, make_generator(0, "method"), labels), update, batch_size=2, num_inference_steps=2)
     for _ in range(4):  # both of the places where a drawing may be stopped
         assert method.step(Batch(None, None, None, None, 0.0))["loss/forget"].isfinite()
     assert all(weight.isfinite().all() for weight in model.parameters())

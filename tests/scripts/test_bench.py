@@ -5,13 +5,13 @@ import math
 import subprocess
 import sys
 
+import bench
 import pytest
 import torch
 from conftest import ROOT
 from hydra.utils import instantiate
+from reference_loop import ReferenceLoop
 
-from scripts import bench
-from scripts.reference_loop import ReferenceLoop
 from unlearn_runner.methods.siss import mix, siss_loss
 from unlearn_runner.models.model import squared_error
 from unlearn_runner.types import Batch
@@ -23,7 +23,7 @@ def test_what_is_compared_exists(network):
     for overrides in bench.SUBJECTS.values():
         assert bench.composed([*bench.NETWORKS[network], *overrides])["method"]
     cfg = bench.composed(bench.NETWORKS[network])
-    model = instantiate(cfg["model"]["network"], image_shape=(1, 28, 28), num_labels=10, seed=0)
+    model = instantiate(cfg["model"]["network"], image_shape=(1, 28, 28), label_names=tuple("0123456789"), seed=0)
     weights = sum(weight.numel() for weight in model.parameters()) / 1e6
     assert weights == pytest.approx({"paper": 14.7, "small": 1.1}[network], abs=0.05)
 

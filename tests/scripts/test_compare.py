@@ -11,8 +11,6 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tests" / "comparison"))
 from many_runs import make_runs
 from run_folders import changed, make_run, save_grid
 

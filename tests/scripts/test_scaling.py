@@ -1,9 +1,8 @@
 """The model of a step's cost: two cases settle it, the others follow; its table says how far off they are."""
 
 import pytest
-
-from scripts import scaling
-from scripts.scaling import Case, Cost, Model
+import scaling
+from scaling import Case, Cost, Model
 
 
 def test_two_cases_settle_the_model():

@@ -8,11 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import wandb_dashboard
 import yaml
 from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import wandb_dashboard
 
 DOCS = (ROOT / "docs" / "wandb.md").read_text()
 
@@ -34,7 +32,7 @@ def test_dry_run_prints_the_workspace_without_a_login(tmp_path):
     spec = found["spec"]["section"]
     sections = spec["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == ["Forgetting", "Retention", "Lambda", "Cost", "Samples"]
-    assert [len(section["panels"]) for section in sections] == [8, 7, 6, 4, 1]
+    assert [len(section["panels"]) for section in sections] == [10, 9, 6, 4, 1]
     assert spec["runSets"][0]["grouping"] == [{"section": "config", "name": "label.value"}]
     drawn = [panel["config"] for section in sections for panel in section["panels"]]
     assert ["eval/forget_rate"] in [config.get("metrics") for config in drawn]

@@ -1,38 +1,11 @@
-"""The metrics of a comparison: their order, where each is best, which of them a short table shows."""
+"""The columns of a comparison: which there are, where each is best, which are shown; by unlearn_runner/catalogue.py."""
 
 from collections.abc import Iterable
 
+from unlearn_runner.catalogue import LOW, In, entry_of, keys
 from unlearn_runner.errors import ConfigurationError, near
 
-COLUMNS = (
-    "forget_rate", "restored_rate", "retain_accuracy", "fid_forget", "fid_retain", "kid_forget", "kid_retain",
-    "precision_retain", "recall_retain", "is_forget", "is_retain", "ssim_forget", "ssim_retain", "nll_forget",
-    "nll_retain", "nll_bound_forget", "nll_bound_retain", "mia_auc", "mia_tpr_at_1pct_fpr", "relearn_steps",
-    "forget_rate_paraphrases", "clip_score_retain", "fid_base_retain", "attack_success",
-    "deletion_steps", "lasting_deletion_steps", "reached/steps", "reached/seconds", "reached/restored_rate",
-    "reached/retain_accuracy", "reached/fid_retain", "reached/kid_retain",
-    "mean/lambda/value", "mean/grad_variance/update", "mean/grad_variance/policy", "cost/seconds",
-    "cost/network_evaluations", "cost/network_evaluations_per_sample", "cost/policy_network_evaluations",
-    "cost/peak_memory_gb",
-)  # fmt: skip
-HEADLINES = (
-    "forget_rate", "restored_rate", "retain_accuracy", "fid_retain", "ssim_retain", "nll_retain", "mia_auc",
-    "relearn_steps", "clip_score_retain", "attack_success", "cost/seconds", "cost/network_evaluations",
-    "cost/peak_memory_gb",
-)  # fmt: skip
-
-ORACLE = "oracle"  # best is what the model has that never saw the forget set
-LOW, HIGH = "low", "high"
-# As docs/metrics.md says. A metric without a line here has no good direction, and nothing of it is marked.
-BETTER: dict[str, str | float] = {
-    "forget_rate": LOW, "forget_rate_paraphrases": LOW, "attack_success": LOW, "restored_rate": HIGH,
-    "retain_accuracy": HIGH, "fid_retain": LOW, "kid_retain": LOW, "precision_retain": HIGH, "recall_retain": HIGH,
-    "is_retain": HIGH, "ssim_retain": HIGH, "nll_retain": LOW, "nll_bound_retain": LOW, "clip_score_retain": HIGH,
-    "fid_base_retain": LOW,
-    "fid_forget": ORACLE, "kid_forget": ORACLE, "nll_forget": ORACLE, "nll_bound_forget": ORACLE,
-    "relearn_steps": ORACLE, "mia_auc": 0.5, "mia_tpr_at_1pct_fpr": 0.01, "deletion_steps": LOW,
-    "lasting_deletion_steps": LOW, "steps": LOW, "seconds": LOW, "network_evaluations": LOW,
-}  # fmt: skip
+COLUMNS, HEADLINES = keys(In.LONG), keys(In.SHORT)
 
 
 def better(column: str) -> str | float | None:
@@ -40,10 +13,9 @@ def better(column: str) -> str | float | None:
 
     A column is a metric of `eval/` without that prefix, or any other key of a summary in full.
     """
-    prefix, _, name = column.rpartition("/")
-    if prefix in ("cost", "oracle_gap") or column.startswith("oracle_gap/"):
+    if column.startswith(("cost/", "oracle_gap/")):
         return LOW
-    return BETTER.get(name) if prefix in ("", "reached") else None
+    return None if (entry := entry_of(column)) is None else entry.better
 
 
 def key_of(column: str, prefix: str = "eval") -> str:

@@ -1,23 +1,22 @@
 """The numbers that the page's script draws, rounded and thinned so that the page stays small."""
 
+import math
 from typing import Any
 
 import numpy as np
 
+from unlearn_runner.catalogue import COST, In, entry_of, keys
 from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.comparison import Comparison, Table
 from unlearn_runner.comparison.curves import Curve, curves_by_label
 from unlearn_runner.comparison.tables import Cell
-from unlearn_runner.comparison.tradeoff import FORGETTING, RETENTION, tradeoffs_of
+from unlearn_runner.comparison.tradeoff import FORGETTING_AXIS, RETENTION_AXIS, tradeoffs_of
 
 NUMBERS = 1_000_000  # of all curves of a page, about 6 bytes each
 POINTS = (20, 120)  # of one curve, at least and at most
 KEYS = 24  # of curves, at most
 
-COSTS = (
-    "cost/seconds", "cost/network_evaluations", "cost/images", "cost/peak_memory_gb",
-    "cost/network_evaluations_per_sample", "cost/policy_network_evaluations",
-)  # fmt: skip
+COSTS = keys(In.PLOT, COST)
 CURVES = ("eval/", "loss/", "lambda/", "grad_norm/", "weights/", "")  # which come first
 NO_CURVES = ("base/", "oracle/", "oracle_gap/", "reached/", "lambda/at/")
 NO_CURVE_OF = ("step", "seconds", "images", "version", "eval/deletion_steps", "eval/lasting_deletion_steps")
@@ -39,7 +38,7 @@ def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]
     cells = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if row.is_method}
     references = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if not row.is_method}
     known = {cell for row in table.cells for cell in row}
-    scatter = [column for column in (*FORGETTING, *RETENTION) if column in known]
+    scatter = [column for column in (*FORGETTING_AXIS, *RETENTION_AXIS) if column in known]
     costs = [column for column in COSTS if column in known]
 
     def pairs(found: dict[str, Cell], columns: list[str]) -> dict[str, list[float | int | None]]:
@@ -53,6 +52,7 @@ def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]
     return {
         "methods": [{"label": label, "cells": pairs(cells[label], [*scatter, *costs])} for label in methods],
         "references": [{"label": label, "cells": pairs(found, scatter)} for label, found in references.items()],
+        "bounds": {column: entry_of(column).bounds for column in scatter if math.isfinite(entry_of(column).bounds[1])},
         "better": {column: str(better(column)) for column in [*scatter, *costs]},
         "tradeoffs": [
             {

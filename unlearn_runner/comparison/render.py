@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unlearn_runner.comparison.columns import HIGH, LOW, better
+from unlearn_runner.catalogue import HIGH, LOW
+from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.statistics import Paired
 from unlearn_runner.comparison.tables import Cell, Row, number, text
 

@@ -4,7 +4,8 @@ from collections import Counter
 from statistics import mean
 from typing import Any, NamedTuple
 
-from unlearn_runner.comparison.columns import HIGH, LOW, ORACLE, better, key_of
+from unlearn_runner.catalogue import HIGH, LOW, ORACLE
+from unlearn_runner.comparison.columns import better, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, half_width, holm, paired
 from unlearn_runner.errors import ConfigurationError, near

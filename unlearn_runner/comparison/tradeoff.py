@@ -1,15 +1,15 @@
 """Forgetting against retention: who is on the Pareto front, and how much of the plane it dominates."""
 
+import math
 from statistics import mean
 from typing import Any, NamedTuple
 
-from unlearn_runner.comparison.columns import LOW, better
+from unlearn_runner.catalogue import FORGETTING, LOW, RETENTION, In, entry_of, keys
+from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.statistics import half_width, hypervolume, pareto_front
 from unlearn_runner.comparison.tables import Row
 
-FORGETTING = ("forget_rate", "restored_rate", "forget_rate_paraphrases")
-RETENTION = ("retain_accuracy", "fid_retain", "ssim_retain", "precision_retain", "recall_retain")
-UNBOUNDED = ("fid_retain",)  # from 0 upwards; the others are shares
+FORGETTING_AXIS, RETENTION_AXIS = keys(In.PLOT, FORGETTING), keys(In.PLOT, RETENTION)
 
 
 class Tradeoff(NamedTuple):
@@ -26,8 +26,8 @@ class Tradeoff(NamedTuple):
 def tradeoffs_of(rows: list[Row]) -> list[Tradeoff]:
     """Every pair of metrics that at least one method has, for all its seeds."""
     found = []
-    for forgetting in FORGETTING:
-        for retention in RETENTION:
+    for forgetting in FORGETTING_AXIS:
+        for retention in RETENTION_AXIS:
             methods = [
                 row for row in rows if row.is_method and row.values.get(forgetting) and row.values.get(retention)
             ]
@@ -37,12 +37,12 @@ def tradeoffs_of(rows: list[Row]) -> list[Tradeoff]:
 
 
 def tradeoff(methods: list[Row], forgetting: str, retention: str) -> Tradeoff:
-    worst = 1.0
-    if retention in UNBOUNDED:
+    worst = entry_of(retention).bounds[1]  # of a share, 0 is the worst, whose distance from the best is 1
+    if math.isinf(worst):
         worst = max(mean(row.values[retention].values()) for row in methods)
 
     def cost(column: str, value: float) -> float:
-        return value if better(column) == LOW else 1 - value
+        return value if better(column) == LOW else entry_of(column).bounds[1] - value
 
     def volume(points: list[tuple[float, float]]) -> float:
         return hypervolume(points, (0.0, 0.0), (1.0, worst))

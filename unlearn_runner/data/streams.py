@@ -1,7 +1,7 @@
 """Endless batches of forget and retain images, drawn by index with an explicit generator."""
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
@@ -57,6 +57,30 @@ class Pool:
 
 
 @final
+class ImageSet:
+    """All images to forget, or all to retain, as a network is given them: in [-1, 1], or their latents."""
+
+    def __init__(self, images: LabelledImages, stream: "BatchStream"):
+        self._pool, self._stream = Pool([images], stream.keep_on), stream
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def take(self, rows: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b ..."], Int64[Tensor, "b"] | None]:
+        """Images and their labels by row number; the labels are None where the model is unconditional."""
+        pixels, labels, _ = self._pool.take(rows)
+        images, encode = to_unit_range(moved(pixels, self._stream.device)), self._stream.encode
+        return images if encode is None else encode(images), self._stream.condition(labels)
+
+
+class Images(NamedTuple):
+    """Both sets of a dataset, for a method that looks at them before it begins."""
+
+    retain: ImageSet
+    forget: ImageSet
+
+
+@final
 class BatchStream:
     """Batches of `batch_size` retain images and as many forget images, as far as the method reads them.
 
@@ -78,6 +102,8 @@ class BatchStream:
         self.device = device
         self.horizontal_flip = data.spec.horizontal_flip
         self.conditional = data.spec.label_names is not None
+        self.encode = encode
+        self.data = data
         self.forget_share = data.forget_share
         self.generator = make_generator(seed, "data")
         sources = {}
@@ -85,12 +111,18 @@ class BatchStream:
             sources["retain"] = [data.retain] + ([data.forget] if reads.retain == "all" else [])
         if reads.forget:
             sources["forget"] = [data.forget]
-        keep_on = device if data.resident else torch.device("cpu")
-        self.sources = {name: Pool(parts, keep_on) for name, parts in sources.items()}
+        self.keep_on = device if data.resident else torch.device("cpu")
+        self.sources = {name: Pool(parts, self.keep_on) for name, parts in sources.items()}
         if encode is not None and data.resident and not self.horizontal_flip:
             for pool in self.sources.values():
                 pool.pixels = [encoded(pixels, encode, device) for pixels in pool.pixels]
         self.indices = {name: Shuffled(len(pool), self.generator) for name, pool in self.sources.items()}
+
+    def images(self) -> Images:
+        return Images(ImageSet(self.data.retain, self), ImageSet(self.data.forget, self))
+
+    def condition(self, labels: Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
+        return moved(labels, self.device) if self.conditional else None
 
     def next(self) -> Batch:
         x0_retain, cond_retain = self._draw("retain")
@@ -104,7 +136,7 @@ class BatchStream:
         x0 = pixels if pixels.is_floating_point() else to_unit_range(moved(pixels, self.device))  # latents, or bytes
         if self.horizontal_flip:
             x0 = half_mirrored(x0, self.generator)
-        return x0, moved(labels, self.device) if self.conditional else None
+        return x0, self.condition(labels)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""The judge: a small convolutional network that names what is on a picture and supplies features."""
+"""The usual judge: a small convolutional network that names what is on a picture and supplies features."""
 
 import json
 import time
@@ -21,35 +21,10 @@ from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_r
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.features import FeatureExtractor
+from unlearn_runner.evaluation.judge import Judge, Judged, JudgeRecipe
 from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, LearningRate, PositiveInt, Seed, Width
 from unlearn_runner.types import make_generator
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Pictures as the judge sees them: what every metric on samples is computed from."""
-
-    images: UInt8[Tensor, "n c h w"]
-    features: Float[Tensor, "n d"]
-    logits: Float[Tensor, "n k"]  # of the dataset's contents
-    is_logits: Float[Tensor, "n m"]  # for the inception score: the extractor's if it has some, else `logits`
-    similarity: Float[Tensor, "n"] | None = None  # SSIM with the base model's sample from the same noise
-
-    @property
-    def contents(self) -> Int64[Tensor, "n"]:
-        """The most likely content of each picture."""
-        return self.logits.argmax(1)
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    def select(self, rows: Tensor) -> "Judged":
-        return Judged(**{name: part[rows] for name, part in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The fields that are there, by name."""
-        return {name: part for name, part in vars(self).items() if part is not None}
 
 
 @dataclass(frozen=True)
@@ -63,6 +38,34 @@ class ClassifierRecipe:
     learning_rate: LearningRate = 2e-3
     max_shift: Annotated[int, Ge(0), Le(1024)] = 1  # pixels of random translation; mirrored where the dataset mirrors
     seed: Seed = 0
+
+
+@final
+@dataclass(frozen=True)
+class TrainedClassifier(JudgeRecipe):
+    """A classifier of the dataset's contents, trained on its images once and cached; features are its own, or those
+    of `extractor` if there is one.
+    """
+
+    classifier: ClassifierRecipe
+    extractor: FeatureExtractor | None = None
+
+    @property
+    def num_features(self) -> int:
+        return (self.extractor or self.classifier).num_features
+
+    @property
+    def max_steps(self) -> int:
+        return self.classifier.max_steps
+
+    def judge(
+        self,
+        data: ForgetRetain,
+        cache_dir: Path,
+        device: torch.device,
+        show: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> Judge:
+        return trained_judge(data, self.classifier, cache_dir, device, self.extractor, show)
 
 
 @final
@@ -94,7 +97,7 @@ class Classifier(nn.Module):
 
 
 @final
-class Judge:
+class ClassifierJudge(Judge):
     """A trained classifier, the name of its weights, and the accuracies that it reached on held-out images; where there
     are none, on its training images.
 
@@ -152,7 +155,7 @@ class Judge:
                 sentences.append(
                     f"WARNING: the classifier recognises {accuracy:.0%} of the {kind} {name} images, guessing would "
                     f"{chance:.0%}: forget_rate and all else that it judges say little. Train it longer "
-                    "(evaluation.classifier.max_steps) or on more images."
+                    "(judge.classifier.max_steps) or on more images."
                 )
         return sentences
 
@@ -175,20 +178,20 @@ def trained_judge(
     device: torch.device,
     extractor: FeatureExtractor | None = None,
     show: Callable[[int, dict[str, float]], None] | None = None,
-) -> Judge:
+) -> ClassifierJudge:
     """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones.
 
     `show`, if given, is called on the way with a step and its loss, images so far and seconds so far.
     """
     key = {"version": 3, "data": data.fingerprint, "recipe": asdict(recipe)}
 
-    def read(folder: Path) -> Judge:
+    def read(folder: Path) -> ClassifierJudge:
         classifier = _build(data, recipe)
         classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
         require_finite(classifier, "the classifier")
         report = json.loads((folder / "report.json").read_text())
         weights, train_accuracy = f"classifiers/{folder.name}", report.get("train_accuracy")
-        return Judge(classifier, report["test_accuracy"], weights, device, extractor, train_accuracy)
+        return ClassifierJudge(classifier, report["test_accuracy"], weights, device, extractor, train_accuracy)
 
     return read(cached(cache_dir, "classifiers", key, lambda place: _train(data, recipe, place, device, show), read))
 
@@ -234,10 +237,10 @@ def _train(
         require_finite(classifier, "the classifier")
     except NonFiniteError as error:
         raise ConfigurationError(
-            f"training the classifier diverged ({error}); evaluation.classifier.learning_rate must be lower, it is "
+            f"training the classifier diverged ({error}); judge.classifier.learning_rate must be lower, it is "
             f"{recipe.learning_rate}."
         ) from error
-    judge = Judge(classifier, {}, "", device)
+    judge = ClassifierJudge(classifier, {}, "", device)
     seen = pool.take(rows[order.draw(min(len(rows), 5000))]).pixels
     classifier.feature_scale.copy_(judge(seen).features.square().mean().sqrt())
     report: dict[str, dict[str, float]] = {"test_accuracy": {}, "train_accuracy": {}}
@@ -250,7 +253,7 @@ def _train(
     write_json(folder / "report.json", report)
 
 
-def _accuracy(judge: Judge, images: LabelledImages) -> float:
+def _accuracy(judge: ClassifierJudge, images: LabelledImages) -> float:
     """The share of images that it recognises."""
     return (judge(images.pixels).contents == images.contents).double().mean().item()
 

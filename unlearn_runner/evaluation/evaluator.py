@@ -2,10 +2,8 @@
 
 import json
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -16,18 +14,21 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unlearn_runner.cache import cached, digest, fingerprint, write_json
+from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
-from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judge, Judged
-from unlearn_runner.evaluation.metrics import SSIM, Group, ImageMetric, Metric, PromptMetric, Samples
+from unlearn_runner.evaluation.judge import Judge, Judged
+from unlearn_runner.evaluation.metrics import Metric, Rows
+from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Samples, View, positions
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, Sampler, Seed
 from unlearn_runner.types import make_generator
 
+VERSION = (
+    1  # of drawing and judging: goes up when the code of models, data or evaluation makes other samples or features
+)
 LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
 NOT_HELD_OUT = {
     "forget_test": "no forget image is held out: the dataset has none, or too few for its dataset.test_fraction",
@@ -93,14 +94,14 @@ def open_evaluation(folder: Path) -> Evaluation:
 
 
 def require_enough_samples(
-    metrics: dict[str, Metric | ImageMetric | PromptMetric],
+    metrics: dict[str, Metric | None],
     sampling: Sampling,
     num_features: int,
     num_labels: int | None,
 ) -> None:
     """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with."""
     for name, metric in metrics.items():
-        if not isinstance(metric, Metric):
+        if metric is None:
             continue
         least = metric.least(num_features)
         groups = {"": sampling.num_samples}
@@ -128,7 +129,7 @@ class Evaluator:
         self,
         data: ForgetRetain,
         judge: Judge,
-        metrics: dict[str, Metric | ImageMetric | PromptMetric],
+        metrics: dict[str, Metric | None],
         sampling: Sampling,
         cache_dir: Path,
         clip: Clip | None = None,
@@ -137,70 +138,66 @@ class Evaluator:
         self.data = data
         self.spec = data.spec
         self.judge = judge
-        self.on_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
-        self.on_images = {name: metric for name, metric in metrics.items() if isinstance(metric, ImageMetric)}
-        self.on_prompts = {name: metric for name, metric in metrics.items() if isinstance(metric, PromptMetric)}
-        self.on_rows = self.on_images | self.on_prompts
+        self.metrics = {name: metric for name, metric in metrics.items() if metric is not None}
         self.clip = clip
         self.sampling = sampling
         self.retain_labels = [
             label for label in range(len(data.spec.label_names or ())) if label not in data.forget_labels
         ]
         self.conditions = self._conditions()
-        needed = any(metric.needs_references for metric in self.on_samples.values())
-        self.references = self._references() if needed else {}
 
     def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """Score `model`; `before` are the base model's samples, for the metrics that compare with them.
 
         Raises NonFiniteError if it draws pictures that are not finite.
         """
-        clock = _Clock()
-        judged, evaluations = {}, 0
-        for name in self.conditions:
-            evaluations -= model.network_evaluations
-            with clock("sampling"):
-                images = self._draw(model, name)
-            evaluations += model.network_evaluations
-            with clock("judging"):
-                judged[name] = self.judge(to_uint8(images, f"pictures drawn under the {name} conditions"))
-        for name, metric in self.on_samples.items():
-            if isinstance(metric, SSIM):
-                with clock(name):
-                    judged = {
-                        part: metric.compare(drawn, None if before is None else before[part])
-                        for part, drawn in judged.items()
-                    }
-        rows = {}
-        for name, metric in self.on_images.items() if model.has_likelihood else ():
-            with clock(name):
-                rows[name] = metric.measure(model, self.data)
-        for name, metric in self.on_prompts.items() if model.prompts is not None else ():
-            if not metric.applies_to(model):
-                continue
-            with clock(name):
-                rows[name] = metric.measure(model, self.data, self.judge, self.clip)
-        found = from_first(lambda: self._score(judged, rows, clock, before))
+        clock = Clock()
+        view = self.view(model, before, clock)
+        samples, rows = view.samples, self.measure(view, clock)
+        found = from_first(lambda: self._score(samples, rows, clock))
         scores = {key: value for key, value in found.items() if math.isfinite(value)}
         with clock("bootstrap"):
             redrawn = self.sampling.bootstrap is not None
-            intervals = from_first(lambda: self._intervals(scores, judged, rows, before)) if redrawn else {}
-        evaluations /= self.sampling.num_samples * len(self.conditions)
+            intervals = from_first(lambda: self._intervals(view, rows, scores)) if redrawn else {}
+        evaluations = view.network_evaluations / (self.sampling.num_samples * len(self.conditions))
         not_finite = sorted(found.keys() - scores.keys())
+        judged = view.judged
         return Evaluation(scores, not_finite, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
+
+    def view(self, model: GenerativeModel, before: dict[str, Judged] | None = None, clock: Clock | None = None) -> View:
+        """What the metrics see of a model."""
+        return View(
+            model,
+            self.data,
+            self.judge,
+            self.clip,
+            partial(self._draw, model),
+            self.conditions,
+            before,
+            lambda: self.references,
+            clock,
+        )
+
+    def measure(self, view: View, clock: Clock) -> dict[str, Rows]:
+        """The rows of each metric whose needs are met."""
+        rows = {}
+        for name, metric in self.metrics.items():
+            if not view.lacks(metric.needs):
+                with clock(name):
+                    rows[name] = metric.measure(view)
+        return rows
 
     def once(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
-        metrics = [*self.on_samples.values(), *self.on_rows.values()]
         key = {
+            "version": VERSION,
             "model": model.fingerprint(),
             "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
             "data": self.data.fingerprint,
             "judge": self.judge.fingerprint,
             "clip": None if self.clip is None else self.clip.fingerprint(),
-            "settings": self.provenance(model),
-            "metrics": [f"{type(metric).__module__}.{type(metric).__qualname__}" for metric in metrics],
-            "code": _code(),
+            "settings": self.provenance(model),  # with the version of each metric
+            "metrics": [f"{type(metric).__module__}.{type(metric).__qualname__}" for metric in self.metrics.values()],
             "libraries": {name: metadata.version(name) for name in LIBRARIES},
             "device": str(self.judge.device.type),
         }
@@ -226,8 +223,7 @@ class Evaluator:
             "num_references": {name: len(reference) for name, reference in self.references.items()},
             "left_out": self.left_out(),
             "metrics": {
-                **{name: metric.provenance() for name, metric in self.on_samples.items()},
-                **{name: metric.provenance(model) for name, metric in self.on_rows.items()},
+                name: {**metric.provenance(model), "version": metric.version} for name, metric in self.metrics.items()
             },
         }
 
@@ -235,12 +231,12 @@ class Evaluator:
         """A sentence for each metric without the images that it needs, for each group with too few of them."""
         sentences = [
             f"{score} is left out: {NOT_HELD_OUT[part]}."
-            for metric in self.on_images.values()
-            for score, part in metric.needs.items()
+            for metric in self.metrics.values()
+            for score, part in metric.held_out.items()
             if not len(getattr(self.data, part))
         ]
-        for name, metric in self.on_samples.items():
-            if not metric.needs_references:
+        for name, metric in self.metrics.items():
+            if "references" not in metric.needs:
                 continue
             least = metric.least(self.judge.num_features)
             groups = [group for group in self.references if metric.per_class or not group.startswith("/")]
@@ -250,6 +246,14 @@ class Evaluator:
                         f"{name} of {group.strip('/')} is left out: {count} real images, it needs {least}."
                     )
         return sentences
+
+    def left_out_of(self, model: GenerativeModel) -> list[str]:
+        """A sentence for each need that is not met for a model, with the metrics that are left out for it."""
+        view, names = self.view(model), {}
+        for name, metric in self.metrics.items():
+            for need in view.lacks(metric.needs)[:1]:
+                names.setdefault(need, []).append(name)
+        return [f"{', '.join(metrics)} left out: {MISSING[need]}." for need, metrics in names.items()]
 
     def _draw(self, model: GenerativeModel, name: str) -> Float[Tensor, "n c h w"]:
         labels, device = self.conditions[name], self.judge.device
@@ -262,30 +266,14 @@ class Evaluator:
             self.sampling.batch_size,
         )
 
-    def _score(
-        self,
-        judged: dict[str, Judged],
-        rows: dict[str, dict[str, Tensor]],
-        clock: "_Clock",
-        before: dict[str, Judged] | None,
-    ) -> dict[str, float]:
-        samples = self._grouped(judged, before)
+    def _score(self, samples: Samples, rows: dict[str, Rows], clock: Clock) -> dict[str, float]:
         scores: dict[str, float] = {}
-        for name, metric in self.on_samples.items():
-            with clock(name):
-                scores |= metric(samples)
         for name, tables in rows.items():
             with clock(name):
-                scores |= self.on_rows[name](tables)
+                scores |= self.metrics[name].score(samples, tables)
         return scores
 
-    def _intervals(
-        self,
-        scores: dict[str, float],
-        judged: dict[str, Judged],
-        rows: dict[str, dict[str, Tensor]],
-        before: dict[str, Judged] | None,
-    ) -> dict[str, list[float]]:
+    def _intervals(self, view: View, rows: dict[str, Rows], scores: dict[str, float]) -> dict[str, list[float]]:
         """95 % bootstrap intervals: samples redrawn within their condition, real images within their set.
 
         The quantiles are moved by the bootstrap's own bias (FID and KID of a resample are too high, for it holds
@@ -300,13 +288,17 @@ class Evaluator:
         for _ in range(self.sampling.bootstrap):
             chosen = {}
             for name, labels in self.conditions.items():
-                same = [torch.arange(self.sampling.num_samples)] if labels is None else _positions(labels)
-                chosen[name] = judged[name].select(torch.cat([part[again(len(part))] for part in same]))
+                same = [torch.arange(self.sampling.num_samples)] if labels is None else positions(labels)
+                chosen[name] = torch.cat([part[again(len(part))] for part in same])
             redrawn = {
-                name: {part: table[again(len(table))] for part, table in tables.items()}
+                name: {
+                    part: table[chosen[part] if self.metrics[name].paired else again(len(table))]
+                    for part, table in tables.items()
+                }
                 for name, tables in rows.items()
             }
-            for key, value in self._score(chosen, redrawn, _Clock(), before).items():
+            samples = view.grouped({name: judged.select(chosen[name]) for name, judged in view.judged.items()})
+            for key, value in self._score(samples, redrawn, Clock()).items():
                 drawn.setdefault(key, []).append(value)
         intervals = {}
         for key, score in scores.items():
@@ -316,7 +308,7 @@ class Evaluator:
                 intervals[key] = [float(low), float(high)]
         return intervals
 
-    def _conditions(self) -> dict[str, Int64[Tensor, "n"] | None]:
+    def _conditions(self) -> Conditions:
         """The labels to draw under, set by set, ascending; one unlabelled pool for an unconditional model."""
         if self.spec.label_names is None:
             return {"all": None}
@@ -325,8 +317,13 @@ class Evaluator:
             del sets["retain"]
         return {name: _evenly(labels, self.sampling.num_samples) for name, labels in sets.items() if labels}
 
-    def _references(self) -> dict[str, Judged]:
-        """Real training images, judged: the forget images, those of the retained conditions, each clean class."""
+    @cached_property
+    def references(self) -> dict[str, Judged]:
+        """Real training images, judged: the forget images, those of the retained conditions, each clean class; none
+        if no metric needs them.
+        """
+        if not any("references" in metric.needs for metric in self.metrics.values()):
+            return {}
         retain, forget = self._judged_once("retain", self.data.retain), self._judged_once("forget", self.data.forget)
         references = {"forget": forget}
         if self.spec.label_names is None:
@@ -342,10 +339,10 @@ class Evaluator:
     def _judged_once(self, name: str, images: LabelledImages) -> Judged:
         """As the model saw them in training: every second one mirrored, if it saw them mirrored. No picture is kept."""
         key = {
+            "version": VERSION,
             "judge": self.judge.fingerprint,
             "data": self.data.fingerprint,
             "images": name,
-            "code": _code(),
             "device": str(self.judge.device.type),
         }
 
@@ -362,70 +359,22 @@ class Evaluator:
 
         return read(cached(self.cache_dir, "references", key, make, read, together=True))
 
-    def _grouped(self, judged: dict[str, Judged], before: dict[str, Judged] | None) -> Samples:
-        def group(name: str, rows: Tensor, reference: str) -> Group:
-            earlier = None if before is None else before[name].select(rows)
-            return Group(judged[name].select(rows), self.references.get(reference), earlier)
-
-        everything = torch.arange(self.sampling.num_samples)
-        names = ("all", "all") if "all" in judged else ("forget", "retain" if "retain" in judged else "forget")
-        per_class, label_of = {}, {}
-        for name, labels in self.conditions.items():
-            for rows in [] if labels is None else _positions(labels):
-                label = int(labels[rows[0]])
-                title = self.spec.label_names[label]
-                per_class[title] = group(name, rows, f"/{title}")
-                label_of[title] = label
-        return Samples(
-            spec=self.spec,
-            forget=group(names[0], everything, "forget"),
-            retain=group(names[1], everything, "retain"),
-            per_class=dict(sorted(per_class.items(), key=lambda item: label_of[item[0]])),
-            retain_labels=self.conditions.get("retain"),
-            label_of=label_of,
-        )
-
     def _grid(self, judged: dict[str, Judged], rows: int = 10) -> tuple[UInt8[Tensor, "n c h w"], int]:
         """One line for each condition in the order of the labels; 10 lines of 10 for an unconditional model."""
         if "all" in judged:
             return judged["all"].images[: rows * rows], rows
         lines = {
-            int(labels[positions[0]]): judged[name].images[positions]
+            int(labels[rows_of_label[0]]): judged[name].images[rows_of_label]
             for name, labels in self.conditions.items()
-            for positions in _positions(labels)
+            for rows_of_label in positions(labels)
         }
         width = min(20, *map(len, lines.values()))
         return torch.cat([lines[label][:width] for label in sorted(lines)]), width
 
 
-class _Clock:
-    """`with clock(name):` adds the seconds inside to `seconds[name]`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def _evenly(labels: list[int], count: int) -> Int64[Tensor, "{count}"]:
     """`count` labels, each as often as the others up to one, in ascending order."""
     return torch.tensor(labels)[torch.arange(count) * len(labels) // count]
-
-
-def _positions(labels: Int64[Tensor, "n"]) -> list[Int64[Tensor, "m"]]:
-    """Where each label stands, in ascending order of the labels."""
-    return [torch.nonzero(labels == label).squeeze(1) for label in labels.unique()]
-
-
-def _code() -> str:
-    """A hash of the code that scores depend on: whoever changes it does not meet old scores in the cache."""
-    package = Path(__file__).parents[1]
-    files = sorted(file for part in ("evaluation", "models", "data") for file in (package / part).glob("*.py"))
-    return fingerprint([file.read_text() for file in files])
 
 
 def gap(scores: dict[str, float], oracle: dict[str, float]) -> dict[str, float]:

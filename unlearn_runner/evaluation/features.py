@@ -63,7 +63,7 @@ class Inception(FeatureExtractor):
         if not weights:
             from_first(lambda: _fetch(URL_INCEPTION_V3, path))
         elif not path.is_file():
-            raise ConfigurationError(f"evaluation.extractor.inception_weights={weights}: there is no such file.")
+            raise ConfigurationError(f"judge.extractor.inception_weights={weights}: there is no such file.")
         try:
             weights = io.BytesIO()  # torch-fidelity reads weights as a pickle: it gets what is written here, no file
             torch.save(torch.load(path, map_location="cpu", weights_only=True), weights)
@@ -88,7 +88,7 @@ class OpenClip(FeatureExtractor):
         super().__init__()
         import open_clip
 
-        options = ("evaluation.extractor.open_clip_model", "evaluation.extractor.open_clip_pretrained")
+        options = ("judge.extractor.open_clip_model", "judge.extractor.open_clip_pretrained")
         network = open_clip_network(model, pretrained, *options)
         self.network = network.visual
         self.network.requires_grad_(False).eval()
@@ -131,5 +131,5 @@ def _fetch(url: str, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise ConfigurationError(
             f"evaluation.features=inception needs {path.name}, which could not be downloaded ({first_line(error)}); "
-            f"get it from {url} and put it at {path}, or give evaluation.extractor.inception_weights=<file>."
+            f"get it from {url} and put it at {path}, or give judge.extractor.inception_weights=<file>."
         ) from error

@@ -18,8 +18,8 @@ from annotated_types import Gt, Le, Lt
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.data.forget_retain import ForgetRetain
-from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
+from unlearn_runner.evaluation.metrics import Metric, Rows, measure_images
+from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
@@ -173,7 +173,7 @@ def evidence_bits_per_dim(costs: Float[Tensor, "k b"], dimensions: int) -> Float
 
 
 @final
-class NLL(ImageMetric):
+class NLL(Metric):
     """Negative log-likelihood in bits per dimension: nll_forget of training images to forget, which should rise, and
     nll_retain of held-out images to keep, which should stay.
 
@@ -185,7 +185,9 @@ class NLL(ImageMetric):
     latents each, pixels made continuous likewise.
     """
 
-    needs: ClassVar = {"nll_retain": "retain_test"}
+    version = 1
+    needs = ("likelihood",)
+    held_out: ClassVar = {"nll_retain": "retain_test"}
 
     def __init__(
         self,
@@ -202,7 +204,8 @@ class NLL(ImageMetric):
         self.num_importance_samples = num_importance_samples
         self.rtol, self.atol, self.batch_size, self.seed = rtol, atol, batch_size, seed
 
-    def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
+    def measure(self, view: View) -> Rows:
+        model, data = view.model, view.data
         device = next(model.parameters()).device
         rows = {}
         if isinstance(model, DiffusionModel):
@@ -229,7 +232,7 @@ class NLL(ImageMetric):
                     rows[f"{key}_{name}"] = table
         return rows
 
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         return {name: float(values.mean(0).min()) for name, values in rows.items()}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.evaluation.likelihood import latent_costs
-from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
+from unlearn_runner.evaluation.metrics import Metric, Rows, measure_images
+from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.types import make_generator
@@ -51,7 +51,7 @@ def attack(members: Float[Tensor, "n"], others: Float[Tensor, "m"], false_positi
 
 
 @final
-class Membership(ImageMetric):
+class Membership(Metric):
     """Loss-based membership inference (Matsumoto et al. 2023, 2302.03262) on what was to be forgotten.
 
     Members are forget images; the others are held-out images of the same content, which no model here has seen.
@@ -63,7 +63,9 @@ class Membership(ImageMetric):
     A VAE has no timesteps: its score is minus the evidence lower bound, a mean over `num_draws` latents an image.
     """
 
-    needs: ClassVar = {"mia": "forget_test"}
+    version = 1
+    needs = ("likelihood",)
+    held_out: ClassVar = {"mia": "forget_test"}
 
     def __init__(
         self,
@@ -87,7 +89,8 @@ class Membership(ImageMetric):
         self.num_images, self.timesteps, self.num_draws = num_images, list(timesteps), num_draws
         self.batch_size, self.seed = batch_size, seed
 
-    def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
+    def measure(self, view: View) -> Rows:
+        model, data = view.model, view.data
         device = next(model.parameters()).device
         if isinstance(model, DiffusionModel):
             timesteps = torch.tensor(self.timesteps, device=device) * model.num_train_timesteps // 1000
@@ -110,7 +113,7 @@ class Membership(ImageMetric):
                 rows[name] = table
         return rows
 
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         if set(rows) != set(POPULATIONS):
             return {}  # nothing is held out
         forget, unseen = (rows[name] for name in POPULATIONS)

@@ -1,10 +1,10 @@
-"""What is measured, each metric a small class with its provenance; those on samples all from one set of samples."""
+"""What is measured, each metric a small class with its version and provenance; here those on samples."""
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, final
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, final
 
 import numpy as np
 import torch
@@ -13,103 +13,46 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
-from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages, contents_of_labels
+from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels
 from unlearn_runner.data.streams import to_unit_range
-from unlearn_runner.evaluation.classifier import Judge, Judged
-from unlearn_runner.models.clip import Clip
+from unlearn_runner.evaluation.judge import Judged
+from unlearn_runner.evaluation.view import Group, Need, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import PositiveInt, Seed
-from unlearn_runner.spec import DataSpec
 
+Rows: TypeAlias = dict[str, Tensor]
 MinSamples: TypeAlias = Annotated[int, Ge(2), Le(10_000_000)]
 ALONE = {"sync_on_compute": False}  # torchmetrics would add up what several processes have, and here all have all
 
 
-class Group(NamedTuple):
-    """Samples that belong together, with what they are compared with."""
+class Metric(ABC):
+    """Scores by key, without the prefix `eval/`, of one model; unlearn_runner/catalogue.py has a line for each.
 
-    samples: Judged
-    reference: Judged | None  # real images; None where there are none, or too few
-    before: Judged | None = None  # the base model's samples from the same noise; None for the base itself
-
-
-class Samples(NamedTuple):
-    """Everything that one evaluation drew, judged once.
-
-    `forget`: samples under the conditions of the forget images; `retain`: under all others. An unconditional
-    model has one pool of samples, which is both. `per_class`: under each condition, by its name; the reference
-    of a class is its clean images.
+    Where the values are a mean, a rate or any other number of single samples or images, `measure` returns these, so
+    that a bootstrap can redraw them; scores of whole sets of samples are made of the samples by `score` alone.
     """
 
-    spec: DataSpec
-    forget: Group
-    retain: Group
-    per_class: dict[str, Group]
-    retain_labels: Tensor | None  # the condition of each retain sample
-    label_of: dict[str, int]
+    version: ClassVar[int]  # goes up when the code makes other numbers: a part of cache keys and of the provenance
+    needs: Sequence[Need] = ()  # where one is not met the scores are left out; a literal tuple, read without importing
+    held_out: Mapping[str, str] = MappingProxyType({})  # by score, the set of images without which it is left out
+    per_class: bool = False  # whether each condition is scored on its own, too
+    paired: bool = False  # whether rows are the samples', by set: a bootstrap redraws them together
 
-    def groups(self, per_class: bool) -> dict[str, Group]:
-        """Groups by the ending of the metric's key."""
-        named = {"forget": self.forget, "retain": self.retain}
-        return named | ({f"/{name}": group for name, group in self.per_class.items()} if per_class else {})
-
-
-class Metric(ABC):
-    """Scores by key, without the prefix `eval/`, from the samples of one evaluation."""
-
-    needs_references: bool  # whether it compares samples with real images
-    per_class: bool  # whether each condition is scored on its own, too
-
-    @abstractmethod
     def least(self, num_features: int) -> int:
         """Fewer samples in a group are refused, and groups with fewer references left out."""
+        return 1
 
     @abstractmethod
-    def __call__(self, samples: Samples) -> dict[str, float]: ...
+    def measure(self, view: View) -> Rows:
+        """Tables by name with a row for each sample or image, in all processes at once; {} where there are none."""
 
     @abstractmethod
-    def provenance(self) -> dict[str, Any]:
-        """What this metric's numbers depend on beyond the samples and the judge."""
-
-
-class ImageMetric(ABC):
-    """Scores by key, without the prefix `eval/`, from what a model answers to real images."""
-
-    needs: dict[str, str]  # by score, the set of images without which it is left out
-
-    @abstractmethod
-    def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
-        """Tables with a row for each image, by the set of images."""
-
-    @abstractmethod
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
-        """The scores of these rows, or of a bootstrap's choice of them."""
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
+        """The scores of these samples and rows, or of a bootstrap's choice of them."""
 
     @abstractmethod
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        """What its numbers depend on, for this kind of model."""
-
-
-class PromptMetric(ABC):
-    """Scores by key, without the prefix `eval/`, from what a model draws under texts of the metric's own."""
-
-    needs_clip: bool
-
-    def applies_to(self, model: GenerativeModel) -> bool:
-        """Whether this kind of model can be asked; the scores of another are left out."""
-        return True
-
-    @abstractmethod
-    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
-        """Tables with a row for each picture. The model is one that can `embed` texts."""
-
-    @abstractmethod
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
-        """The scores of these rows, or of a bootstrap's choice of them."""
-
-    @abstractmethod
-    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        """What its numbers depend on."""
+        """What its numbers depend on beyond the samples and the judge, for this kind of model."""
 
 
 def measure_images(
@@ -156,13 +99,12 @@ class Rates(Metric):
     unconditional model has no condition to be right about: then only forget_rate, over all samples.
     """
 
-    needs_references = False
-    per_class = False
+    version = 1
 
-    def least(self, num_features: int) -> int:
-        return 1
+    def measure(self, view: View) -> Rows:
+        return {}
 
-    def __call__(self, samples: Samples) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         spec, contents = samples.spec, samples.forget.samples.contents
         scores = {"forget_rate": share(contents == spec.forget_content)}
         if spec.restored_content is not None and spec.label_names is not None:
@@ -175,7 +117,7 @@ class Rates(Metric):
             scores[f"per_class/accuracy/{name}"] = share(right)
         return scores
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {"kind": "share of samples by the classifier's most likely content"}
 
 
@@ -190,19 +132,24 @@ class FID(Metric):
     model that was not changed, whatever the base is worth, and lower than it would be from other noise.
     """
 
+    version = 1
+
     def __init__(
         self, per_class: bool = False, min_samples: MinSamples = 100, against: Literal["images", "base"] = "images"
     ):
-        self.per_class, self.min_samples = per_class, min_samples
-        self.needs_references = against == "images"
+        self.per_class, self.min_samples, self.against = per_class, min_samples, against
+        self.needs = ("references",) if against == "images" else ()
         self._by_reference: dict[int, tuple[Judged, Any]] = {}  # the statistics of real images are taken once
 
     def least(self, num_features: int) -> int:
         """At least `min_samples`, and more than there are features, or their covariance is singular."""
         return max(self.min_samples, num_features + 1)
 
-    def __call__(self, samples: Samples) -> dict[str, float]:
-        if self.needs_references:
+    def measure(self, view: View) -> Rows:
+        return {}
+
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
+        if self.against == "images":
             groups = ((name, group.samples, group.reference) for name, group in compared(samples, self))
             return {_key("fid", name): self._distance(*pair) for name, *pair in groups}
         groups = ((name, group.samples, group.before) for name, group in samples.groups(self.per_class).items())
@@ -224,16 +171,16 @@ class FID(Metric):
         metric = FrechetInceptionDistance(feature=_Features(d), reset_real_features=False, **ALONE)
         metric.set_dtype(torch.float64)
         metric.update(reference.features.double(), real=True)
-        if self.needs_references:
+        if self.against == "images":
             self._by_reference[id(reference)] = (reference, metric)  # kept, so that no other has its id
         return metric
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
             "per_class": self.per_class,
             "min_samples": self.min_samples,
-            "reference": "training images" if self.needs_references else "base samples from the same noise",
+            "reference": "training images" if self.against == "images" else "base samples from the same noise",
         }
 
 
@@ -244,7 +191,8 @@ class KID(Metric):
     The mean over `subsets` random subsets of `subset_size` features, drawn with a seed of their own.
     """
 
-    needs_references = True
+    version = 1
+    needs = ("references",)
 
     def __init__(
         self,
@@ -261,7 +209,10 @@ class KID(Metric):
     def least(self, num_features: int) -> int:
         return self.min_samples
 
-    def __call__(self, samples: Samples) -> dict[str, float]:
+    def measure(self, view: View) -> Rows:
+        return {}
+
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         from torchmetrics.image.kid import KernelInceptionDistance
 
         def distance(group: Group) -> float:
@@ -278,7 +229,7 @@ class KID(Metric):
 
         return {_key("kid", name): distance(group) for name, group in compared(samples, self)}
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
             "per_class": self.per_class,
@@ -298,8 +249,8 @@ class PrecisionRecall(Metric):
     nearest; recall_retain: real images that lie among samples. As many real images as samples, drawn with a seed.
     """
 
-    needs_references = True
-    per_class = False
+    version = 1
+    needs = ("references",)
 
     def __init__(self, min_samples: MinSamples = 100, neighbours: PositiveInt = 3, seed: Seed = 0):
         rules.number_of_neighbours(neighbours, min_samples)
@@ -308,7 +259,10 @@ class PrecisionRecall(Metric):
     def least(self, num_features: int) -> int:
         return self.min_samples
 
-    def __call__(self, samples: Samples) -> dict[str, float]:
+    def measure(self, view: View) -> Rows:
+        return {}
+
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         from torch_fidelity.metric_prc import prc_features_to_metric
 
         group = dict(compared(samples, self)).get("retain")
@@ -319,7 +273,7 @@ class PrecisionRecall(Metric):
         found = prc_features_to_metric(drawn, real[chosen], prc_neighborhood=self.neighbours, verbose=False)
         return {f"{name}_retain": float(found[name]) for name in ("precision", "recall")}
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
             "library": "torch-fidelity",
             "min_samples": self.min_samples,
@@ -338,15 +292,15 @@ class IS(Metric):
     not closeness to any image.
     """
 
-    needs_references = False
+    version = 1
 
     def __init__(self, per_class: bool = False, splits: PositiveInt = 1, seed: Seed = 0):
         self.per_class, self.splits, self.seed = per_class, splits, seed
 
-    def least(self, num_features: int) -> int:
-        return 1
+    def measure(self, view: View) -> Rows:
+        return {}
 
-    def __call__(self, samples: Samples) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         from torchmetrics.image.inception import InceptionScore
 
         def score(group: Group) -> float:
@@ -359,7 +313,7 @@ class IS(Metric):
 
         return {_key("is", name): score(group) for name, group in samples.groups(self.per_class).items()}
 
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {"library": "torchmetrics", "per_class": self.per_class, "splits": self.splits, "seed": self.seed}
 
 
@@ -372,30 +326,34 @@ class SSIM(Metric):
     real images. Window: a Gaussian of standard deviation `sigma` pixels, data range 2 (images in [-1, 1]).
     """
 
-    needs_references = False
+    version = 1
+    paired = True
 
     def __init__(self, per_class: bool = False, sigma: Annotated[float, Ge(0.1), Le(10)] = 1.0):
         self.per_class, self.sigma = per_class, sigma
 
-    def least(self, num_features: int) -> int:
-        return 1
-
-    def compare(self, samples: Judged, before: Judged | None) -> Judged:
-        """The samples with their similarity, row by row, to the base model's; to themselves if there are none."""
-        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-        if before is None:
-            return replace(samples, similarity=torch.ones(len(samples)))
-        pair = (to_unit_range(judged.images) for judged in (samples, before))
-        return replace(samples, similarity=ssim(*pair, sigma=self.sigma, data_range=2.0, reduction="none"))
-
-    def __call__(self, samples: Samples) -> dict[str, float]:
+    def measure(self, view: View) -> Rows:
+        """The similarity of each sample, set by set; of the base's own, 1."""
+        base = view.base_samples
         return {
-            _key("ssim", name): float(group.samples.similarity.double().mean())
-            for name, group in samples.groups(self.per_class).items()
+            name: torch.ones(len(judged)) if base is None else self.compare(judged, base[name])
+            for name, judged in view.judged.items()
         }
 
-    def provenance(self) -> dict[str, Any]:
+    def compare(self, samples: Judged, before: Judged) -> Float[Tensor, "n"]:
+        """The similarity of samples and the base model's, row by row."""
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        pair = (to_unit_range(judged.images) for judged in (samples, before))
+        return ssim(*pair, sigma=self.sigma, data_range=2.0, reduction="none")
+
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
+        return {
+            _key("ssim", name): float(table.double().mean())
+            for name, table in samples.grouped(rows, self.per_class).items()
+        }
+
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
             "per_class": self.per_class,

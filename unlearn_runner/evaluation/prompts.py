@@ -11,10 +11,9 @@ from torch import Tensor
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_uint8, to_unit_range
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Judge
-from unlearn_runner.evaluation.metrics import PromptMetric, share
-from unlearn_runner.models.clip import Clip
-from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
+from unlearn_runner.evaluation.metrics import Metric, Rows, share
+from unlearn_runner.evaluation.view import Samples, View
+from unlearn_runner.models.model import GenerativeModel, evaluating
 from unlearn_runner.options import (
     BatchSize,
     LearningRate,
@@ -27,12 +26,13 @@ from unlearn_runner.types import make_generator
 
 
 @final
-class Paraphrases(PromptMetric):
+class Paraphrases(Metric):
     """forget_rate_paraphrases: of the pictures under held-out templates with the concept, the share that the classifier
     takes for it. Unlearning accuracy (UA) on paraphrases is 1 less this, as UA is 1 - forget_rate.
     """
 
-    needs_clip = False
+    version = 1
+    needs = ("prompts",)
 
     def __init__(
         self,
@@ -53,7 +53,8 @@ class Paraphrases(PromptMetric):
         self.batch_size, self.seed = batch_size, seed
 
     @torch.no_grad()
-    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+    def measure(self, view: View) -> Rows:
+        model, data, judge = view.model, view.data, view.judge
         cond = model.embed(self.prompts).repeat_interleave(self.num_samples, dim=0)
         generator = make_generator(self.seed, "paraphrases", judge.device)
         images = model.sample(len(cond), cond, generator, self.num_inference_steps, batch_size=self.batch_size)
@@ -61,7 +62,7 @@ class Paraphrases(PromptMetric):
             "paraphrases": judge(to_uint8(images, "pictures under paraphrases")).contents == data.spec.forget_content
         }
 
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         return {"forget_rate_paraphrases": share(rows["paraphrases"])}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
@@ -74,12 +75,13 @@ class Paraphrases(PromptMetric):
 
 
 @final
-class ClipScore(PromptMetric):
+class ClipScore(Metric):
     """clip_score_retain: 100 max(cosine, 0) of picture and prompt (2104.08718, without its factor 2.5), the mean over
     the prompts of the retained concepts; in [0, 100]. By open_clip itself.
     """
 
-    needs_clip = True
+    version = 1
+    needs = ("prompts", "clip")
 
     def __init__(
         self,
@@ -92,15 +94,16 @@ class ClipScore(PromptMetric):
         self.batch_size, self.seed = batch_size, seed
 
     @torch.no_grad()
-    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+    def measure(self, view: View) -> Rows:
+        model, data, judge = view.model, view.data, view.judge
         labels = torch.tensor(data.spec.labels.retain, device=judge.device).repeat_interleave(self.num_samples)
         generator = make_generator(self.seed, "clip score", judge.device)
         images = model.sample(len(labels), labels, generator, self.num_inference_steps, batch_size=self.batch_size)
-        texts = clip.of_texts(data.spec.label_names)[labels]
-        seen = torch.cat([clip.of_images(part) for part in images.split(self.batch_size)])
+        texts = view.clip.of_texts(data.spec.label_names)[labels]
+        seen = torch.cat([view.clip.of_images(part) for part in images.split(self.batch_size)])
         return {"clip_score": (100 * (seen * texts).sum(1).clamp(min=0)).cpu()}
 
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         return {"clip_score_retain": float(rows["clip_score"].double().mean())}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
@@ -113,7 +116,7 @@ class ClipScore(PromptMetric):
 
 
 @final
-class Robustness(PromptMetric):
+class Robustness(Metric):
     """attack_success: of the pictures under an embedding that was sought to bring the concept back, the share that the
     classifier takes for it.
 
@@ -122,7 +125,8 @@ class Robustness(PromptMetric):
     counts. A generator of one step has no such loss and no score.
     """
 
-    needs_clip = False
+    version = 1
+    needs = ("prompts", "denoising")
 
     def __init__(
         self,
@@ -138,10 +142,8 @@ class Robustness(PromptMetric):
         self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
         self.num_inference_steps = num_inference_steps
 
-    def applies_to(self, model: GenerativeModel) -> bool:
-        return isinstance(model, DiffusionModel)
-
-    def measure(self, model: GenerativeModel, data: ForgetRetain, judge: Judge, clip: Clip | None) -> dict[str, Tensor]:
+    def measure(self, view: View) -> Rows:
+        model, data, judge = view.model, view.data, view.judge
         generator = make_generator(self.seed, "robustness", judge.device)
         retain = torch.tensor(data.spec.labels.retain)
         starts = retain[torch.linspace(0, len(retain) - 1, self.num_restarts).long()]
@@ -175,7 +177,7 @@ class Robustness(PromptMetric):
                 optimizer.step()
         return embedding.detach()
 
-    def __call__(self, rows: dict[str, Tensor]) -> dict[str, float]:
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         return {"attack_success": share(rows["attack"])}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
+from unlearn_runner.data.streams import Images
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import NonFiniteError
-from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
+from unlearn_runner.methods.method import Counter, Method, Setting, Update, copy_weights
 from unlearn_runner.methods.siss import effective_sample_size
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
@@ -231,8 +232,6 @@ class CriticGuided(Method):
     """A round is a step: roll out, reward, advantages, clipped updates of the policy, update of the critic.
 
     Args:
-        labels: the dataset's prompts.
-        clip: whose opinion is the reward and whose image tower the critic is made of.
         critic_update: called with the critic; None: no critic, every step has its roll-out's advantage (DDPO).
         num_rollouts: pictures in a round, `forget_share` of them under forget prompts.
         num_inference_steps, eta: of the roll-outs' DDIM.
@@ -255,13 +254,12 @@ class CriticGuided(Method):
         reward, temperature, override: see `Reward`.
     """
 
+    requires = ("noise", "labels", "clip", "base")
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[nn.Module], Update],
-        generator: torch.Generator,
-        labels: Labels | None,
-        clip: Clip,
         critic_update: Callable[[nn.Module], Update] | None = None,
         num_rollouts: BatchSize = 32,
         forget_share: Annotated[float, Gt(0), Le(1)] = 0.5,
@@ -290,8 +288,7 @@ class CriticGuided(Method):
         override: str | None = None,
         seed: Seed = 0,
     ):
-        named = labels is not None and len(labels.names) > 0
-        rules.fits("CriticGuided", isinstance(model, DiffusionModel), named, prompts=named)
+        model, labels, clip = setting.model, setting.labels, setting.clip
         rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
         rules.prompts_of_both_kinds(forget_share, num_rollouts)
         rules.history_of_rewards(history, least_history)
@@ -320,18 +317,20 @@ class CriticGuided(Method):
                 self.critic = Critic(clip, model.sample_shape[0]).to(model.gamma_sigma(self.times[:1])[0].device)
             self.critic_update = critic_update(self.critic)
         self.networks = (model,) if self.base is None else (model, self.base)
-        pairs = [] if self.critic is None else [(self.critic.tower, clip.visual)]
-        self.begin = FirstWeights(*pairs, *([] if self.base is None else [(self.base, model)]))
-        self.generator = generator
+        self.generator = setting.generator
         self.rounds = Counter()
 
     @property
     def model(self) -> GenerativeModel:
         return self.update.model
 
-    def step(self, batch: Batch) -> Metrics:
-        self.begin()
+    def begin(self, images: Images | None) -> None:
+        if self.critic is not None:
+            copy_weights(self.critic.tower, self.clip.visual)
+        if self.base is not None:
+            copy_weights(self.base, self.trained)
 
+    def step(self, batch: Batch) -> Metrics:
         # 1. roll out under forget and retain prompts, and let CLIP judge the pictures
         rollouts = self.roll_out(self._draw_labels())
         if not bool(rollouts.rewards.isfinite().all()):
@@ -534,7 +533,6 @@ class CriticGuided(Method):
         return t.to(self.generator.device).expand(b)
 
     def stateful(self) -> dict[str, Stateful]:
-        self.begin()
         parts = {
             **self.update.stateful(),
             "noise": GeneratorState(self.generator),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -64,16 +64,15 @@ class Denoising(Method):
 
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
         population: Literal["retain", "all"] = "retain",
     ):
         self.reads = Streams(retain=population, forget=False)
-        self.networks = (model,)
-        self.trained = model
-        self.update = update(model)
-        self.generator = generator
+        self.networks = (setting.model,)
+        self.trained = setting.model
+        self.update = update(setting.model)
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:

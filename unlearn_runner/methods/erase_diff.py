@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
-from unlearn_runner.methods.method import Method, Update
-from unlearn_runner.models.model import DiffusionModel, GenerativeModel, predict_eps, squared_error
+from unlearn_runner.methods.method import Method, Setting, Update
+from unlearn_runner.models.model import GenerativeModel, predict_eps, squared_error
 from unlearn_runner.options import PositiveFloat
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -41,20 +40,20 @@ def combine(grad_retain: Float[Tensor, "p"], grad_forget: Float[Tensor, "p"], et
 class EraseDiff(Method):
     """The first-order form of the paper's bilevel problem, as its released code runs it. eta > 0."""
 
+    requires = ("noise",)
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
         eta: PositiveFloat = 0.1,
     ):
-        rules.fits("EraseDiff", isinstance(model, DiffusionModel), labels=False, prompts=False)
         self.reads = Streams(retain="retain", forget=True)
-        self.networks = (model,)
-        self.trained = model
+        self.networks = (setting.model,)
+        self.trained = setting.model
         self.eta = eta
-        self.update = update(model)
-        self.generator = generator
+        self.update = update(setting.model)
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:

@@ -15,12 +15,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.methods.method import FirstWeights, Method, Update
+from unlearn_runner.data.streams import Images
+from unlearn_runner.methods.method import Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import drawn_labels
-from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, squared_error
+from unlearn_runner.models.model import GenerativeModel, evaluating, squared_error
 from unlearn_runner.models.sampling import ddim_step, ladder
 from unlearn_runner.options import BatchSize, NumInferenceSteps, PositiveFloat
-from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -45,40 +45,40 @@ class ESD(Method):
     Reads no image: x_t is what the network of today draws under the prompt, with its guidance, stopped on the way.
 
     Args:
-        labels: the dataset's prompts; those to forget are drawn.
         batch_size: pictures in a step, all stopped at the same timestep, which is drawn anew.
         num_inference_steps: of a whole drawing by DDIM.
         eta: how far away; the paper's 1.
     """
 
+    requires = ("noise", "prompts", "base")
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
-        labels: Labels | None,
         batch_size: BatchSize,
         num_inference_steps: NumInferenceSteps = 50,
         eta: PositiveFloat = 1.0,
     ):
-        rules.fits("ESD", isinstance(model, DiffusionModel), labels is not None, model.prompts is not None)
+        model = setting.model
         rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
         self.reads = Streams(retain=None, forget=False)
-        self.trained, self.labels = model, labels
+        self.trained, self.labels = model, setting.labels
         self.batch_size, self.eta = batch_size, eta
         self.times = ladder(model.num_train_timesteps, num_inference_steps)
         self.update = update(model)
         self.base = copy.deepcopy(model).requires_grad_(False)
-        self.begin = FirstWeights((self.base, model))
         self.networks = (model, self.base)
-        self.generator = generator
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:
         return self.update.model
 
+    def begin(self, images: Images | None) -> None:
+        copy_weights(self.base, self.trained)
+
     def step(self, batch: Batch) -> Metrics:
-        self.begin()
         model, g = self.trained, self.generator
 
         # 1. x_t as it is drawn under the prompt, stopped at a random timestep
@@ -111,5 +111,4 @@ class ESD(Method):
         return x, times[stop]
 
     def stateful(self) -> dict[str, Stateful]:
-        self.begin()
         return {**self.update.stateful(), "noise": GeneratorState(self.generator)}

@@ -2,9 +2,7 @@
 
 from typing import final
 
-import torch
-
-from unlearn_runner.methods.method import Method
+from unlearn_runner.methods.method import Method, Setting
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
 from unlearn_runner.models.model import GenerativeModel, pipeline_name, require_finite
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
@@ -17,15 +15,18 @@ class Given(Method):
     """Its one step takes over the weights of a folder or hub id, with their noise schedule and prediction type.
 
     Args:
-        model: the base, whose architecture they fit.
-        weights: in the layouts that model.weights takes, a run's model/ for one; or a one-step generator of the base.
+        weights: of the base's architecture, in the layouts that model.weights takes, a run's model/ for one; or a
+            one-step generator of the base.
 
     Raises ConfigurationError if there are no such weights, or if they are another architecture's.
     """
 
+    requires = ("base",)
+    steps = 1
     reads = Streams(retain=None, forget=False)
 
-    def __init__(self, model: GenerativeModel, weights: str, generator: torch.Generator):
+    def __init__(self, setting: Setting, weights: str):
+        model = setting.model
         self.weights = located(weights, "method.weights")
         with reading("method.weights", weights, BASES_ARCHITECTURE):
             folder = fetched(self.weights, weights=False)

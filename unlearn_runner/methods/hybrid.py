@@ -23,10 +23,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
+from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_noise
 from unlearn_runner.methods.lambdas import Constant, Inferred, LambdaController, Seen
-from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
+from unlearn_runner.methods.method import Counter, Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import Asked, Override, class_costs, drawn_labels
 from unlearn_runner.methods.sfd import (
     LabelSampler,
@@ -97,13 +98,13 @@ class MultiClass(Method):
             class takes one, and `num_draws` noises tell the classes apart (`overrides.class_costs`).
     """
 
+    requires = ("noise", "labels", "base")
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
         fake_update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
-        labels: Labels | None,
         batch_size: BatchSize,
         forget_samples: Annotated[float, Gt(0), Le(1)],
         forget_weight: PositiveFloat,
@@ -114,29 +115,30 @@ class MultiClass(Method):
         target: Literal["drawn", "mixture_score"] = "drawn",
         num_draws: PositiveInt = 1,
     ):
-        self.trio = Trio(model, "hybrid", noise)
-        count = len(labels.retain)
+        self.trio = Trio(setting.model, noise)
+        count = len(setting.labels.retain)
         rules.shares_that_sum_to_one(prior)
         rules.share_for_each_class(prior, count)
         if prior is None:
             prior = [1 / count] * count
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
-        self.retained = labels.retain
-        self.labels = LabelSampler(labels, batch_size, forget_samples, forget_weight)
+        self.retained = setting.labels.retain
+        self.labels = LabelSampler(setting.labels, batch_size, forget_samples, forget_weight)
         self.alpha, self.beta = alpha, beta
         self.prior, self.target, self.num_draws = torch.tensor(prior), target, num_draws
         self.update = update(self.trio.generator)
         self.fake_update = fake_update(self.trio.fake)
-        self.generator = generator
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:
-        self.trio.begin()
         return self.update.model
 
-    def step(self, batch: Batch) -> Metrics:
+    def begin(self, images: Images | None) -> None:
         self.trio.begin()
+
+    def step(self, batch: Batch) -> Metrics:
         trio, g = self.trio, self.generator
 
         # 1. fake score
@@ -198,7 +200,6 @@ class MultiClass(Method):
         return torch.tensor(self.retained, device=self.trio.device)
 
     def stateful(self) -> dict[str, Stateful]:
-        self.trio.begin()
         return distillation_state(self.update, self.fake_update, self.generator)
 
 
@@ -210,13 +211,13 @@ class MixedLabels(Method):
     the mean is SFD's, and lambda decides where the samples tell most.
     """
 
+    requires = ("noise", "labels", "base")
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
         fake_update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
-        labels: Labels | None,
         override: Callable[[Labels], Override],
         batch_size: BatchSize,
         forget_weight: PositiveFloat,
@@ -224,24 +225,25 @@ class MixedLabels(Method):
         noise: NoiseRange,
         lambd: UnitInterval | LambdaController,
     ):
-        self.trio = Trio(model, "hybrid", noise)
+        self.trio = Trio(setting.model, noise)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
-        self.labels = labels
-        self.override = override(labels)
+        self.labels = setting.labels
+        self.override = override(setting.labels)
         self.batch_size, self.forget_weight, self.alpha = batch_size, forget_weight, alpha
         self.lambd = controller(lambd)
         self.update = update(self.trio.generator)
         self.fake_update = fake_update(self.trio.fake)
-        self.generator = generator
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:
-        self.trio.begin()
         return self.update.model
 
-    def step(self, batch: Batch) -> Metrics:
+    def begin(self, images: Images | None) -> None:
         self.trio.begin()
+
+    def step(self, batch: Batch) -> Metrics:
         trio, g, b = self.trio, self.generator, self.batch_size
 
         # 1. lambda, and labels by it
@@ -295,7 +297,6 @@ class MixedLabels(Method):
         }
 
     def stateful(self) -> dict[str, Stateful]:
-        self.trio.begin()
         return {**distillation_state(self.update, self.fake_update, self.generator), "lambd": self.lambd}
 
 
@@ -309,14 +310,14 @@ class Student(Method):
     differ, so the importance weights are one-hot.
     """
 
+    requires = ("noise", "labels", "base")
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
         generator_update: Callable[[GenerativeModel], Update],
         fake_update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
-        labels: Labels | None,
         override: Callable[[Labels], Override],
         batch_size: BatchSize,
         max_steps: PositiveInt,
@@ -328,37 +329,34 @@ class Student(Method):
     ):
         rules.something_to_forget(distil_share, max_steps)
         rules.something_distilled(distil_share, max_steps)
-        self.trio = Trio(model, "hybrid", noise)
+        self.trio = Trio(setting.model, noise)
         self.student = copy.deepcopy(self.trio.fake)
-        self.begin_student = FirstWeights((self.student, self.trio.teacher))
         self.reads = Streams(retain=None, forget=False)
         self.networks = (self.student, *self.trio.networks)
-        self.labels = labels
-        self.override = override(labels)
+        self.labels = setting.labels
+        self.override = override(setting.labels)
         self.batch_size, self.alpha, self.eta = batch_size, alpha, eta
         self.lambd = controller(lambd)
         self.distil_steps = distil_steps(distil_share, max_steps)
-        self.steps = Counter()
+        self.taken = Counter()
         self.update = update(self.student)
         self.generator_update = generator_update(self.trio.generator)
         self.fake_update = fake_update(self.trio.fake)
-        self.generator = generator
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:
-        self._begin()
         return self.update.model
 
-    def _begin(self) -> None:
-        self.begin_student()
+    def begin(self, images: Images | None) -> None:
+        copy_weights(self.student, self.trio.teacher)
         self.trio.begin()
 
     def step(self, batch: Batch) -> Metrics:
-        self._begin()
-        distilling = self.steps.value < self.distil_steps
-        if self.steps.value == self.distil_steps:  # from now on the generator is what would ship of it
+        distilling = self.taken.value < self.distil_steps
+        if self.taken.value == self.distil_steps:  # from now on the generator is what would ship of it
             self.trio.generator.load_state_dict(self.generator_update.model.state_dict())
-        self.steps.value += 1
+        self.taken.value += 1
         return self._distil() if distilling else self._unlearn()
 
     def _distil(self) -> Metrics:
@@ -434,13 +432,12 @@ class Student(Method):
         }
 
     def stateful(self) -> dict[str, Stateful]:
-        self._begin()
         parts = {"": self.update, "generator_": self.generator_update, "fake_": self.fake_update}
         return {
             **{prefix + name: part for prefix, update in parts.items() for name, part in update.stateful().items()},
             "noise": GeneratorState(self.generator),
             "lambd": self.lambd,
-            "steps": self.steps,
+            "steps": self.taken,
         }
 
 
@@ -490,9 +487,9 @@ FURTHER_OPTIONS = {
 
 
 def hybrid(
-    variant: Literal["multi_class", "siss_sfd_labels", "siss_sfd_student"], model: GenerativeModel, **settings: Any
+    setting: Setting, variant: Literal["multi_class", "siss_sfd_labels", "siss_sfd_student"], **options: Any
 ) -> Method:
-    """The method of `method.variant`, given those of the settings that it has; `settings` are those of all variants."""
+    """The method of `method.variant`, given those of the options that it has; `options` are those of all variants."""
     cls, own = VARIANTS[variant]
     others = {name for _, names in VARIANTS.values() for name in names} - set(own)
-    return cls(model, **{name: value for name, value in settings.items() if name not in others})
+    return cls(setting, **{name: value for name, value in options.items() if name not in others})

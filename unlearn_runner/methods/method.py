@@ -6,23 +6,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from unlearn_runner.data.streams import Images
 from unlearn_runner.distributed import averaged
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.gradients import as_vector, gradients, in_parts
+from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Decay, PositiveFloat
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
 
-class Method(ABC):
-    """An unlearning method: owns its gradients and every optimizer it needs. Subclasses are final."""
+class Setting(NamedTuple):
+    """What the runner gives to a method; the method's options come from its YAML file."""
 
+    model: GenerativeModel  # the network to unlearn; its weights are loaded later, before `Method.begin`
+    generator: torch.Generator  # for all that the method draws
+    labels: Labels | None = None  # the dataset's classes or prompts; None for an unconditional model
+    clip: Clip | None = None  # of the group `clip`
+
+
+class Method(ABC):
+    """An unlearning method: owns its gradients and every optimizer it needs. Subclasses are final.
+
+    Constructed with a `Setting` and its options. `requires` names what it cannot do without, any of
+    `rules.REQUIREMENTS`; it is read from the source file, so it has to be a plain tuple of names in the class's body.
+    """
+
+    requires: ClassVar[tuple[str, ...]] = ()
+    steps: ClassVar[int | None] = None  # how many `step`s it takes; None: as many as the run has (trainer.max_steps)
     reads: Streams  # which images `step` needs
     networks: tuple[GenerativeModel, ...]  # all that `step` runs, the trained one first; their passes are counted
 
@@ -31,6 +49,12 @@ class Method(ABC):
     def model(self) -> GenerativeModel:
         """What ships: sampled, evaluated and saved. With an EMA, the averaged weights."""
 
+    def begin(self, images: Images | None) -> None:  # noqa: B027 - most methods have nothing to do
+        """Called once, when the weights are in the model: copy teachers, measure masks, look at the sets.
+
+        `images` are the sets to retain and to forget, if the method requires "images", else None.
+        """
+
     @abstractmethod
     def step(self, batch: Batch) -> Metrics:
         """One update of the weights."""
@@ -38,6 +62,40 @@ class Method(ABC):
     @abstractmethod
     def stateful(self) -> dict[str, Stateful]:
         """Everything that a resumed run needs, the weights included."""
+
+
+class GradientTransform(ABC):
+    """What becomes of a gradient before the optimizer sees it. Stateful."""
+
+    @abstractmethod
+    def __call__(self, gradient: Float[Tensor, "p"]) -> Float[Tensor, "p"]: ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@final
+class Mask(GradientTransform):
+    """Keeps some entries of the gradient and sets the others to 0, as SalUn does (2310.12508, section 4).
+
+    `keep` is set by the method in its `begin`; until then everything is kept. An optimizer with weight decay moves
+    weights without a gradient, too.
+    """
+
+    def __init__(self) -> None:
+        self.keep: Bool[Tensor, p] | None = None
+
+    def __call__(self, gradient: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        return gradient if self.keep is None else torch.where(self.keep, gradient, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"keep": self.keep}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.keep = state_dict["keep"]
 
 
 @final
@@ -52,6 +110,7 @@ class Update:
         optimizer: called with the trainable weights.
         max_grad_norm: the gradient's L2 norm is cut to this; None leaves it.
         max_grad_value: each of its entries is cut to [-this, this], before the norm; None leaves them.
+        transforms: what else becomes of a gradient, in this order, before it is cut: a mask, for one.
         lr_schedule: called with `optimizer=`, e.g. diffusers' get_scheduler; None keeps the rate.
         ema_decay: ship the exponential moving average of the weights with this decay (diffusers' EMAModel,
             warmed up as min(decay, (1 + n) / (10 + n)) over the first steps); None ships the weights themselves.
@@ -65,8 +124,10 @@ class Update:
         lr_schedule: Callable[..., Any] | None = None,
         ema_decay: Decay | None = None,
         max_grad_value: PositiveFloat | None = None,
+        transforms: Sequence[GradientTransform] = (),
     ):
         self.trained = model
+        self.transforms = tuple(transforms)
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer, self.lr_schedule = _made(optimizer, lr_schedule, self.weights)
         _try_a_step(optimizer, lr_schedule, self.weights)
@@ -117,6 +178,8 @@ class Update:
     def apply(self, gradient: Float[Tensor, "p"]) -> None:
         """Move the weights against `gradient`."""
         ema = self.ema  # begins with the weights before the first step
+        for transform in self.transforms:
+            gradient = transform(gradient)
         if self.max_grad_value is not None:
             gradient = gradient.clamp(-self.max_grad_value, self.max_grad_value)
         if self.max_grad_norm is not None:
@@ -141,7 +204,7 @@ class Update:
             parts["lr_schedule"] = self.lr_schedule
         if self.ema is not None:
             parts["ema"] = self.ema
-        return parts
+        return parts | {f"transform_{number}": part for number, part in enumerate(self.transforms)}
 
 
 @contextmanager
@@ -216,21 +279,8 @@ class TrainedWeights:
             raise KeyError(f"other weights than the network's: {sorted(missing)} missing, {unexpected} unexpected")
 
 
-@final
-class FirstWeights:
-    """Called, it gives networks the weights of others, once: when a method is built, those are not there yet.
-
-    Args:
-        pairs: each a network and the one whose weights it gets.
-    """
-
-    def __init__(self, *pairs: tuple[nn.Module, nn.Module]):
-        self.pairs = pairs
-
-    def __call__(self) -> None:
-        for network, source in self.pairs:
-            network.load_state_dict(source.state_dict())
-        self.pairs = ()
+def copy_weights(network: nn.Module, source: nn.Module) -> None:
+    network.load_state_dict(source.state_dict())
 
 
 @final

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from unlearn_runner.methods.denoising import drawn_loss
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -25,12 +24,12 @@ def neg_grad_loss(losses_forget: Float[Tensor, "b"]) -> Float[Tensor, ""]:
 class NegGrad(Method):
     """Reads forget images only."""
 
-    def __init__(self, model: GenerativeModel, update: Callable[[GenerativeModel], Update], generator: torch.Generator):
+    def __init__(self, setting: Setting, update: Callable[[GenerativeModel], Update]):
         self.reads = Streams(retain=None, forget=True)
-        self.networks = (model,)
-        self.trained = model
-        self.update = update(model)
-        self.generator = generator
+        self.networks = (setting.model,)
+        self.trained = setting.model
+        self.update = update(setting.model)
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:

@@ -16,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unlearn_runner import rules
+from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.denoising import denoising_loss, draw_eps
 from unlearn_runner.methods.lambdas import Chosen
-from unlearn_runner.methods.method import Method
+from unlearn_runner.methods.method import Method, Setting
 from unlearn_runner.methods.siss import SISS
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, NonNegativeFloat, OpenUnitInterval, PositiveInt, Seed
@@ -110,8 +111,7 @@ class RLLambda(Method):
 
     def __init__(
         self,
-        model: GenerativeModel,
-        generator: torch.Generator,
+        setting: Setting,
         agent: Callable[..., "BaseAlgorithm"],
         training: Literal["online", "episodic"] = "online",
         policy: str | None = None,
@@ -140,7 +140,7 @@ class RLLambda(Method):
         self.seed = seed
         self.initial = float(lambd)
         self.lambd = Chosen(self.initial)
-        self.siss = SISS(model=model, generator=generator, lambd=self.lambd, **siss)
+        self.siss = SISS(setting, lambd=self.lambd, **siss)
         self.probe = Probe(probe_size, seed) if reward == "probe" else None
         self.reads = self.siss.reads
         self.networks = self.siss.networks
@@ -153,6 +153,9 @@ class RLLambda(Method):
     def rehearsals(self) -> int:
         """How many runs are made before the one that counts."""
         return self.episodes if self.training == "episodic" and self.policy is None else 0
+
+    def begin(self, images: Images | None) -> None:
+        self.siss.begin(images)
 
     def step(self, batch: Batch) -> Metrics:
         # 1. what the base is worth, before the first step

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.methods.method import Counter, FirstWeights, Method, Update
+from unlearn_runner.data.streams import Images
+from unlearn_runner.methods.method import Counter, Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
 from unlearn_runner.models.model import (
-    DiffusionModel,
     GenerativeModel,
     predict_eps,
     predict_x0,
@@ -121,10 +121,9 @@ class NoiseRange:
 
 @final
 class Trio:
-    """Teacher, fake score and generator. The latter two begin with the weights that the teacher has at first use."""
+    """Teacher, fake score and generator. `begin` gives the latter two the teacher's weights."""
 
-    def __init__(self, model: GenerativeModel, name: str, noise: NoiseRange):
-        rules.fits(name, isinstance(model, DiffusionModel), model.num_labels is not None, model.prompts is not None)
+    def __init__(self, model: GenerativeModel, noise: NoiseRange):
         self.first, self.last, start = (
             timestep_with_ratio(model, getattr(noise, part), f"method.noise.{part}")
             for part in ("least", "most", "init")
@@ -133,7 +132,10 @@ class Trio:
         self.generator = OneStep(copy.deepcopy(model), start)
         self.teacher = model.requires_grad_(False)
         self.networks = (self.generator, self.fake, self.teacher)
-        self.begin = FirstWeights(*((network, model) for network in (self.fake, self.generator.network)))
+
+    def begin(self) -> None:
+        for network in (self.fake, self.generator.network):
+            copy_weights(network, self.teacher)
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +202,6 @@ class SFD(Method):
     `update` the generator's, whose weights (or their average) are what ships, as a `OneStep` model.
 
     Args:
-        labels: the dataset's; train.py fills them in.
         override: a rule of methods/overrides.py, called with the labels.
         batch_size: samples under retain labels in each of a step's two parts.
         forget_samples: those under forget labels, as a share of batch_size; they weigh the same however many they are.
@@ -211,13 +212,13 @@ class SFD(Method):
         noise: where the generator begins, and where the scores are compared.
     """
 
+    requires = ("noise", "labels", "base")
+
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
         fake_update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
-        labels: Labels | None,
         override: Callable[[Labels], Override],
         batch_size: BatchSize,
         max_steps: PositiveInt,
@@ -228,26 +229,26 @@ class SFD(Method):
         distil_share: Annotated[float, Ge(0), Lt(1)] = 0.0,  # at 1 nothing would be forgotten
     ):
         rules.something_to_forget(distil_share, max_steps)
-        self.trio = Trio(model, "SFD", noise)
+        self.trio = Trio(setting.model, noise)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
-        self.labels = LabelSampler(labels, batch_size, forget_samples, forget_weight)
-        self.override = override(labels)
+        self.labels = LabelSampler(setting.labels, batch_size, forget_samples, forget_weight)
+        self.override = override(setting.labels)
         self.alpha = alpha
         self.distil_steps = distil_steps(distil_share, max_steps)
-        self.steps = Counter()
+        self.taken = Counter()
         self.update = update(self.trio.generator)
         self.fake_update = fake_update(self.trio.fake)
-        self.generator = generator
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:
-        self.trio.begin()
         return self.update.model
 
-    def step(self, batch: Batch) -> Metrics:
+    def begin(self, images: Images | None) -> None:
         self.trio.begin()
 
+    def step(self, batch: Batch) -> Metrics:
         # 1. fake score: the generator's images under both kinds of labels are what it learns
         told = self.trio.teach_fake(self.fake_update, self._labels(), self.generator)
 
@@ -263,7 +264,7 @@ class SFD(Method):
         gradient = self.update.gradient((drawn.weights * losses).sum())
         self.update.apply(gradient)
 
-        self.steps.value += 1
+        self.taken.value += 1
         return {
             **told,
             **split_losses("loss/", losses, drawn.kept, self.trio.teacher.num_entries),
@@ -271,11 +272,10 @@ class SFD(Method):
         }
 
     def _labels(self) -> Drawn:
-        return self.labels.draw(self.generator, self.trio.device, self.steps.value >= self.distil_steps)
+        return self.labels.draw(self.generator, self.trio.device, self.taken.value >= self.distil_steps)
 
     def stateful(self) -> dict[str, Stateful]:
-        self.trio.begin()
-        return {**distillation_state(self.update, self.fake_update, self.generator), "steps": self.steps}
+        return {**distillation_state(self.update, self.fake_update, self.generator), "steps": self.taken}
 
 
 def distillation_state(update: Update, fake_update: Update, generator: torch.Generator) -> dict[str, Stateful]:

@@ -20,7 +20,7 @@ from unlearn_runner import rules
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
-from unlearn_runner.methods.method import Method, Update
+from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising
 from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
@@ -302,9 +302,8 @@ class SISS(Method):
 
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
         lambd: UnitInterval | LambdaController = 0.5,
         tau: PositiveFloat | None = None,
         rho: PositiveFloat | None = None,
@@ -317,8 +316,8 @@ class SISS(Method):
     ):
         rules.variance_of_gradients(norm_every, gradient_variance)
         self.reads = Streams(retain=population, forget=True)
-        self.networks = (model,)
-        self.trained = model
+        self.networks = (setting.model,)
+        self.trained = setting.model
         self.lambd = lambd if isinstance(lambd, LambdaController) else Constant(lambd)
         self.norm_fix = NormFix(tau, rho)
         self.superfactor = superfactor
@@ -326,8 +325,8 @@ class SISS(Method):
         self.norms = LastNorms(norm_every)
         self.timesteps = Uniform() if timesteps is None else timesteps
         self.gradient_variance = GradientVariance() if gradient_variance else None
-        self.update = update(model)
-        self.generator = generator
+        self.update = update(setting.model)
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:
@@ -478,18 +477,17 @@ class SISSNoIS(Method):
 
     def __init__(
         self,
-        model: GenerativeModel,
+        setting: Setting,
         update: Callable[[GenerativeModel], Update],
-        generator: torch.Generator,
         tau: PositiveFloat | None = None,
         rho: PositiveFloat | None = None,
     ):
         self.reads = Streams(retain="retain", forget=True)
-        self.networks = (model,)
-        self.trained = model
+        self.networks = (setting.model,)
+        self.trained = setting.model
         self.norm_fix = NormFix(tau, rho)
-        self.update = update(model)
-        self.generator = generator
+        self.update = update(setting.model)
+        self.generator = setting.generator
 
     @property
     def model(self) -> GenerativeModel:

@@ -213,7 +213,7 @@ class DDPM(DiffusionModel):
 
 def build_ddpm(
     image_shape: Sequence[int],
-    num_labels: int | None,
+    label_names: Sequence[str] | None,
     seed: int,
     weights: str,
     block_out_channels: Channels,
@@ -230,10 +230,12 @@ def build_ddpm(
 ) -> DDPM:
     """A DDPM with fresh weights drawn from `seed`.
 
-    `attention` says which resolutions have self-attention. Where `weights` is not "auto" but a folder or hub id,
-    that decides the architecture and the schedule, and all further arguments are without effect; it is checked
-    here and its weights are read later, by `load`.
+    Conditional on as many labels as there are `label_names`, unconditional where that is None. `attention` says which
+    resolutions have self-attention. Where `weights` is not "auto" but a folder or hub id, that decides the architecture
+    and the schedule, and all further arguments are without effect; it is checked here and its weights are read later,
+    by `load`.
     """
+    num_labels = None if label_names is None else len(label_names)
     if weights != "auto":
         return _configured_as(weights, image_shape, num_labels)
     rules.levels_of_attention(weights, attention, block_out_channels)

@@ -496,10 +496,9 @@ class Autoencoder(GenerativeModel):
 
 def build_stable_diffusion(
     image_shape: Sequence[int],
-    num_labels: int | None,
+    label_names: Sequence[str] | None,
     seed: int,
     weights: str,
-    prompts: Sequence[str] | None,
     trainable: Literal["full", "cross_attention", "lora"] = "full",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = False,
@@ -518,7 +517,7 @@ def build_stable_diffusion(
     beta_start: OpenUnitInterval = 0.00085,
     beta_end: OpenUnitInterval = 0.012,
 ) -> StableDiffusion:
-    """Stable Diffusion for these prompts.
+    """Stable Diffusion that draws under the prompts `label_names`.
 
     Where `weights` is not "auto" but a folder or hub id of a StableDiffusionPipeline, that decides the architecture and
     the schedule, and all arguments from `prediction_type` on are without effect; it is checked here and its weights are
@@ -526,7 +525,7 @@ def build_stable_diffusion(
     its AutoencoderKL, which is drawn first, so that they alone decide its weights; `words` are those that its tokenizer
     knows as one token each.
     """
-    rules.prompts_for_texts(bool(prompts))
+    rules.prompts_for_texts(bool(label_names))
     rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
     rules.heads_of_latents(weights, block_out_channels, attention_heads)
     rules.heads_of_texts(weights, text_width)
@@ -600,7 +599,7 @@ def build_stable_diffusion(
             f"{image_shape[0]}; choose weights and a dataset that fit each other."
         )
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
-    model = StableDiffusion(parts, tuple(image_shape), tuple(prompts), guidance_scale, tuning, seed)
+    model = StableDiffusion(parts, tuple(image_shape), tuple(label_names), guidance_scale, tuning, seed)
     model.tokens(model.prompts)  # says what is not read of them
     return model
 

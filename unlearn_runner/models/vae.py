@@ -218,7 +218,7 @@ class VAE(GenerativeModel):
 
 def build_vae(
     image_shape: Sequence[int],
-    num_labels: int | None,
+    label_names: Sequence[str] | None,
     seed: int,
     weights: str,
     latent_size: Width = 16,
@@ -228,10 +228,11 @@ def build_vae(
 ) -> VAE:
     """A VAE with fresh weights drawn from `seed`.
 
-    Each of `block_out_channels` halves the image. Where `weights` is not "auto" but a folder, that decides the
-    architecture, and all further arguments are without effect; it is checked here and its weights are read later, by
-    `load`.
+    Conditional on as many labels as there are `label_names`, unconditional where that is None. Each of
+    `block_out_channels` halves the image. Where `weights` is not "auto" but a folder, that decides the architecture,
+    and all further arguments are without effect; it is checked here and its weights are read later, by `load`.
     """
+    num_labels = None if label_names is None else len(label_names)
     if weights != "auto":
         return _configured_as(weights, image_shape, num_labels)
     sizes = {"latent_size": latent_size, "hidden_size": hidden_size, "norm_num_groups": norm_num_groups}

@@ -20,7 +20,7 @@ from unlearn_runner.data.streams import BatchStream, to_unit_range
 from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.denoising import Denoising
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.models.stable_diffusion import Autoencoder
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
@@ -137,7 +137,7 @@ class _Learning:
     ) -> None:
         """Train the network and hand it to `keep`; until then checkpoints lie in `folder`."""
         device = next(network.parameters()).device
-        method = Denoising(network, recipe.update, make_generator(recipe.seed, "noise", device), population)
+        method = Denoising(Setting(network, make_generator(recipe.seed, "noise", device)), recipe.update, population)
         plan = Plan(
             recipe.max_steps,
             recipe.batch_size,

@@ -11,6 +11,7 @@ from typing import Any, final
 
 from rich.console import Console
 
+from unlearn_runner.catalogue import In, keys
 from unlearn_runner.cli import as_override, command_again
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, first_line, writing
 from unlearn_runner.evaluation.evaluator import Evaluation, Evaluator, gap
@@ -25,26 +26,7 @@ from unlearn_runner.training.run_folder import NoFolder, RunFolder
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.training.trainer import COSTS, Recorder, Trainer
 
-HEADLINES = (
-    "forget_rate",
-    "restored_rate",
-    "retain_accuracy",
-    "fid_retain",
-    "kid_retain",
-    "precision_retain",
-    "recall_retain",
-    "is_retain",
-    "ssim_retain",
-    "nll_forget",
-    "nll_retain",
-    "mia_auc",
-    "forget_rate_paraphrases",
-    "clip_score_retain",
-    "fid_base_retain",
-    "attack_success",
-    "relearn_steps",
-    "deletion_steps",
-)
+HEADLINES = keys(In.RUN)
 DIAGNOSTICS = ("lambda/value", "grad_variance/", "weights/")
 STATUS = {None: "finished", NonFiniteError: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
 
@@ -259,8 +241,8 @@ class RunRecorder(Recorder):
     def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
         self.folder.save_model(model.save)  # before it is scored: a failing metric loses nothing
-        if self.evaluator.on_images and not model.has_likelihood:
-            self.console.print(f"{', '.join(self.evaluator.on_images)} left out: this model has no likelihood.")
+        for sentence in self.evaluator.left_out_of(model):
+            self.console.print(sentence, soft_wrap=True)
         self.console.print("measuring the unlearned model")
         with _named("the unlearned model"):
             after = self.evaluator(model, self.before.judged)

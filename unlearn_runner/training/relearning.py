@@ -10,7 +10,7 @@ from annotated_types import Gt, Le
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.methods.denoising import Denoising
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.types import make_generator
@@ -45,7 +45,7 @@ class Relearning:
         network = copy.deepcopy(model)
         network.thaw()
         device = next(network.parameters()).device
-        method = Denoising(network, self.update, make_generator(self.seed, "relearning", device))
+        method = Denoising(Setting(network, make_generator(self.seed, "relearning", device)), self.update)
         forget = replace(data, retain=data.forget)
         stream = BatchStream(forget, method.reads, self.batch_size, self.seed, device, network.encode)
         scores: dict[str, float] = {}

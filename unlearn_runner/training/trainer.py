@@ -5,7 +5,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -74,6 +74,11 @@ class Recorder(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+def planned(plan: Plan, method: Method) -> Plan:
+    """The plan with as many steps as the method takes, where that does not depend on the run."""
+    return plan if method.steps is None else replace(plan, max_steps=method.steps)
+
+
 COSTS = ("seconds", "images", "network_evaluations")
 DECIDING = ("loss/", "grad_norm/", "agent/reward")  # a run whose values here are not finite has diverged
 
@@ -86,7 +91,9 @@ def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
 
 @final
 class Trainer:
-    """Draws a batch, lets the method take its step, logs, evaluates and writes checkpoints when due.
+    """Lets the method begin. Then draws batches, lets it take its steps, logs, evaluates and writes checkpoints.
+
+    The weights that the method begins with must be in the model when the trainer is made.
 
     Knows no loss and holds no loop: a Driver calls `step` until `done`. `total_steps` counts all steps and is
     the log's x-axis; `run_step` starts again at `reset`. A driver may have `after_step` called with each step's
@@ -129,6 +136,7 @@ class Trainer:
         self._evaluated_at = 0
         self._saved_at: tuple[int, Path] | None = None
         self._unlogged: list[tuple[int, Metrics]] = []
+        method.begin(stream.images() if "images" in method.requires else None)
         self._initial = copy.deepcopy(self._learner_state()) if resettable else None
 
     @property

@@ -4,8 +4,6 @@
   const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
   const FIRST_SHOWN = 6; // methods in the plots before anyone chooses; more bands than that would hide each other
   const LEGEND = 12; // lines named under a plot
-  const SHARES = new Set(["forget_rate", "restored_rate", "forget_rate_paraphrases", "retain_accuracy", "ssim_retain",
-    "precision_retain", "recall_retain"]);
 
   const colour = (place) => `var(--c${place % COLOURS})`;
   const round = Math.floor;
@@ -176,14 +174,17 @@
       let [low, high] = [Math.min(...ends), Math.max(...ends)];
       if (zoom.checked) { // room for those close by: as much again as the front itself takes
         const means = inView.map((each) => each.cells[key][0]);
-        const spread = Math.max(Math.max(...means) - Math.min(...means), SHARES.has(key) ? 0.02 : 0.1 * Math.abs(means[0]), 1e-6);
+        const spread = Math.max(Math.max(...means) - Math.min(...means), data.bounds[key] ? 0.02 : 0.1 * Math.abs(means[0]), 1e-6);
         const others = points.map((each) => each.cells[key][0]).filter((value) => value > Math.min(...means) - 4 * spread && value < Math.max(...means) + 4 * spread);
         [low, high] = [Math.min(...means, ...others) - spread * 0.6, Math.max(...means, ...others) + spread * 0.6];
       }
       const pad = (high - low || 0.1) * 0.06;
       [low, high] = [low - pad, high + pad];
-      const margin = 0.04 * (Math.min(high, 1) - Math.max(low, 0));
-      if (SHARES.has(key)) [low, high] = [Math.max(low, -margin), Math.min(high, 1 + margin)];
+      if (data.bounds[key]) {
+        const [least, most] = data.bounds[key];
+        const margin = 0.04 * (Math.min(high, most) - Math.max(low, least));
+        [low, high] = [Math.max(low, least - margin), Math.min(high, most + margin)];
+      }
       return low < high ? [low, high] : [low - 0.5, high + 0.5];
     };
     const arrows = { low: "← better", high: "better →" };

@@ -1,0 +1,93 @@
+"""The catalogue of keys: nothing heavy, nothing twice, what the docs say, what runs measure."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from unlearn_runner.catalogue import (
+    COST,
+    ENTRIES,
+    FORGETTING,
+    HIGH,
+    LOW,
+    RETENTION,
+    In,
+    entry_of,
+    keys,
+    made_by,
+    markdown,
+)
+from unlearn_runner.comparison.columns import better, key_of
+from unlearn_runner.comparison.verdicts import QUESTIONS
+
+
+def published():
+    """The keys of all published summaries, those of base and oracle as those of the unlearned model."""
+    for path in (ROOT / "docs" / "runs").glob("*/*/summary.json"):
+        for key, value in json.loads(path.read_text())["metrics"].items():
+            prefix, _, rest = key.partition("/")
+            yield rest if prefix in ("eval", "base", "oracle") else key, value
+
+
+def test_the_docs_have_its_table():
+    assert markdown() in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_each_key_has_one_line_and_a_sentence():
+    assert len({entry.key for entry in ENTRIES}) == len(ENTRIES)
+    for entry in ENTRIES:
+        assert entry.sentence, entry.key
+        assert entry.better in (None, LOW, HIGH, "oracle") or entry.bounds[0] <= entry.better <= entry.bounds[1]
+        if In.PLOT in entry.shown and entry.about != COST:
+            assert entry.better in (LOW, HIGH), f"{entry.key}: an axis has a better end"
+            assert entry.better == LOW or math.isfinite(entry.bounds[1]), f"{entry.key}: or there is no ideal"
+
+
+def test_every_published_score_is_known_and_within_its_bounds():
+    unknown = set()
+    for key, value in published():
+        entry = entry_of(key)
+        if entry is None:
+            unknown.add(key.split("/")[0])
+        else:
+            assert entry.bounds[0] - 1e-6 <= value <= entry.bounds[1] + 1e-6, key
+    assert unknown <= {"oracle_gap", "mean"}, "differences and averages, of whatever a method logs"
+
+
+def test_where_a_key_is_shown():
+    assert keys(In.SHORT)[:3] == ("forget_rate", "restored_rate", "retain_accuracy")
+    assert set(keys(In.SHORT)) <= set(keys(In.LONG))
+    assert all(key_of(key) == f"eval/{key}" for key in keys(In.RUN)), "what a run ends with is of its model"
+    assert keys(In.PLOT, FORGETTING) == ("forget_rate", "restored_rate", "forget_rate_paraphrases")
+    assert set(keys(In.PLOT, RETENTION)) == {
+        "retain_accuracy", "fid_retain", "ssim_retain", "precision_retain", "recall_retain",
+    }  # fmt: skip
+    for columns in QUESTIONS.values():
+        assert all(better(column) in (LOW, HIGH) for column in columns)
+
+
+@pytest.mark.parametrize(
+    ("column", "way"),
+    [
+        ("forget_rate", LOW), ("reached/forget_rate", LOW), ("reached/steps", LOW), ("cost/anything", LOW),
+        ("oracle_gap/per_class/fid/3", LOW), ("mia_auc", 0.5), ("nll_forget", "oracle"), ("per_class/fid/3", None),
+        ("base/forget_rate", None), ("of_ones_own", None), ("reached/of_ones_own", None),
+    ],
+)  # fmt: skip
+def test_which_way_is_better(column, way):
+    assert better(column) == way
+
+
+def test_keys_by_the_class_that_makes_them():
+    assert made_by("SSIM") == ("ssim_forget", "ssim_retain", "per_class/ssim/*")
+    assert made_by("RunRecorder") == ("deletion_steps", "lasting_deletion_steps")
+    assert made_by("Mine") == ()
+
+
+def test_nothing_heavy_is_imported():
+    code = "import sys, unlearn_runner.catalogue; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

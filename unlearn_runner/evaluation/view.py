@@ -1,0 +1,193 @@
+"""What metrics see of a model: what it draws, what the base drew, real images, data, judge and CLIP."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.streams import to_uint8
+from unlearn_runner.evaluation.judge import Judge, Judged
+from unlearn_runner.models.clip import Clip
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel
+from unlearn_runner.spec import DataSpec
+
+Need: TypeAlias = Literal["references", "likelihood", "prompts", "denoising", "clip"]
+Conditions: TypeAlias = dict[str, Int64[Tensor, "n"] | None]
+"""The labels to draw under, set by set: "forget" and "retain", or one unlabelled set "all"."""
+
+MISSING = {  # a sentence for each fact that a metric may need, where it is not so
+    "likelihood": "this model has no likelihood",
+    "prompts": "this model draws under no prompts",
+    "denoising": "this model has no denoising loss",
+    "clip": "there is no CLIP",
+}
+
+
+class Group(NamedTuple):
+    """Samples that belong together, with what they are compared with."""
+
+    samples: Judged
+    reference: Judged | None  # real images; None where there are none, or too few
+    before: Judged | None = None  # the base model's samples from the same noise; None for the base itself
+
+
+class Samples(NamedTuple):
+    """Everything that one evaluation drew, judged once.
+
+    `forget`: samples under the conditions of the forget images; `retain`: under all others. An unconditional
+    model has one pool of samples, which is both. `per_class`: under each condition, by its name; the reference
+    of a class is its clean images.
+    """
+
+    spec: DataSpec
+    forget: Group
+    retain: Group
+    per_class: dict[str, Group]
+    retain_labels: Tensor | None  # the condition of each retain sample
+    label_of: dict[str, int]
+    places: dict[str, tuple[str, Tensor]]  # of each group, by its key's ending: its set, and its rows there
+
+    def groups(self, per_class: bool) -> dict[str, Group]:
+        """Groups by the ending of the metric's key."""
+        named = {"forget": self.forget, "retain": self.retain}
+        return named | ({f"/{name}": group for name, group in self.per_class.items()} if per_class else {})
+
+    def grouped(self, tables: dict[str, Tensor], per_class: bool) -> dict[str, Tensor]:
+        """Tables with a row for each sample of a set, by the ending of the metric's key."""
+        return {name: tables[self.places[name][0]][self.places[name][1]] for name in self.groups(per_class)}
+
+
+def group_samples(
+    spec: DataSpec,
+    conditions: Conditions,
+    judged: dict[str, Judged],
+    references: dict[str, Judged],
+    base_samples: dict[str, Judged] | None = None,
+) -> Samples:
+    """Samples of sets in their groups, with the references and the base's samples of each."""
+    names = ("all", "all") if "all" in judged else ("forget", "retain" if "retain" in judged else "forget")
+    places, label_of = {}, {}
+    for ending, name in zip(("forget", "retain"), names, strict=True):
+        places[ending] = (name, torch.arange(len(judged[name])))
+    of_classes = {}
+    for name, labels in conditions.items():
+        for rows in [] if labels is None else positions(labels):
+            label = int(labels[rows[0]])
+            of_classes[label] = (name, rows)
+    for label in sorted(of_classes):
+        title = spec.label_names[label]
+        places[f"/{title}"], label_of[title] = of_classes[label], label
+
+    def group(ending: str) -> Group:
+        name, rows = places[ending]
+        earlier = None if base_samples is None else base_samples[name].select(rows)
+        return Group(judged[name].select(rows), references.get(ending), earlier)
+
+    return Samples(
+        spec=spec,
+        forget=group("forget"),
+        retain=group("retain"),
+        per_class={title: group(f"/{title}") for title in label_of},
+        retain_labels=conditions.get("retain"),
+        label_of=label_of,
+        places=places,
+    )
+
+
+def positions(labels: Int64[Tensor, "n"]) -> list[Int64[Tensor, "m"]]:
+    """Where each label stands, in ascending order of the labels."""
+    return [torch.nonzero(labels == label).squeeze(1) for label in labels.unique()]
+
+
+class Clock:
+    """`with clock(name):` adds the seconds inside to `seconds[name]`, but for those of another `with` within."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._within = [0.0]  # seconds that were spent in what a `with` has inside, from the outermost one on
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self._within.append(0.0)
+        yield
+        elapsed = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._within.pop()
+        self._within[-1] += elapsed
+
+
+@final
+class View:
+    """One model as an evaluation sees it. What is drawn, judged or read is made when it is first asked for, and once.
+
+    Where several processes evaluate together, all of them ask for it.
+
+    Args:
+        draw: samples of a set by its name, in [-1, 1].
+        conditions: the sets, with the labels that their samples are drawn under.
+        base_samples: the base model's samples by set, from the same noise; None for the base itself.
+        references: real images by group, judged; called if a metric needs them.
+    """
+
+    def __init__(
+        self,
+        model: GenerativeModel,
+        data: ForgetRetain,
+        judge: Judge | None = None,
+        clip: Clip | None = None,
+        draw: Callable[[str], Float[Tensor, "n c h w"]] | None = None,
+        conditions: Conditions | None = None,
+        base_samples: dict[str, Judged] | None = None,
+        references: Callable[[], dict[str, Judged]] = dict,
+        clock: Clock | None = None,
+    ):
+        self.model, self.data, self.judge, self.clip = model, data, judge, clip
+        self.conditions: Conditions = conditions or {}
+        self.base_samples = base_samples
+        self.network_evaluations = 0  # that drawing the samples took
+        self._draw, self._references = draw, references
+        self._clock: Callable[[str], Any] = clock or nullcontext
+
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """The samples by set. Raises NonFiniteError if a picture is not finite."""
+        return {name: self._judged(name) for name in self.conditions}
+
+    def _judged(self, name: str) -> Judged:
+        before = self.model.network_evaluations
+        with self._clock("sampling"):
+            images = self._draw(name)
+        self.network_evaluations += self.model.network_evaluations - before
+        with self._clock("judging"):
+            return self.judge(to_uint8(images, f"pictures drawn under the {name} conditions"))
+
+    @cached_property
+    def samples(self) -> Samples:
+        """The samples in their groups, with the references of each, where there are some, and the base's samples."""
+        return self.grouped(self.judged)
+
+    def grouped(self, judged: dict[str, Judged]) -> Samples:
+        """The same of other samples of these sets, such as a bootstrap's choice of them."""
+        return group_samples(self.data.spec, self.conditions, judged, self.references, self.base_samples)
+
+    @cached_property
+    def references(self) -> dict[str, Judged]:
+        """Real images by group, judged."""
+        return self._references()
+
+    def lacks(self, needs: Sequence[Need]) -> list[str]:
+        """Which of these needs are not met."""
+        there = {
+            "references": True,
+            "likelihood": self.model.has_likelihood,
+            "prompts": self.model.prompts is not None,
+            "denoising": isinstance(self.model, DiffusionModel),
+            "clip": self.clip is not None,
+        }
+        return [need for need in needs if not there[need]]

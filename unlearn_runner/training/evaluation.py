@@ -1,0 +1,54 @@
+"""What a run measures of its models, when, and with which samples: the group `evaluation` of the configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, final
+
+from unlearn_runner.evaluation.evaluator import Sampling
+from unlearn_runner.evaluation.metrics import Metric
+from unlearn_runner.options import (
+    BatchSize,
+    Bootstrap,
+    NumInferenceSteps,
+    NumSamples,
+    PositiveInt,
+    Sampler,
+    Seed,
+    UnitInterval,
+)
+from unlearn_runner.training.relearning import Relearning
+
+
+@final
+@dataclass(frozen=True)
+class Look:
+    """Metrics, of samples drawn for them alone."""
+
+    metrics: Mapping[str, Metric | None]
+    sampling: Sampling
+
+
+@final
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Everything that is measured in one run.
+
+    The numbers of the first lines are for a person to set: `sampling` and the metrics take theirs from them, and the
+    trainer takes `every`.
+    """
+
+    num_samples: NumSamples
+    sampler: Sampler
+    num_inference_steps: NumInferenceSteps
+    batch_size: BatchSize
+    seed: Seed
+    bootstrap: Bootstrap | None
+    oracle: bool  # also score the model that never saw the forget set
+    every: PositiveInt | None  # steps between two looks; None: none
+    features: Literal["classifier", "inception", "open_clip"]  # for the judge
+    sampling: Sampling
+    metrics: Mapping[str, Metric | None]  # of base, unlearned model and oracle
+    relearning: Relearning | None
+    threshold: UnitInterval | None  # the first look with at most this forget_rate is recorded
+    at_threshold: Look | None  # what is measured of the model then, besides
+    probe: Look  # the looks on the way
