@@ -29,7 +29,7 @@ def gaussian_model(means, stds, side=2) -> DDPM:
     scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.get_default_dtype())
     model = DDPM(GaussianUNet(means, stds, side, alphas_cumprod), scheduler)
-    model.alphas_cumprod = alphas_cumprod
+    model.path.schedule.alphas_cumprod = alphas_cumprod
     return model
 
 

@@ -15,6 +15,7 @@ from unlearn_runner.evaluation.likelihood import (
     strata,
 )
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, Noising
+from unlearn_runner.models.path import Path, VariancePreserving
 
 
 class GaussianModel(DiffusionModel):
@@ -26,13 +27,9 @@ class GaussianModel(DiffusionModel):
 
         self.weight = nn.Parameter(torch.ones(()))  # where the model is, is asked of its weights
         self.mean, self.covariance = mean.double(), covariance.double()
-        self.register_buffer("abar", DDPMScheduler(beta_schedule=schedule).alphas_cumprod)
+        self.abar = DDPMScheduler(beta_schedule=schedule).alphas_cumprod
+        self.path = Path(VariancePreserving(self.abar), prediction_type)
         self.num_train_timesteps, self.network_evaluations = 1000, 0
-        self.prediction_type = prediction_type
-
-    def gamma_sigma(self, timesteps):
-        abar = self.abar[timesteps][:, None, None, None]
-        return abar.sqrt(), (1 - abar).sqrt()
 
     def predict(self, x_t, timesteps, cond):
         log_ratio = ((1 - self.abar) / self.abar).double().log() / 2
@@ -44,16 +41,13 @@ class GaussianModel(DiffusionModel):
         marginal = gamma2[:, None, None] * self.covariance + sigma2[:, None, None] * torch.eye(x.shape[1])
         residual = x - gamma2.sqrt()[:, None] * self.mean
         eps = sigma2.sqrt()[:, None] * torch.linalg.solve(marginal, residual[:, :, None])[:, :, 0]
-        if self.prediction_type == "v_prediction":  # v = (eps - sigma x_t) / gamma
+        if self.path.prediction_type == "v_prediction":  # v = (eps - sigma x_t) / gamma
             eps = (eps - sigma2.sqrt()[:, None] * x) / gamma2.sqrt()[:, None]
         return (eps.view_as(x_t) * self.weight).to(x_t.dtype)
 
-    def noise_of(self, answer, x_t, gamma, sigma):
-        return answer if self.prediction_type == "epsilon" else gamma * answer + sigma * x_t
-
     def noising(self, x0, timesteps, cond):
-        gamma, sigma = self.gamma_sigma(timesteps)
-        return Noising(gamma, x0, sigma)
+        scale, std = self.path.amplitudes(timesteps)
+        return Noising(scale, x0, std)
 
     def guided(self, x_t, timesteps, cond):
         return self.predict(x_t, timesteps, cond)
@@ -61,13 +55,10 @@ class GaussianModel(DiffusionModel):
     def picture(self, x0):
         return x0
 
-    def target(self, x0, eps, timesteps):
-        raise NotImplementedError
-
     def sample(self, *_, **__):
         raise NotImplementedError
 
-    save = load = fits = x0_of = loss = freeze_for_unlearning = sample
+    save = load = fits = loss = freeze_for_unlearning = sample
     components = None
 
 

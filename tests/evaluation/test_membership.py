@@ -28,7 +28,7 @@ def test_losses_are_the_denoising_loss(tiny_network):
     eps, cond = torch.randn(2, 3, 1, 8, 8), torch.tensor([1, 2, 3])
     table = losses_at(network, x0, cond, timesteps, eps)
     for column, t in enumerate(timesteps):
-        gamma, sigma = network.gamma_sigma(t.expand(3))
+        gamma, sigma = network.path.amplitudes(t.expand(3))
         answer = network.predict(gamma * x0 + sigma * eps[column], t.expand(3), cond)
         assert torch.allclose(table[:, column], squared_error(answer, eps[column]) / 64, atol=1e-6)
 
@@ -45,7 +45,7 @@ def test_a_memorising_model_is_caught(digits, tiny_network):
     x0 = few.pixels.float() / 127.5 - 1
     for _ in range(150):
         t, eps = torch.randint(500, (8,), generator=g), torch.randn(x0.shape, generator=g)
-        gamma, sigma = network.gamma_sigma(t)
+        gamma, sigma = network.path.amplitudes(t)
         loss = (network.predict(gamma * x0 + sigma * eps, t, few.labels) - eps).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -283,7 +283,7 @@ def test_a_pixel_models_scheduler_keeps_its_class(tiny_network, tmp_path, kind):
     edited(tmp_path / "given" / "model_index.json", scheduler=["diffusers", kind.__name__])
     model = build_ddpm_of(tmp_path / "given")()
     model.load(tmp_path / "given")
-    torch.testing.assert_close(model.alphas_cumprod, kind(beta_schedule="scaled_linear").alphas_cumprod)
+    torch.testing.assert_close(model.path.schedule.alphas_cumprod, kind(beta_schedule="scaled_linear").alphas_cumprod)
     model.save(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", kind.__name__]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.models.path import training_schedule
 from unlearn_runner.weights import Stored, fetched, located, stored_tensors
 
 if TYPE_CHECKING:
@@ -129,13 +129,6 @@ def scheduler_in(folder: Path) -> "SchedulerMixin":
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         raise ConfigurationError(f"{place} asks for a learnt variance, which the network does not answer.")
     return scheduler
-
-
-def training_schedule(scheduler: "SchedulerMixin") -> Float[Tensor, "T"]:
-    """alphas_cumprod of the schedule in training, whatever sampler the pipeline has."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod
 
 
 def check_weights(networks: Mapping[str, nn.Module], folder: Path) -> None:
