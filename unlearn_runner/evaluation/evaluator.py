@@ -172,7 +172,9 @@ class Evaluator:
                         for part, drawn in judged.items()
                     }
         rows = {}
-        for name, metric in self.on_images.items() if model.has_likelihood else ():
+        for name, metric in self.on_images.items():
+            if not metric.applies_to(model):
+                continue
             with clock(name):
                 rows[name] = metric.measure(model, self.data)
         for name, metric in self.on_prompts.items() if model.prompts is not None else ():

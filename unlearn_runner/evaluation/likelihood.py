@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.evaluation.metrics import ImageMetric, measure_images
-from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, loss_at, predict_eps
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
@@ -135,8 +135,7 @@ def latent_costs(
     with evaluating(model), torch.no_grad():
         noising = model.noising(x0, timesteps, cond)
         for noise in eps:
-            z = noising.sample(noise)
-            costs.append(model.loss(model.predict(z, timesteps, cond), x0, z, noise, noising.std, timesteps))
+            costs.append(loss_at(model, noising, x0, cond, timesteps, noise))
     return torch.stack(costs)
 
 
@@ -180,6 +179,9 @@ class NLL(ImageMetric):
         self.num_images, self.num_bound_images, self.num_timesteps = num_images, num_bound_images, num_timesteps
         self.num_importance_samples = num_importance_samples
         self.rtol, self.atol, self.batch_size, self.seed = rtol, atol, batch_size, seed
+
+    def applies_to(self, model: GenerativeModel) -> bool:
+        return model.has_likelihood
 
     def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
         device = next(model.parameters()).device

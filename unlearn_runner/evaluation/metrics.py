@@ -78,6 +78,10 @@ class ImageMetric(ABC):
     needs: dict[str, str]  # by score, the set of images without which it is left out
 
     @abstractmethod
+    def applies_to(self, model: GenerativeModel) -> bool:
+        """Whether this kind of model can be asked; the scores of another are left out."""
+
+    @abstractmethod
     def measure(self, model: GenerativeModel, data: ForgetRetain) -> dict[str, Tensor]:
         """Tables with a row for each image, by the set of images."""
 

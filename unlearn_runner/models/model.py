@@ -53,7 +53,8 @@ class GenerativeModel(nn.Module, ABC):
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
     prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
     guidance_scale: float = 1.0  # of sampling; 1: none
-    has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
+    has_likelihood = True  # of images: `loss` bounds -log p(x0), and metrics of likelihood can ask for it
+    has_training_loss = True  # `loss` is one to learn images by, or to tell by which it has learnt
     network_evaluations: int  # samples passed forward through the trained network so far
     passes: Passes = Passes()
 
@@ -178,6 +179,35 @@ class DiffusionModel(GenerativeModel):
     @abstractmethod
     def components(self) -> dict[str, Any]:
         """The parts of a pipeline of diffusers that draws with this network, by their names there."""
+
+
+def loss_at(
+    model: GenerativeModel,
+    noising: Noising,
+    x0: Float[Tensor, "b ..."],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "b"],
+    eps: Float[Tensor, "b ..."],
+) -> Float[Tensor, "b"]:
+    """`denoising_loss` where x0's noising is known."""
+    m = noising.sample(eps)
+    return model.loss(model.predict(m, timesteps, cond), x0, m, eps, noising.std, timesteps)
+
+
+def denoising_loss(
+    model: GenerativeModel,
+    x0: Float[Tensor, "b ..."],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "b"],
+    eps: Float[Tensor, "b ..."],
+) -> Float[Tensor, "b"]:
+    """L_simple of each image (DDPM, 2006.11239, equation 14): the squared error of what the network predicts at the x_t
+    made of x0 and eps, summed over pixels, or over a latent's entries.
+
+    For a VAE, whose noisy sample is the latent z: minus the evidence lower bound at one z, log q(z|x0) - log p(z) -
+    log p(x0|z), in nats.
+    """
+    return loss_at(model, model.noising(x0, timesteps, cond), x0, cond, timesteps, eps)
 
 
 def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:

@@ -76,7 +76,7 @@ class OneStep(GenerativeModel):
     """
 
     num_train_timesteps = 1
-    has_likelihood = False
+    has_likelihood = has_training_loss = False
 
     def __init__(self, network: DiffusionModel, timestep: int):
         super().__init__()

@@ -203,7 +203,7 @@ class RunRecorder(Recorder):
 
     def relearn(self, prefix: str, model: GenerativeModel, relearning: Relearning) -> None:
         """Measure how fast a model learns again what it was to forget."""
-        if not model.has_likelihood:
+        if not model.has_training_loss:
             self.console.print("relearning is left out: this model has no loss of its own that it could learn by.")
             return
         self.console.print(f"relearning ({prefix})")
@@ -259,8 +259,10 @@ class RunRecorder(Recorder):
     def finish(self, model: GenerativeModel, step: int) -> None:
         self.progress.close()
         self.folder.save_model(model.save)  # before it is scored: a failing metric loses nothing
-        if self.evaluator.on_images and not model.has_likelihood:
-            self.console.print(f"{', '.join(self.evaluator.on_images)} left out: this model has no likelihood.")
+        left_out = [name for name, metric in self.evaluator.on_images.items() if not metric.applies_to(model)]
+        if left_out:
+            lacks = "loss of its own to ask for" if not model.has_training_loss else "likelihood"
+            self.console.print(f"{', '.join(left_out)} left out: this model has no {lacks}.")
         self.console.print("measuring the unlearned model")
         with _named("the unlearned model"):
             after = self.evaluator(model, self.before.judged)
