@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import assert_same_bits
-from toy import drawn_gaussian, gaussian_model
+from toy import drawn_gaussian, gaussian_flow, gaussian_model
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
@@ -348,12 +348,13 @@ def test_a_rule_of_ones_own_is_a_few_lines(tiny_network):
     assert [labels.tolist() for labels in chosen] == [[0]], "asked once a step, for the forget samples"
 
 
+@pytest.mark.parametrize("make", [gaussian_model, gaussian_flow])
 @pytest.mark.parametrize("timestep", [-1, 200, 500])
-def test_class_costs_are_log_likelihoods(double, timestep):
+def test_class_costs_are_log_likelihoods(double, timestep, make):
     """Differences between classes against the Gaussians' own, of a clean picture and of noisy ones."""
     means, stds = [-0.5, 0.4, 0.3], [0.5, 0.5, 0.6]
-    model = gaussian_model(means, stds, side=1)
-    abar = torch.tensor(1.0) if timestep < 0 else model.path.schedule.alphas_cumprod[timestep]
+    model = make(means, stds, side=1)
+    scale, noise = (part.flatten() for part in model.path.amplitudes(torch.tensor([timestep])))
     x_t = torch.linspace(-1, 1, 5)
     many = 4000
     costs = class_costs(
@@ -364,7 +365,7 @@ def test_class_costs_are_log_likelihoods(double, timestep):
     found = costs - costs[:, :, :1]
     exact = torch.stack(
         [
-            -torch.distributions.Normal(abar.sqrt() * mean, (abar * std**2 + 1 - abar).sqrt()).log_prob(x_t)
+            -torch.distributions.Normal(scale * mean, (scale**2 * std**2 + noise**2).sqrt()).log_prob(x_t)
             for mean, std in zip(means, stds, strict=True)
         ],
         1,

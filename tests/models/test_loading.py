@@ -250,7 +250,11 @@ def test_schedules_that_would_be_misread_are_refused(tiny_network, copied, tmp_p
     tiny_network().save(tmp_path / "ddpm")
     for folder, make in ((copied, lambda: build(copied)), (tmp_path / "ddpm", build_ddpm_of(tmp_path / "ddpm"))):
         for name, entries, reason in (
-            ("FlowMatchEulerDiscreteScheduler", {}, "holds a FlowMatchEulerDiscreteScheduler, .*flow models cannot"),
+            (
+                "FlowMatchEulerDiscreteScheduler",
+                {"shift": 3.0},
+                r"(latent flow models cannot|whose times are not evenly spaced \(shift=3\.0)",
+            ),
             ("os.system", {}, "diffusers has no scheduler called os.system"),
             ("DiffusionPipeline", {}, "diffusers has no scheduler called DiffusionPipeline"),
             ("DDPMScheduler", {"prediction_type": "sample"}, "prediction_type must be one of"),

@@ -206,5 +206,5 @@ def test_refuses():
         sentence = f"prediction_type must be one of {known}, got '{prediction_type}'"
         with pytest.raises(ConfigurationError, match=re.escape(sentence)):
             Path(schedule, prediction_type)
-    with pytest.raises(ConfigurationError, match="zero terminal SNR .*v_prediction, got 'epsilon'"):
+    with pytest.raises(ConfigurationError, match=r"zero terminal SNR .*v_prediction, got 'epsilon'"):
         path_of(DDPMScheduler(**ZERO_SNR))

@@ -1,4 +1,6 @@
-"""A pixel DDPM: diffusers' UNet2DModel and schedulers behind the face that methods and evaluation use."""
+"""A diffusion or flow model of pixels: diffusers' UNet2DModel and schedulers behind the face that methods and
+evaluation use.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 @final
 class DDPM(DiffusionModel):
-    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), class-conditional or not.
+    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), or a flow over them, class-conditional or not.
 
     Its scheduler says on which path, and what the network predicts. Conditions are class indices [b], or None.
     """
@@ -144,7 +146,8 @@ class DDPM(DiffusionModel):
         batch_size: int = 256,
     ) -> Float[Tensor, "{n} c h w"]:
         """The samplers "ddim" and "ddim_clipped" are deterministic given the first noise; "ddpm" is ancestral, and the
-        same as diffusers' DDPMPipeline with this generator (on a CPU up to rounding). Noise is drawn batch by batch.
+        same as diffusers' DDPMPipeline with this generator (on a CPU up to rounding). On a flow they are those of
+        `PathSampler`. Noise is drawn batch by batch.
         """
         scheduler = sampler_of(self.path, self.scheduler.config, sampler, num_inference_steps)
         images = []
@@ -166,13 +169,13 @@ class DDPM(DiffusionModel):
         with reading(option, source, BASES_ARCHITECTURE):
             folder = fitting({"unet": self.unet}, source, option)
             with reading_part("scheduler"):
-                path_of(scheduler_in(folder))
+                path_of(scheduler_in(folder, flows=True))
         return folder
 
     def load(self, source: str | Path, option: str = "model.weights") -> None:
         folder = self.fits(source, option)
         load_weights({"unet": self.unet}, folder)
-        self._take_schedule(scheduler_in(folder))
+        self._take_schedule(scheduler_in(folder, flows=True))
 
 
 def build_ddpm(
@@ -194,6 +197,7 @@ def build_ddpm(
 ) -> DDPM:
     """A DDPM with fresh weights drawn from `seed`.
 
+    With `prediction_type` "flow" it is a flow on straight paths (2210.02747), which knows no betas; else a diffusion.
     `attention` says which resolutions have self-attention. Where `weights` is not "auto" but a folder or hub id,
     that decides the architecture and the schedule, and all further arguments are without effect; it is checked
     here and its weights are read later, by `load`.
@@ -205,15 +209,18 @@ def build_ddpm(
     rules.heads_of_channels(weights, block_out_channels, attention, attention_head_dim)
     rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
     rules.sides_that_halve(*image_shape[1:], len(block_out_channels) - 1, len(block_out_channels))
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-    scheduler = DDPMScheduler(
-        num_train_timesteps=num_train_timesteps,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        beta_schedule=beta_schedule,
-        prediction_type=prediction_type,
-    )
+    if prediction_type == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps)
+    else:
+        scheduler = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            prediction_type=prediction_type,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
         unet = UNet2DModel(
@@ -250,7 +257,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
             raise ConfigurationError("got a one-step generator, give the model that it was distilled from.")
         unet = network_in(UNet2DModel, part_of(folder, "unet"))
         require_channels(unet, unet.config.in_channels)
-        network, num_labels_there = DDPM(unet, scheduler_in(folder)), unet.config.num_class_embeds
+        network, num_labels_there = DDPM(unet, scheduler_in(folder, flows=True)), unet.config.num_class_embeds
         if isinstance(source, Path):
             check_weights({"unet": unet}, folder)
     if network.image_shape != tuple(image_shape) or num_labels_there != num_labels:

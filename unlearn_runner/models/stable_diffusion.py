@@ -246,9 +246,9 @@ class StableDiffusion(DiffusionModel):
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
         """The squared error of what the network predicts, summed over the latent's entries."""
-        if self.path.wants_the_image:  # or it costs no pass through the encoder
-            x0 = self.encode(x0)
-        return squared_error(answer, self.path.wanted(x0, eps, timesteps))
+        if not self.path.wants_the_image:
+            return squared_error(answer, eps)  # which costs no pass through the encoder
+        return squared_error(answer, self.path.wanted(self.encode(x0), eps, timesteps))
 
     def thaw(self) -> None:
         """The UNet: images reach the autoencoder only without a gradient, and prompts say what they said."""
@@ -494,6 +494,7 @@ def build_stable_diffusion(
     knows as one token each.
     """
     rules.prompts_for_texts(bool(prompts))
+    rules.flow_of_pixels(weights, prediction_type)
     rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
     rules.heads_of_latents(weights, block_out_channels, attention_heads)
     rules.heads_of_texts(weights, text_width)
