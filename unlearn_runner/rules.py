@@ -527,7 +527,7 @@ def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int)
 def ratios_of_schedule(network: Mapping[str, Any], timesteps: int) -> tuple[float, float]:
     """The least and the largest ratio of noise to image of the schedule that is made of a network's options."""
     if network.get("prediction_type") == "flow":
-        return 1 / (timesteps - 1), timesteps - 1  # at the last timestep there is no image
+        return 1 / (timesteps - 1), float(timesteps - 1)  # at the last timestep there is no image
     ends = (network["beta_start"], network["beta_end"])
 
     def cosine(t: int) -> float:
