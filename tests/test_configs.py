@@ -22,7 +22,7 @@ from unlearn_runner.data.digits import Digits
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.evaluator import require_enough_samples
 from unlearn_runner.models.model import DiffusionModel
-from unlearn_runner.spec import Labels
+from unlearn_runner.spec import DIGITS, DataSpec
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
 from unlearn_runner.training.signals import Interrupts
@@ -154,7 +154,7 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
         dataset = (3, 32, 32)
         more += ["dataset=sd_concepts"]
     cfg = composed(f"model={model}", *more)
-    spec = SimpleNamespace(image_shape=dataset, label_names=tuple("0123456789"))
+    spec = DataSpec("toy", dataset, DIGITS, DIGITS, 0, None, False)
     network = build_network(cfg, spec, 0)
     make(cfg["model"]["pretraining"])
     labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, network.num_train_timesteps - 1])
@@ -230,7 +230,7 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
         refuses = (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None)
         if refuses or method in ASKING_PROMPTS:
             continue
-        spec = SimpleNamespace(labels=Labels(tuple(range(1, 10)), (0,), tuple("0123456789"), tuple(range(10))))
+        spec = DataSpec("toy", shape, None if num_labels is None else DIGITS, DIGITS, 0, None, False)
         clip = make(cfg["clip"]["network"])
         built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
