@@ -93,11 +93,12 @@ def test_a_memorising_vae_is_caught(digits, tiny_vae):
 def test_a_latent_model_is_asked_by_its_own_loss_and_has_no_likelihood(digits):
     network = tiny(prompts=tuple(f"the digit {number}" for number in range(10)), image_shape=(1, 16, 16)).train()
     metric, likelihood = Membership(num_images=6, timesteps=[100, 900], batch_size=4), NLL()
-    assert metric.applies_to(network)
-    assert not likelihood.applies_to(network)
-    rows = metric.measure(network, digits)
+    view = View(network, digits)
+    assert not view.lacks(metric.needs)
+    assert view.lacks(likelihood.needs) == ["likelihood"]
+    rows = metric.measure(view)
     assert {name: tuple(part.shape) for name, part in rows.items()} == {"forget": (6, 2), "unseen": (6, 2)}
-    assert 0 <= metric(rows)["mia_auc"] <= 1
+    assert 0 <= metric.score(NO_SAMPLES, rows)["mia_auc"] <= 1
 
     generator, chosen = make_generator(0, "membership/forget"), first_distinct(digits.forget, 6, 0).select(range(4))
     x0, timesteps = chosen.pixels.float() / 127.5 - 1, torch.tensor([100, 900])
@@ -109,7 +110,10 @@ def test_a_latent_model_is_asked_by_its_own_loss_and_has_no_likelihood(digits):
         torch.testing.assert_close(rows["forget"][:4, column], wanted)
 
 
-def test_who_can_be_asked(tiny_network, tiny_vae):
+def test_who_can_be_asked(digits, tiny_network, tiny_vae):
     generator = OneStep(tiny_network(), 900)
     for metric, asked in ((Membership(), (True, True, False)), (NLL(), (True, True, False))):
-        assert tuple(metric.applies_to(model) for model in (tiny_network(), tiny_vae(), generator)) == asked
+        assert (
+            tuple(not View(model, digits).lacks(metric.needs) for model in (tiny_network(), tiny_vae(), generator))
+            == asked
+        )

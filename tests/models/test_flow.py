@@ -11,10 +11,11 @@ from toy import gaussian_flow
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.likelihood import NLL
 from unlearn_runner.evaluation.membership import Membership
+from unlearn_runner.evaluation.view import View
 from unlearn_runner.methods.critic_guided import move
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.erase_diff import EraseDiff
-from unlearn_runner.methods.method import Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.neg_grad import NegGrad
 from unlearn_runner.methods.sfd import NoiseRange, Trio, generator_loss
 from unlearn_runner.methods.siss import SISS, mix
@@ -74,7 +75,7 @@ def test_its_folder_loads_by_us_and_by_diffusers(flow, tmp_path):
     network.save(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    loaded = build_ddpm((1, 8, 8), 10, 0, str(tmp_path), [8], [False])
+    loaded = build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False])
     loaded.load(tmp_path)
     assert (loaded.path.prediction_type, loaded.num_train_timesteps) == ("flow", 100)
     draw = (2, torch.tensor([1, 2]))
@@ -125,7 +126,7 @@ def test_methods_of_losses_take_steps(flow):
     for kind, more in ((SISS, {"rho": 0.5}), (Denoising, {}), (NegGrad, {}), (EraseDiff, {})):
         network = flow()
         before = torch.cat([weight.detach().flatten() for weight in network.parameters()])
-        method = kind(network, update, make_generator(0, "m"), **more)
+        method = kind(Setting(network, make_generator(0, "m")), update, **more)
         for _ in range(2):
             metrics = method.step(batch)
         assert all(torch.as_tensor(value).isfinite().all() for value in metrics.values()), (kind, metrics)
@@ -163,7 +164,7 @@ def test_score_forgetting_is_the_same_on_a_flow(double):
 
 def test_distillation_and_its_folder(flow, tmp_path):
     network = flow()
-    trio = Trio(network, "SFD", NoiseRange())
+    trio = Trio(network, NoiseRange())
     trio.begin()
     labels, g = torch.tensor([1, 2, 7]), make_generator(0, "m")
     noised = trio.draw(labels, trio.draw_timesteps(3, g), g)
@@ -191,8 +192,9 @@ def test_metrics_of_images(digits, flow):
         NLL(num_images=2, num_bound_images=3, num_timesteps=4, rtol=0.1, atol=0.1, batch_size=3),
         Membership(num_images=4, timesteps=[100, 900]),
     ):
-        assert metric.applies_to(network)
-        rows = metric.measure(network, digits)
+        view = View(network, digits)
+        assert not view.lacks(metric.needs)
+        rows = metric.measure(view)
         assert all(part.isfinite().all() for part in rows.values())
 
 
