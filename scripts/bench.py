@@ -160,9 +160,9 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
         from scripts.reference_loop import ReferenceLoop
         from unlearn_runner.models.attention import attend
 
-        attend(network.unet, AttnProcessor2_0())  # diffusers' own
+        attend(network.backbone.unet, AttnProcessor2_0())  # diffusers' own
         loop = ReferenceLoop(
-            network.unet, network.path.schedule.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4
+            network.backbone.unet, network.path.schedule.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4
         )
         stream = BatchStream(data, Streams("retain", True), arguments.batch_size, 0, hardware.device)
         torch.manual_seed(0)

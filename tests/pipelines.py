@@ -4,7 +4,8 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion, Tuning, build_stable_diffusion
+from unlearn_runner.models.diffusion import Diffusion
+from unlearn_runner.models.stable_diffusion import Parts, Tuning, build_stable_diffusion, stable_diffusion
 from unlearn_runner.models.words import build_tokenizer
 
 PROMPTS = ("a picture of a seven", "trousers", "a picture of trousers")
@@ -56,7 +57,7 @@ def foreign(folder, prediction_type="v_prediction"):
     return folder
 
 
-def sd15_sized(trainable="lora", device="cpu", **tuning) -> StableDiffusion:
+def sd15_sized(trainable="lora", device="cpu", **tuning) -> Diffusion:
     """Stable Diffusion 1.5 by its sizes, with random weights, for pictures of 512x512; the UNet is made on `device`."""
     with torch.device(device):
         unet = UNet2DConditionModel(
@@ -85,4 +86,4 @@ def sd15_sized(trainable="lora", device="cpu", **tuning) -> StableDiffusion:
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),
     )  # fmt: skip
-    return StableDiffusion(parts, (3, 512, 512), PROMPTS, tuning=Tuning(trainable, **tuning))
+    return stable_diffusion(parts, (3, 512, 512), PROMPTS, tuning=Tuning(trainable, **tuning))
