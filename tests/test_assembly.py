@@ -187,6 +187,8 @@ def test_what_a_method_requires_is_asked_of_the_parts(composed, tiny_network, ti
         build_method(cfg, tiny_vae(), spec, generator)
     with pytest.raises(ConfigurationError, match="method=sfd needs a dataset with labels"):
         build_method(cfg, tiny_network(num_labels=None), digits_trousers(8, False, False), generator)
+    with pytest.raises(ConfigurationError, match="method=hybrid needs a diffusion model"):
+        build_method(composed("method=hybrid"), tiny_vae(), spec, generator)
 
 
 def test_every_requirement_has_its_sentence():

@@ -83,9 +83,8 @@ def build_method(
         isinstance(network, DiffusionModel), labels is not None, network.prompts is not None, clip is not None,
         cfg["trainer"]["init"],
     )  # fmt: skip
-    node = cfg["method"]
-    rules.require(getattr(get_object(node["_target_"]), "requires", ()), there, rules.in_words(cfg))
-    return _called(node["_target_"], make(node), Setting(network, generator, labels, clip))
+    rules.require_of_methods(cfg, there)
+    return _called(cfg["method"]["_target_"], make(cfg["method"]), Setting(network, generator, labels, clip))
 
 
 # 2. All parts

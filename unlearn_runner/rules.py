@@ -399,9 +399,11 @@ def _name(node: Mapping[str, Any]) -> str:
     return node["_target_"].rpartition(".")[2]
 
 
-def in_words(cfg: Mapping[str, Any]) -> str:
-    """How a person calls the method of a configuration."""
-    return f"method={cfg['choices']['method']}"
+def require_of_methods(cfg: Mapping[str, Any], there: Container[str]) -> None:
+    """`require` for the method of a configuration, and for each that it holds."""
+    for _, node in parts(cfg["method"]):
+        if makes(node["_target_"], "methods.method.Method"):
+            require(constructor_of(node["_target_"]).requires, there, f"method={cfg['choices']['method']}")
 
 
 def _is_diffusion(cfg: Mapping[str, Any]) -> bool:
@@ -446,9 +448,7 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     there = facts(
         _is_diffusion(cfg), bool(labelled), draws_texts and prompted, clip is not None, trainer["init"]
     )  # fmt: skip
-    for _, node in parts(method):
-        if makes(node["_target_"], "methods.method.Method"):
-            require(constructor_of(node["_target_"]).requires, there, in_words(cfg))
+    require_of_methods(cfg, there)
     teachable(
         recipe is not None, bool((recipe or {}).get("corpus")), weights, dataset.get("source") == "base",
         cfg["evaluation"]["oracle"],
@@ -486,6 +486,9 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
         elif blocks:
             halvings = blocks - 1 if _is_diffusion(cfg) else blocks
             sides_that_halve(size, size, halvings, blocks)
+    lambd = method.get("lambd")
+    if _name(method) == "hybrid" and isinstance(lambd, Mapping) and _name(lambd) == "Inferred":
+        objective_without_ascent(lambd["objective"])
     _schedules(cfg)
 
 
@@ -496,9 +499,6 @@ def _labels(method: Mapping[str, Any], labels: Labels) -> None:
             label_that_is_kept(node["label"], labels.retain)
     if "prior" in method:
         share_for_each_class(method["prior"], len(labels.retain))
-    lambd = method.get("lambd")
-    if _name(method) == "hybrid" and isinstance(lambd, Mapping) and _name(lambd) == "Inferred":
-        objective_without_ascent(lambd["objective"])
 
 
 def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int) -> None:
