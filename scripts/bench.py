@@ -159,7 +159,9 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
         from unlearn_runner.models.attention import attend
 
         attend(network.unet, AttnProcessor2_0())  # diffusers' own
-        loop = ReferenceLoop(network.unet, network.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4)
+        loop = ReferenceLoop(
+            network.unet, network.path.schedule.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4
+        )
         stream = BatchStream(data, Streams("retain", True), arguments.batch_size, 0, hardware.device)
         torch.manual_seed(0)
 

@@ -42,7 +42,7 @@ def rescheduled(model, kind=None, **changes) -> None:
     given = {key: value for key, value in model.scheduler.config.items() if not key.startswith("_")}
     model.scheduler = kind.from_config({**given, **changes})
     if isinstance(model, DDPM):
-        model.alphas_cumprod = model.scheduler.alphas_cumprod.clone()
+        model.path.schedule.alphas_cumprod = model.scheduler.alphas_cumprod.clone()
 
 
 SCHEDULES = [

@@ -85,6 +85,7 @@ WRONG = [
     (["model=vae", "model.network.latent_size=0"], "model.network.latent_size must be a whole number above 0"),
     ([*SD, "model.network.guidance_scale=0.5"], r"guidance_scale must be a number in \[1, 1000\], got 0.5"),
     ([*SD, "model.network.vae.norm_num_groups=5"], "vae.block_out_channels must divide by norm_num_groups=5"),
+    ([*SD, "model.network.prediction_type=flow"], "got 'flow': flows are models of pixels so far"),
     ([*SD, "+model.network.vae.layers=5"], "model.network.vae.layers: there is no such option"),
     # names
     (["name=../../x"], "name must be a text that can be the name of one folder"),
@@ -137,6 +138,7 @@ WRONG = [
     (["method=sfd", "method/override=fixed", "method.override.label=1"], "the labels that are kept, 0, 2, .*; got 1"),
     (["method=hybrid", "method.prior=[0.5,0.5]"], "method.prior must be null or 9 shares, one for each class"),
     (["method=hybrid", "method/lambd=pathwise"], "method/lambd=pathwise speaks of a forget loss that is to rise"),
+    (["method=sfd", "model.network.prediction_type=flow", "method.noise.most=1e3"], r"0\.001 to 999; got 1000"),
     (["method=sfd", "method.noise.most=5e8"], "method.noise.most must be a ratio of .*, 0.00643 to 2.03e.04; got"),
     ([*SD, "dataset.background=blurple"], "dataset.background must be a colour, as white or '#ffffff', got 'blurple'"),
     ([*SD, "dataset.concept=elephant"], "dataset.source=embedded has pictures of a zero, .*; not of elephant"),

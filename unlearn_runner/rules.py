@@ -173,6 +173,14 @@ def range_of_betas(weights: str, beta_start: float, beta_end: float, beta_schedu
         raise ConfigurationError(f"model.network.beta_start must be at most beta_end, got {beta_start} and {beta_end}.")
 
 
+def flow_of_pixels(weights: str, prediction_type: str) -> None:
+    if weights == "auto" and prediction_type == "flow":
+        raise ConfigurationError(
+            "model.network.prediction_type must be epsilon or v_prediction, got 'flow': flows are models of pixels so "
+            "far, none of latents; take model=ddpm_tiny for one."
+        )
+
+
 def heads_of_clip(width: int, text_width: int, heads: int) -> None:
     for name, value in (("width", width), ("text_width", text_width)):
         if value % heads:
@@ -222,7 +230,7 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "models.ddpm.build_ddpm": (levels_of_attention, groups_of_channels, heads_of_channels, range_of_betas),
     "models.vae.build_vae": (groups_of_channels,),
     "models.stable_diffusion.build_stable_diffusion": (
-        groups_of_channels, heads_of_latents, heads_of_texts, channels_of_autoencoder, range_of_betas,
+        flow_of_pixels, groups_of_channels, heads_of_latents, heads_of_texts, channels_of_autoencoder, range_of_betas,
     ),
     "models.clip.small_clip": (heads_of_clip, patches_of_clip),
     "data.mnist_trousers.MnistTrousers": (amount_of_garments,),
@@ -510,7 +518,9 @@ def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int)
 
 
 def ratios_of_schedule(network: Mapping[str, Any], timesteps: int) -> tuple[float, float]:
-    """The least and the largest sigma_t / gamma_t of the schedule that diffusers makes of a network's options."""
+    """The least and the largest ratio of noise to image of the schedule that is made of a network's options."""
+    if network.get("prediction_type") == "flow":
+        return 1 / (timesteps - 1), float(timesteps - 1)  # at the last timestep there is no image
     ends = (network["beta_start"], network["beta_end"])
 
     def cosine(t: int) -> float:

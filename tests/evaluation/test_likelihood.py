@@ -17,6 +17,7 @@ from unlearn_runner.evaluation.likelihood import (
 )
 from unlearn_runner.evaluation.view import View
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, Noising
+from unlearn_runner.models.path import Path, Straight, VariancePreserving
 
 
 class GaussianModel(DiffusionModel):
@@ -28,34 +29,33 @@ class GaussianModel(DiffusionModel):
 
         self.weight = nn.Parameter(torch.ones(()))  # where the model is, is asked of its weights
         self.mean, self.covariance = mean.double(), covariance.double()
-        self.register_buffer("abar", DDPMScheduler(beta_schedule=schedule).alphas_cumprod)
+        self.abar = None if prediction_type == "flow" else DDPMScheduler(beta_schedule=schedule).alphas_cumprod
+        self.path = Path(Straight(1000) if self.abar is None else VariancePreserving(self.abar), prediction_type)
         self.num_train_timesteps, self.network_evaluations = 1000, 0
-        self.prediction_type = prediction_type
 
-    def gamma_sigma(self, timesteps):
-        abar = self.abar[timesteps][:, None, None, None]
-        return abar.sqrt(), (1 - abar).sqrt()
-
-    def predict(self, x_t, timesteps, cond):
+    def amplitudes(self, timesteps):
+        """Between timesteps as the solver has it."""
+        if self.abar is None:
+            std = (timesteps.double() + 1) / 1000
+            return 1 - std, std
         log_ratio = ((1 - self.abar) / self.abar).double().log() / 2
         t = timesteps.double().clamp(max=998.999999)
         low = t.floor().long()
-        r = log_ratio[low] + (t - low) * (log_ratio[low + 1] - log_ratio[low])  # as the solver interpolates
-        gamma2, sigma2 = 1 / (1 + (2 * r).exp()), 1 / (1 + (-2 * r).exp())
-        x = x_t.flatten(1).double()
-        marginal = gamma2[:, None, None] * self.covariance + sigma2[:, None, None] * torch.eye(x.shape[1])
-        residual = x - gamma2.sqrt()[:, None] * self.mean
-        eps = sigma2.sqrt()[:, None] * torch.linalg.solve(marginal, residual[:, :, None])[:, :, 0]
-        if self.prediction_type == "v_prediction":  # v = (eps - sigma x_t) / gamma
-            eps = (eps - sigma2.sqrt()[:, None] * x) / gamma2.sqrt()[:, None]
-        return (eps.view_as(x_t) * self.weight).to(x_t.dtype)
+        r = log_ratio[low] + (t - low) * (log_ratio[low + 1] - log_ratio[low])
+        return (1 / (1 + (2 * r).exp())).sqrt(), (1 / (1 + (-2 * r).exp())).sqrt()
 
-    def noise_of(self, answer, x_t, gamma, sigma):
-        return answer if self.prediction_type == "epsilon" else gamma * answer + sigma * x_t
+    def predict(self, x_t, timesteps, cond):
+        scale, std = (part[:, None] for part in self.amplitudes(timesteps))
+        x = x_t.flatten(1).double()
+        marginal = scale[:, :, None] ** 2 * self.covariance + std[:, :, None] ** 2 * torch.eye(x.shape[1])
+        share = torch.linalg.solve(marginal, (x - scale * self.mean)[:, :, None])[:, :, 0]
+        x0, eps = self.mean + scale * share @ self.covariance, std * share
+        answer = {"epsilon": eps, "v_prediction": scale * eps - std * x0, "flow": eps - x0}[self.path.prediction_type]
+        return (answer.view_as(x_t) * self.weight).to(x_t.dtype)
 
     def noising(self, x0, timesteps, cond):
-        gamma, sigma = self.gamma_sigma(timesteps)
-        return Noising(gamma, x0, sigma)
+        scale, std = self.path.amplitudes(timesteps)
+        return Noising(scale, x0, std)
 
     def guided(self, x_t, timesteps, cond):
         return self.predict(x_t, timesteps, cond)
@@ -63,13 +63,10 @@ class GaussianModel(DiffusionModel):
     def picture(self, x0):
         return x0
 
-    def target(self, x0, eps, timesteps):
-        raise NotImplementedError
-
     def sample(self, *_, **__):
         raise NotImplementedError
 
-    save = load = fits = x0_of = loss = freeze_for_unlearning = sample
+    save = load = fits = loss = freeze_for_unlearning = sample
     components = None
 
 
@@ -79,8 +76,13 @@ def gaussian(d, seed=0):
     return 0.2 * torch.randn(d, generator=g), root @ root.T + 0.02 * torch.eye(d)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type"),
+    [
+        ("linear", "epsilon"), ("linear", "v_prediction"), ("squaredcos_cap_v2", "epsilon"),
+        ("squaredcos_cap_v2", "v_prediction"), (None, "flow"),
+    ],
+)  # fmt: skip
 def test_flow_gives_the_density_of_a_gaussian(schedule, prediction_type):
     mean, covariance = gaussian(16)
     model = GaussianModel(mean, covariance, schedule, prediction_type)
@@ -95,15 +97,16 @@ def test_flow_gives_the_density_of_a_gaussian(schedule, prediction_type):
     assert found.tolist() == pytest.approx(wanted.tolist(), abs=0.05)
 
 
-def test_flow_is_exact_where_the_divergence_is():
+@pytest.mark.parametrize("prediction_type", ["epsilon", "flow"])
+def test_flow_is_exact_where_the_divergence_is(prediction_type):
     """Independent pixels: the probe's estimate has no variance, only the first timestep's noise is left."""
     mean, variance = torch.linspace(-0.5, 0.5, 16), torch.linspace(0.05, 0.5, 16)
-    model = GaussianModel(mean, variance.diag())
+    model = GaussianModel(mean, variance.diag(), prediction_type=prediction_type)
     x0 = torch.linspace(-0.9, 0.9, 32).view(2, 1, 4, 4)
     found = flow_bits_per_dim(model, x0, None, torch.ones_like(x0), 1e-5, 1e-5)
-    gamma2 = model.abar[0]
-    noised = torch.distributions.Normal(gamma2.sqrt() * mean, (gamma2 * variance + 1 - gamma2).sqrt())
-    log_density = noised.log_prob(gamma2.sqrt() * x0.flatten(1)).sum(1) + 16 * gamma2.sqrt().log()
+    scale, std = (part.item() for part in model.path.amplitudes(torch.tensor([0])))
+    noised = torch.distributions.Normal(scale * mean, (scale**2 * variance + std**2).sqrt())
+    log_density = noised.log_prob(scale * x0.flatten(1)).sum(1) + 16 * math.log(scale)
     wanted = -log_density / (16 * math.log(2))
     assert found.tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
     rough = flow_bits_per_dim(model, x0, None, torch.ones_like(x0), 1e-3, 1e-3)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from no_samples import NO_SAMPLES
+from pipelines import tiny
 
+from unlearn_runner.evaluation.likelihood import NLL
 from unlearn_runner.evaluation.membership import Membership, attack, losses_at
 from unlearn_runner.evaluation.metrics import first_distinct
 from unlearn_runner.evaluation.view import View
-from unlearn_runner.methods.denoising import denoising_loss
-from unlearn_runner.models.model import squared_error
+from unlearn_runner.models.model import denoising_loss, squared_error
+from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.types import make_generator
 
 
@@ -30,7 +32,7 @@ def test_losses_are_the_denoising_loss(tiny_network):
     eps, cond = torch.randn(2, 3, 1, 8, 8), torch.tensor([1, 2, 3])
     table = losses_at(network, x0, cond, timesteps, eps)
     for column, t in enumerate(timesteps):
-        gamma, sigma = network.gamma_sigma(t.expand(3))
+        gamma, sigma = network.path.amplitudes(t.expand(3))
         answer = network.predict(gamma * x0 + sigma * eps[column], t.expand(3), cond)
         assert torch.allclose(table[:, column], squared_error(answer, eps[column]) / 64, atol=1e-6)
 
@@ -47,7 +49,7 @@ def test_a_memorising_model_is_caught(digits, tiny_network):
     x0 = few.pixels.float() / 127.5 - 1
     for _ in range(150):
         t, eps = torch.randint(500, (8,), generator=g), torch.randn(x0.shape, generator=g)
-        gamma, sigma = network.gamma_sigma(t)
+        gamma, sigma = network.path.amplitudes(t)
         loss = (network.predict(gamma * x0 + sigma * eps, t, few.labels) - eps).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -86,3 +88,32 @@ def test_a_memorising_vae_is_caught(digits, tiny_vae):
     with torch.no_grad():
         wanted = [denoising_loss(network, x0, chosen.labels, timesteps, noise) for noise in eps]
     torch.testing.assert_close(rows["forget"], torch.stack(wanted).mean(0))
+
+
+def test_a_latent_model_is_asked_by_its_own_loss_and_has_no_likelihood(digits):
+    network = tiny(prompts=tuple(f"the digit {number}" for number in range(10)), image_shape=(1, 16, 16)).train()
+    metric, likelihood = Membership(num_images=6, timesteps=[100, 900], batch_size=4), NLL()
+    view = View(network, digits)
+    assert not view.lacks(metric.needs)
+    assert view.lacks(likelihood.needs) == ["likelihood"]
+    rows = metric.measure(view)
+    assert {name: tuple(part.shape) for name, part in rows.items()} == {"forget": (6, 2), "unseen": (6, 2)}
+    assert 0 <= metric.score(NO_SAMPLES, rows)["mia_auc"] <= 1
+
+    generator, chosen = make_generator(0, "membership/forget"), first_distinct(digits.forget, 6, 0).select(range(4))
+    x0, timesteps = chosen.pixels.float() / 127.5 - 1, torch.tensor([100, 900])
+    eps = torch.randn((2, 4, *network.sample_shape), generator=generator)
+    network.eval()
+    for column, t in enumerate(timesteps):
+        with torch.no_grad():
+            wanted = denoising_loss(network, x0, chosen.labels, t.expand(4), eps[column]) / network.num_entries
+        torch.testing.assert_close(rows["forget"][:4, column], wanted)
+
+
+def test_who_can_be_asked(digits, tiny_network, tiny_vae):
+    generator = OneStep(tiny_network(), 900)
+    for metric, asked in ((Membership(), (True, True, False)), (NLL(), (True, True, False))):
+        assert (
+            tuple(not View(model, digits).lacks(metric.needs) for model in (tiny_network(), tiny_vae(), generator))
+            == asked
+        )

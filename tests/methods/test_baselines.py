@@ -70,7 +70,7 @@ def test_erase_diff_speaks_of_noise_whatever_the_network_predicts(tiny_network):
     network, g = tiny_network(prediction_type="v_prediction"), make_generator(0, "m")
     drawn_loss(network, images.x0_retain, images.cond_retain, g)
     timesteps, eps = draw_noise(network, images.x0_forget, g)
-    gamma, sigma = network.gamma_sigma(timesteps)
+    gamma, sigma = network.path.amplitudes(timesteps)
     x_t = gamma * images.x0_forget + sigma * eps
     v = network.predict(x_t, timesteps, images.cond_forget)
     uniform = torch.rand(eps.shape, generator=g)

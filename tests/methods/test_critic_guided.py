@@ -22,7 +22,7 @@ from unlearn_runner.methods.critic_guided import (
 )
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.clip import small_clip
-from unlearn_runner.models.sampling import ladder
+from unlearn_runner.models.path import ladder
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
@@ -74,11 +74,11 @@ def toy_method(clip, reward=None, side=1, **more) -> CriticGuided:
 def test_move_is_diffusers_step_with_the_density_of_its_noise(tiny_network, double):
     for prediction_type in ("epsilon", "v_prediction"):
         model = tiny_network(prediction_type=prediction_type).double()
-        model.alphas_cumprod = model.alphas_cumprod.double()
+        model.path.schedule.alphas_cumprod = model.path.schedule.alphas_cumprod.double()
         scheduler = DDIMScheduler.from_config(
             model.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
         )
-        scheduler.alphas_cumprod = model.alphas_cumprod
+        scheduler.alphas_cumprod = model.path.schedule.alphas_cumprod
         scheduler.set_timesteps(5)
         times = ladder(1000, 5)
         assert times.tolist() == [*scheduler.timesteps.tolist(), -1]

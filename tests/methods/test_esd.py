@@ -41,13 +41,12 @@ def test_target_in_v_is_the_target_in_noise(eta):
     """The three answers have x_t in common, so the same combination of them is the same noise."""
     model = tuned(prediction_type="v_prediction")
     z, t = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300, 700])
-    gamma, sigma = model.gamma_sigma(t)
     labels = torch.tensor([1, 2])
     with torch.no_grad():
         concept, empty = (model.predict(z, t, cond) for cond in (labels, torch.full_like(labels, -1)))
-        in_noise = [model.noise_of(part, z, gamma, sigma) for part in (concept, empty)]
+        in_noise = [model.path.noise_of(part, z, t) for part in (concept, empty)]
     wanted = in_noise[1] - eta * (in_noise[0] - in_noise[1])
-    found = model.noise_of(empty - eta * (concept - empty), z, gamma, sigma)
+    found = model.path.noise_of(empty - eta * (concept - empty), z, t)
     torch.testing.assert_close(found, wanted)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import assert_same_bits
-from toy import drawn_gaussian, gaussian_model
+from toy import drawn_gaussian, gaussian_flow, gaussian_model
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
@@ -92,7 +92,7 @@ def test_generator_loss_is_the_formula_with_its_weight_held_fixed():
 def test_generators_gradient_flows_through_both_frozen_scores(tiny_network, double):
     """Against central differences of the formula, omega held at its value."""
     network = tiny_network().double()
-    network.alphas_cumprod = network.alphas_cumprod.double()
+    network.path.schedule.alphas_cumprod = network.path.schedule.alphas_cumprod.double()
     trio = Trio(network, NoiseRange())
     trio.begin()
     for weight in (*trio.fake.parameters(), *trio.generator.parameters()):
@@ -156,13 +156,13 @@ def test_all_three_begin_with_the_weights_that_are_loaded_after_construction(tin
 def test_alpha_one_without_forget_weight_is_plain_distillation(tiny_network, double):
     """SiD (2404.04057) with alpha = 1 on the kept classes: D . (f_psi - x_g) / omega; no other label is asked."""
     network = tiny_network().double()
-    network.alphas_cumprod = network.alphas_cumprod.double()
+    network.path.schedule.alphas_cumprod = network.path.schedule.alphas_cumprod.double()
     labels = Labels((0, 1), (7,))
     settings = {"update": lambda m: Update(m, partial(torch.optim.SGD, lr=1e-3))}
     method = sfd(network, labels, **settings, fake_update=settings["update"], forget_weight=0.0, alpha=1.0)
     reference = sfd(tiny_network().double(), labels, **settings).trio  # for its networks alone
     for part in (reference.teacher, reference.fake, reference.generator.network):
-        part.alphas_cumprod = network.alphas_cumprod
+        part.path.schedule.alphas_cumprod = network.path.schedule.alphas_cumprod
     reference.begin()
 
     metrics = method.step(NOTHING)
@@ -180,7 +180,7 @@ def test_alpha_one_without_forget_weight_is_plain_distillation(tiny_network, dou
             loss = (predict_eps(reference.fake, x0.detach(), eps, timesteps, cond)[0] - eps).square().sum() / 8
             trained = reference.fake
         else:
-            gamma, sigma = reference.teacher.gamma_sigma(timesteps)
+            gamma, sigma = reference.teacher.path.amplitudes(timesteps)
             x_t = gamma * x0 + sigma * eps
             f_phi, f_psi = (predict_x0(p, x_t, timesteps, cond) for p in (reference.teacher, reference.fake))
             omega = (f_phi - x0).detach().abs().mean((1, 2, 3), keepdim=True)
@@ -349,12 +349,13 @@ def test_a_rule_of_ones_own_is_a_few_lines(tiny_network):
     assert [labels.tolist() for labels in chosen] == [[0]], "asked once a step, for the forget samples"
 
 
+@pytest.mark.parametrize("make", [gaussian_model, gaussian_flow])
 @pytest.mark.parametrize("timestep", [-1, 200, 500])
-def test_class_costs_are_log_likelihoods(double, timestep):
+def test_class_costs_are_log_likelihoods(double, timestep, make):
     """Differences between classes against the Gaussians' own, of a clean picture and of noisy ones."""
     means, stds = [-0.5, 0.4, 0.3], [0.5, 0.5, 0.6]
-    model = gaussian_model(means, stds, side=1)
-    abar = torch.tensor(1.0) if timestep < 0 else model.alphas_cumprod[timestep]
+    model = make(means, stds, side=1)
+    scale, noise = (part.flatten() for part in model.path.amplitudes(torch.tensor([timestep])))
     x_t = torch.linspace(-1, 1, 5)
     many = 4000
     costs = class_costs(
@@ -365,7 +366,7 @@ def test_class_costs_are_log_likelihoods(double, timestep):
     found = costs - costs[:, :, :1]
     exact = torch.stack(
         [
-            -torch.distributions.Normal(abar.sqrt() * mean, (abar * std**2 + 1 - abar).sqrt()).log_prob(x_t)
+            -torch.distributions.Normal(scale * mean, (scale**2 * std**2 + noise**2).sqrt()).log_prob(x_t)
             for mean, std in zip(means, stds, strict=True)
         ],
         1,

@@ -273,7 +273,7 @@ def test_step_is_the_published_update(tiny_network):
     timesteps = torch.randint(1000, (32,), generator=generator)
     eps = torch.randn(batch.x0_retain.shape, generator=generator)
     coin = torch.rand(32, generator=generator)
-    mixture = mixed(batch, *reference.gamma_sigma(timesteps), eps, coin < 0.4, 0.4)
+    mixture = mixed(batch, *reference.path.amplitudes(timesteps), eps, coin < 0.4, 0.4)
     weights = list(reference.parameters())
     answer = reference.predict(mixture.m, timesteps, mixture.cond)
     errors = (squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget))

@@ -16,16 +16,16 @@ def test_noising_is_the_schedulers(tiny_network):
     network = tiny_network()
     x0, eps = torch.randn(2, 5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 10, 500, 900, 999])
-    gamma, sigma = network.gamma_sigma(timesteps)
+    gamma, sigma = network.path.amplitudes(timesteps)
     torch.testing.assert_close(gamma * x0 + sigma * eps, network.scheduler.add_noise(x0, eps, timesteps))
 
 
 def test_targets(tiny_network):
     x0, eps = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([1, 300, 999])
-    assert torch.equal(tiny_network().target(x0, eps, timesteps), eps)
+    assert torch.equal(tiny_network().path.wanted(x0, eps, timesteps), eps)
     v = tiny_network(prediction_type="v_prediction")
-    torch.testing.assert_close(v.target(x0, eps, timesteps), v.scheduler.get_velocity(x0, eps, timesteps))
+    torch.testing.assert_close(v.path.wanted(x0, eps, timesteps), v.scheduler.get_velocity(x0, eps, timesteps))
 
 
 def assert_draws_as(pipeline, ours):
@@ -76,11 +76,11 @@ def test_clipped_ddim_goes_on_with_the_noise_that_leads_to_the_clipped_picture(t
     times = sampling_scheduler(network.scheduler.config, "ddim", 5).timesteps
     clipped = False
     for t, after in zip(times, [*times[1:], None], strict=True):
-        gamma, sigma = network.gamma_sigma(t.expand(4))
+        gamma, sigma = network.path.amplitudes(t.expand(4))
         x0 = (x - sigma * network.predict(x, t.expand(4), labels)) / gamma
         clipped |= bool((x0.abs() > 1).any())
         x0 = x0.clamp(-1, 1)
-        gamma_next, sigma_next = (1, 0) if after is None else network.gamma_sigma(after.expand(4))
+        gamma_next, sigma_next = (1, 0) if after is None else network.path.amplitudes(after.expand(4))
         x = gamma_next * x0 + sigma_next * (x - gamma * x0) / sigma
     ours, plain = (network.sample(4, labels, torch.Generator().manual_seed(1), 5, s) for s in ("ddim_clipped", "ddim"))
     assert clipped

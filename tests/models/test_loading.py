@@ -250,7 +250,11 @@ def test_schedules_that_would_be_misread_are_refused(tiny_network, copied, tmp_p
     tiny_network().save(tmp_path / "ddpm")
     for folder, make in ((copied, lambda: build(copied)), (tmp_path / "ddpm", build_ddpm_of(tmp_path / "ddpm"))):
         for name, entries, reason in (
-            ("FlowMatchEulerDiscreteScheduler", {}, "holds a FlowMatchEulerDiscreteScheduler, .*flow models cannot"),
+            (
+                "FlowMatchEulerDiscreteScheduler",
+                {"shift": 3.0},
+                r"(latent flow models cannot|whose times are not evenly spaced \(shift=3\.0)",
+            ),
             ("os.system", {}, "diffusers has no scheduler called os.system"),
             ("DiffusionPipeline", {}, "diffusers has no scheduler called DiffusionPipeline"),
             ("DDPMScheduler", {"prediction_type": "sample"}, "prediction_type must be one of"),
@@ -283,7 +287,7 @@ def test_a_pixel_models_scheduler_keeps_its_class(tiny_network, tmp_path, kind):
     edited(tmp_path / "given" / "model_index.json", scheduler=["diffusers", kind.__name__])
     model = build_ddpm_of(tmp_path / "given")()
     model.load(tmp_path / "given")
-    torch.testing.assert_close(model.alphas_cumprod, kind(beta_schedule="scaled_linear").alphas_cumprod)
+    torch.testing.assert_close(model.path.schedule.alphas_cumprod, kind(beta_schedule="scaled_linear").alphas_cumprod)
     model.save(tmp_path / "saved")
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", kind.__name__]

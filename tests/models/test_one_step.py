@@ -7,7 +7,7 @@ from test_train import summary
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import build_ddpm
-from unlearn_runner.models.model import predict_eps, predict_x0, timestep_with_ratio
+from unlearn_runner.models.model import predict_eps, predict_x0
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
 
 LABELS = torch.tensor([4, 1, 9])
@@ -21,7 +21,7 @@ def test_an_image_is_the_networks_guess_at_pure_noise(tiny_network, prediction_t
     assert model.network_evaluations == 3, "one each, however many steps are asked for"
     z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
     answer = network.unet(z, torch.full((3,), 440), class_labels=LABELS).sample
-    gamma, sigma = network.gamma_sigma(torch.tensor([440]))
+    gamma, sigma = network.path.amplitudes(torch.tensor([440]))
     x0 = gamma * z - sigma * answer if prediction_type == "v_prediction" else (z - sigma * answer) / gamma
     torch.testing.assert_close(images, x0.clamp(-1, 1))
 
@@ -31,7 +31,7 @@ def test_the_guess_of_x0_and_the_noise_agree(tiny_network):
     x0, eps = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([1, 300, 700])
     eps_pred, x_t = predict_eps(network, x0, eps, timesteps, LABELS)
-    gamma, sigma = network.gamma_sigma(timesteps)
+    gamma, sigma = network.path.amplitudes(timesteps)
     torch.testing.assert_close(gamma * predict_x0(network, x_t, timesteps, LABELS) + sigma * eps_pred, x_t)
 
 
@@ -62,15 +62,15 @@ def test_a_generator_is_no_base(tiny_network, tmp_path):
 def test_ratios_are_the_papers_timesteps_on_its_schedule(tiny_network):
     linear, cosine = tiny_network(), tiny_network(beta_schedule="squaredcos_cap_v2")
     ratios = (2.502, 0.137, 13.01)
-    assert [timestep_with_ratio(linear, ratio, "x") for ratio in ratios] == [440, 38, 711]
+    assert [linear.path.timestep_with_ratio(ratio, "x") for ratio in ratios] == [440, 38, 711]
     for ratio in ratios:
-        gamma, sigma = cosine.gamma_sigma(torch.tensor([timestep_with_ratio(cosine, ratio, "x")]))
+        gamma, sigma = cosine.path.amplitudes(torch.tensor([cosine.path.timestep_with_ratio(ratio, "x")]))
         assert (sigma / gamma).item() == pytest.approx(ratio, rel=0.03)
     stable = tiny_network(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    ours = [timestep_with_ratio(stable, ratio, "x") for ratio in ratios]
+    ours = [stable.path.timestep_with_ratio(ratio, "x") for ratio in ratios]
     assert ours == [625, 20, 980], "the paper has 625, 20, 979 on Stable Diffusion: the same noise"
     with pytest.raises(ConfigurationError, match=r"x must be a ratio .* 0\.01 to 157; got 200"):
-        timestep_with_ratio(linear, 200.0, "x")
+        linear.path.timestep_with_ratio(200.0, "x")
 
 
 @pytest.mark.slow

@@ -71,12 +71,11 @@ def test_noising_and_targets_are_the_schedulers():
         m = noising.sample(eps)
         torch.testing.assert_close(m, scheduler.add_noise(latents, eps, timesteps))
         target = eps if prediction_type == "epsilon" else scheduler.get_velocity(latents, eps, timesteps)
-        torch.testing.assert_close(model.target(x0, eps, timesteps), target)
+        torch.testing.assert_close(model.path.wanted(latents, eps, timesteps), target)
         answer = torch.zeros_like(m)
         losses = model.loss(answer, x0, m, eps, noising.std, timesteps)
         torch.testing.assert_close(losses, target.square().flatten(1).sum(1), rtol=1e-4, atol=1e-4)
-        gamma, sigma = model.gamma_sigma(timesteps)
-        torch.testing.assert_close(model.noise_of(target, m, gamma, sigma), eps, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.path.noise_of(target, m, timesteps), eps, rtol=1e-4, atol=1e-4)
 
 
 def test_latents_pass_for_the_images_they_stand_for():

@@ -15,9 +15,9 @@ from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.methods.esd import ESD
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.ddpm import DDPM
-from unlearn_runner.models.model import predict_eps, predict_x0, timestep_with_ratio
+from unlearn_runner.models.model import predict_eps, predict_x0
 from unlearn_runner.models.one_step import OneStep
-from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.models.path import Path, VariancePreserving
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
@@ -30,7 +30,7 @@ SCHEDULE = {
 @pytest.fixture
 def model(tiny_network):
     model = DDPM(tiny_network().unet, DDPMScheduler(**SCHEDULE))
-    assert model.alphas_cumprod[-1] == 0
+    assert model.path.schedule.alphas_cumprod[-1] == 0
     return model
 
 
@@ -39,7 +39,7 @@ def exact(model, monkeypatch):
     """Knows that every image is a grey of 0.3."""
 
     def predict(x_t, timesteps, cond):
-        gamma, sigma = model.gamma_sigma(timesteps)
+        gamma, sigma = model.path.amplitudes(timesteps)
         eps = (x_t - gamma * 0.3) / sigma
         return gamma * eps - sigma * 0.3
 
@@ -61,10 +61,10 @@ def test_x0_and_eps_are_exact_at_every_timestep(exact):
 def test_ddim_goes_from_pure_noise_to_the_image(exact, eta):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 8, 8, generator=generator)
-    for step, (t, t_next) in enumerate(pairwise(ladder(1000, 5))):
-        mean, std = ddim_step(exact, x, t.expand(2), t_next.expand(2), None, eta)
+    for step, (t, t_next) in enumerate(pairwise(exact.path.times(5))):
+        mean, std = exact.path.step(x, exact.predict(x, t.expand(2), None), t.expand(2), t_next.expand(2), eta)
         if step == 0:
-            gamma, sigma = (part[0].item() for part in exact.gamma_sigma(t_next[None]))
+            gamma, sigma = (part[0].item() for part in exact.path.amplitudes(t_next[None]))
             torch.testing.assert_close(mean, gamma * 0.3 + (1 - eta) * sigma * x)
             assert std.flatten().tolist() == pytest.approx([eta * sigma] * 2)
         x = mean + std * torch.randn(x.shape, generator=generator)
@@ -75,16 +75,15 @@ def test_ddim_goes_from_pure_noise_to_the_image(exact, eta):
 
 
 def test_ratios_end_where_there_is_no_signal(model):
-    assert timestep_with_ratio(model, 13.0, "x") < 999
+    assert model.path.timestep_with_ratio(13.0, "x") < 999
     with pytest.raises(ConfigurationError, match=r"x must be a ratio .* 0\.0292 to 2\.25e\+03; got 1000000000"):
-        timestep_with_ratio(model, 1e9, "x")
+        model.path.timestep_with_ratio(1e9, "x")
 
 
 def test_likelihoods_are_those_of_the_schedule_without_its_last_step(model, tiny_network):
     """What the last x_t tells is nothing, and the last but one is standard normal up to 1e-4 already."""
     shorter = DDPM(model.unet, DDPMScheduler(**SCHEDULE))
-    shorter.alphas_cumprod = model.alphas_cumprod[:-1]
-    shorter.scheduler.register_to_config(num_train_timesteps=999)
+    shorter.path = Path(VariancePreserving(model.path.schedule.alphas_cumprod[:-1]), "v_prediction")
     generator = torch.Generator().manual_seed(0)
     x0, labels = torch.rand(2, 1, 8, 8, generator=generator) * 2 - 1, torch.tensor([1, 2])
     probe = torch.randint(2, x0.shape, generator=generator).float() * 2 - 1
@@ -105,7 +104,7 @@ def latent_model(folder, **more):
     (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", "DDIMScheduler"]}))
     model = tiny(str(folder), image_shape=(3, 32, 32), **more)
     model.load(folder)
-    assert model.alphas_cumprod[-1] == 0
+    assert model.path.schedule.alphas_cumprod[-1] == 0
     return model
 
 

@@ -50,7 +50,7 @@ def test_plain_loop_is_the_published_algorithm(tiny_network, importance_sampling
         losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
         assert same.any()
     else:
-        gamma, sigma = model.gamma_sigma(t)
+        gamma, sigma = model.path.amplitudes(t)
         answers = (model.predict(gamma * x0 + sigma * eps, t, cond) for x0, cond in ((x, labels_x), (a, labels_a)))
         losses = [squared_error(answer, eps).mean() for answer in answers]
     g_x, g_a = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
@@ -64,7 +64,7 @@ def test_plain_loop_is_the_published_algorithm(tiny_network, importance_sampling
     optimizer.step()
 
     torch.manual_seed(0)
-    loop = ReferenceLoop(model.unet, model.alphas_cumprod, importance_sampling, lambd, tau, 1e-3)
+    loop = ReferenceLoop(model.unet, model.path.schedule.alphas_cumprod, importance_sampling, lambd, tau, 1e-3)
     loop.step(x, a, labels_x, labels_a)
     assert loop.log[0]["norm_a"] == pytest.approx(norm_a, rel=1e-4)
     for found, expected in zip(model.unet.parameters(), gradients, strict=True):

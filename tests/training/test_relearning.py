@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import assert_same_bits
+from pipelines import tiny
 
 from unlearn_runner.methods.method import Update
 from unlearn_runner.training.relearning import Relearning
@@ -39,3 +40,21 @@ def test_relearning_says_when_it_did_not_come_back(digits, tiny_network):
     assert {key for key in scores if key.startswith("per_step")} == {
         f"per_step/relearn_forget_rate/{step}" for step in (0, 2, 3)
     }
+
+
+def test_a_latent_model_relearns_by_the_loss_of_latents(digits):
+    network = tiny(prompts=tuple(f"the digit {number}" for number in range(10)), image_shape=(1, 16, 16))
+    network.freeze_for_unlearning()
+    network.requires_grad_(False)
+    start = {name: weight.clone() for name, weight in network.state_dict().items()}
+    moved = []
+
+    def probe(model):
+        weights = model.state_dict()
+        moved.append({name.split(".")[0] for name, weight in start.items() if not torch.equal(weight, weights[name])})
+        return 0.0
+
+    scores = Relearning(UPDATE, max_steps=2, every=1, batch_size=4)(network, digits, probe, 0.4)
+    assert (scores["relearn_steps"], scores["relearn_reached"]) == (2.0, 0.0)
+    assert moved == [set(), {"unet"}, {"unet"}], "images reach neither the autoencoder nor the text encoder"
+    assert_same_bits(dict(network.state_dict()), start)

@@ -4,7 +4,7 @@ A diffusion model: by the probability-flow ODE, and by the cheap bound. A VAE: b
 evidence lower bound.
 
 # Notation (variable -> papers)
-# gamma, sigma -> sqrt(abar_t), sqrt(1 - abar_t);  log_ratio -> log(sigma/gamma), half the negative log-SNR
+# scales, stds, added -> sqrt(abar_t), sqrt(1 - abar_t), beta_t of a variance-preserving diffusion
 # -cost -> log w_k = log p(x, z_k) - log q(z_k|x)
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unlearn_runner.evaluation.metrics import Metric, Rows, measure_images
 from unlearn_runner.evaluation.view import Samples, View
-from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, predict_eps
+from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating, loss_at, predict_eps
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
@@ -38,46 +38,38 @@ def flow_bits_per_dim(
 ) -> Float[Tensor, "b"]:
     """-log2 p(x0) / D of the probability-flow ODE (Song et al. 2021, 2011.13456, equations 13 and 39), a density.
 
-    In tau = log(sigma/gamma) the ODE is dx/dtau = sigma (eps_theta(x, t(tau)) - sigma x), from the schedule's first
-    timestep, where x = gamma x0, to its last, where x is taken for standard normal. The divergence is estimated with
-    one Rademacher vector `probe` an image (Hutchinson), the same along the way. Solved by scipy's adaptive
-    Runge-Kutta 4(5), all images with one step size. Between timesteps, t is linear in tau. NaN where it fails.
+    The ODE is the path's, from the schedule's first timestep, where x = scale x0, to where x is taken for standard
+    normal. The divergence is estimated with one Rademacher vector `probe` an image (Hutchinson), the same along the
+    way. Solved by scipy's adaptive Runge-Kutta 4(5), all images with one step size. NaN where it fails.
     """
     from scipy.integrate import solve_ivp
 
-    gammas, sigmas = _schedule(model)
-    log_ratios = np.log(sigmas / gammas)
+    flow = model.path.probability_flow()
     b, d = x0.shape[0], x0[0].numel()
 
-    def slope(log_ratio: float, state: np.ndarray) -> np.ndarray:
+    def slope(u: float, state: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(state[: b * d]).to(x0).view_as(x0).requires_grad_()
-        gamma, sigma = 1 / math.sqrt(1 + math.exp(2 * log_ratio)), 1 / math.sqrt(1 + math.exp(-2 * log_ratio))
-        t = float(np.interp(log_ratio, log_ratios, np.arange(len(log_ratios))))
         with torch.enable_grad():
-            answer = model.predict(x, x.new_full((b,), t), cond)
-            eps = model.noise_of(answer, x, x.new_full((1, 1, 1, 1), gamma), x.new_full((1, 1, 1, 1), sigma))
-            (product,) = torch.autograd.grad(eps, x, probe)
-        divergence = sigma * (product * probe).flatten(1).sum(1) - sigma**2 * d
-        velocity = sigma * (eps.detach() - sigma * x.detach())
-        slopes = torch.cat([velocity.flatten(), divergence]).double().cpu().numpy()
-        if log_ratio == log_ratios[0] and not np.isfinite(slopes).all():
+            drift = flow.drift(model.predict(x, x.new_full((b,), flow.timestep(u)), cond), x, u)
+            (product,) = torch.autograd.grad(drift.learned, x, probe)
+        divergence = drift.gain * (product * probe).flatten(1).sum(1) + drift.known * d
+        slopes = torch.cat([drift.velocity.flatten(), divergence]).double().cpu().numpy()
+        if u == flow.start and not np.isfinite(slopes).all():
             raise FloatingPointError  # scipy would look for a first step for ever
         return slopes
 
-    start = np.concatenate([(gammas[0] * x0).double().cpu().numpy().ravel(), np.zeros(b)])
+    start = np.concatenate([(flow.scale * x0).double().cpu().numpy().ravel(), np.zeros(b)])
     nowhere = torch.full((b,), torch.nan, dtype=torch.float64)
     with evaluating(model):
         try:
-            solution = solve_ivp(
-                slope, (log_ratios[0], log_ratios[-1]), start, rtol=rtol, atol=atol, t_eval=log_ratios[-1:]
-            )
+            solution = solve_ivp(slope, (flow.start, flow.end), start, rtol=rtol, atol=atol, t_eval=[flow.end])
         except FloatingPointError:
             return nowhere
     if not solution.success:
         return nowhere
     end, divergence = solution.y[: b * d, -1].reshape(b, d), solution.y[b * d :, -1]
     log_prior = -0.5 * (end**2).sum(1) - 0.5 * d * math.log(2 * math.pi)
-    log_density = log_prior + divergence + d * math.log(gammas[0])
+    log_density = log_prior + divergence + d * math.log(flow.scale)
     return torch.from_numpy(-log_density / (d * math.log(2)))
 
 
@@ -92,23 +84,22 @@ def bound_bits_per_dim(
     """The variational bound L_T + sum_t L_t + L_0 (DDPM, 2006.11239, equation 5), in bits per dimension.
 
     For both of the paper's fixed variances of the reverse step (section 3.2): the posterior's, best where x0 is one
-    point, and beta_t, best where it is spread widely. The sum over t >= 1 is estimated from `timesteps`, one a
-    stratum, weighted by the strata's sizes: unbiased. L_0 is the exact probability of the pixels' 256 levels
-    (section 3.3), with the posterior's variance at t = 1, or beta_0.
+    point, and beta_t, that of the noise added in a step, best where it is spread widely. The sum over t >= 1 is
+    estimated from `timesteps`, one a stratum, weighted by the strata's sizes: unbiased. L_0 is the exact probability of
+    the pixels' 256 levels (section 3.3), with the posterior's variance at t = 1, or beta_0.
     """
-    gammas, sigmas = (torch.from_numpy(part).to(x0.device) for part in _schedule(model))
-    noise_variance, d = sigmas**2, x0[0].numel()
-    alphas = (gammas[1:] / gammas[:-1]) ** 2  # of t = 1, 2, ...
-    betas = 1 - alphas
+    scales, stds, betas = (torch.from_numpy(part).to(x0.device) for part in model.path.schedule.levels())
+    noise_variance, d = stds**2, x0[0].numel()
+    alphas = (scales[1:] / scales[:-1]) ** 2  # of t = 1, 2, ...
     posterior = betas * noise_variance[:-1] / noise_variance[1:]
     variances = torch.stack([posterior, betas])
 
-    prior = 0.5 * (noise_variance[-1] + (gammas[-1] * x0) ** 2 - 1 - noise_variance[-1].log()).flatten(1).sum(1)
+    prior = 0.5 * (noise_variance[-1] + (scales[-1] * x0) ** 2 - 1 - noise_variance[-1].log()).flatten(1).sum(1)
     nats = [prior, prior]
     with evaluating(model), torch.no_grad():
         for t, weight, noise in zip(timesteps, weights, eps[:-1], strict=True):
             error = (predict_eps(model, x0, noise, t, cond)[0] - noise).double().square().flatten(1).sum(1)
-            # the posterior's mean less the model's: beta_t / (sqrt(alpha_t) sigma_t) (eps - eps_theta)
+            # the posterior's mean less the model's: beta_t / (sqrt(alpha_t) std_t) (eps - eps_theta)
             distance = error * betas[t - 1] ** 2 / (alphas[t - 1] * noise_variance[t])
             for which, variance in enumerate(variances):
                 ratio = posterior[t - 1] / variance[t - 1]
@@ -116,8 +107,8 @@ def bound_bits_per_dim(
                 nats[which] = nats[which] + weight * divergence
         first = torch.zeros_like(timesteps[0])
         eps_pred, x_t = predict_eps(model, x0, eps[-1], first, cond)
-        gamma, sigma = model.gamma_sigma(first)
-    mean = ((x_t - sigma * eps_pred) / gamma).double()
+        scale, std = model.path.amplitudes(first)
+    mean = ((x_t - std * eps_pred) / scale).double()
     for which, variance in enumerate((posterior[0], noise_variance[0])):
         nats[which] = nats[which] - _log_probability_of_level(x0.double(), mean, variance.sqrt()).flatten(1).sum(1)
     return torch.stack(nats, 1).cpu() / (d * math.log(2))
@@ -133,18 +124,6 @@ def _log_probability_of_level(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return log_above + torch.log1p(-(torch.special.log_ndtr(below) - log_above).exp())
 
 
-def _schedule(model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
-    """gamma and sigma, in double precision, at every timestep at which there is some of x0 in x_t.
-
-    With zero terminal SNR there is none at the last, which is standard normal as the prior is.
-    """
-    device = next(model.parameters()).device
-    gamma, _ = model.gamma_sigma(torch.arange(model.num_train_timesteps, device=device))
-    gamma = gamma.double().cpu().numpy().ravel()
-    gamma = gamma[gamma > 0]
-    return gamma, np.sqrt(1 - gamma**2)
-
-
 def latent_costs(
     model: GenerativeModel,
     x0: Float[Tensor, "b c h w"],
@@ -156,8 +135,7 @@ def latent_costs(
     with evaluating(model), torch.no_grad():
         noising = model.noising(x0, timesteps, cond)
         for noise in eps:
-            z = noising.sample(noise)
-            costs.append(model.loss(model.predict(z, timesteps, cond), x0, z, noise, noising.std, timesteps))
+            costs.append(loss_at(model, noising, x0, cond, timesteps, noise))
     return torch.stack(costs)
 
 
@@ -284,7 +262,7 @@ class NLL(Metric):
         x0: Float[Tensor, "b c h w"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b 2"]:
-        edges = strata(len(_schedule(model)[0]), self.num_timesteps).to(x0.device)
+        edges = strata(len(model.path.schedule.levels().scales), self.num_timesteps).to(x0.device)
         sizes = edges.diff()
         uniform = torch.rand((len(sizes), len(x0)), generator=generator, device=x0.device)
         timesteps = edges[:-1, None] + (uniform * sizes[:, None]).long()

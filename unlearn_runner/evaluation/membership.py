@@ -24,11 +24,14 @@ def losses_at(
     x0: Float[Tensor, "b c h w"],
     cond: Shaped[Tensor, "b ..."] | None,
     timesteps: Int64[Tensor, "t"],
-    eps: Float[Tensor, "t b c h w"],
+    eps: Float[Tensor, "t b l i j"],
 ) -> Float[Tensor, "b t"]:
-    """The denoising loss of each image at each timestep: squared error of eps_pred, mean over pixels."""
+    """The denoising loss of each image at each timestep: squared error of eps_pred, mean over pixels or a latent's
+    entries.
+    """
     columns = []
     with evaluating(model), torch.no_grad():
+        x0 = model.encode(x0)
         for t, noise in zip(timesteps, eps, strict=True):
             eps_pred, _ = predict_eps(model, x0, noise, t.expand(len(x0)), cond)
             columns.append((eps_pred - noise).square().flatten(1).mean(1))
@@ -60,11 +63,12 @@ class Membership(Metric):
     means that the forget images stand out by high losses, which gives them away as well.
     per_timestep/mia_{loss_forget, loss_unseen, auc}/<t> show where the model tells them apart.
 
-    A VAE has no timesteps: its score is minus the evidence lower bound, a mean over `num_draws` latents an image.
+    Of a latent diffusion model it is the loss of the images' latents. A VAE has no timesteps: its score is minus the
+    evidence lower bound, a mean over `num_draws` latents an image.
     """
 
     version = 1
-    needs = ("likelihood",)
+    needs = ("training_loss",)
     held_out: ClassVar = {"mia": "forget_test"}
 
     def __init__(
@@ -145,7 +149,7 @@ def _noised_losses(
     x0: Float[Tensor, "b c h w"],
     cond: Shaped[Tensor, "b ..."] | None,
 ) -> Float[Tensor, "b t"]:
-    eps = torch.randn((len(timesteps), *x0.shape), generator=generator, device=x0.device)
+    eps = torch.randn((len(timesteps), len(x0), *model.sample_shape), generator=generator, device=x0.device)
     return losses_at(model, x0, cond, timesteps, eps)
 
 

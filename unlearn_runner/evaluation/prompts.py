@@ -13,7 +13,7 @@ from unlearn_runner.data.streams import to_uint8, to_unit_range
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.metrics import Metric, Rows, share
 from unlearn_runner.evaluation.view import Samples, View
-from unlearn_runner.models.model import GenerativeModel, evaluating
+from unlearn_runner.models.model import GenerativeModel, denoising_loss, evaluating
 from unlearn_runner.options import (
     BatchSize,
     LearningRate,
@@ -169,10 +169,8 @@ class Robustness(Metric):
                 x0 = to_unit_range(data.forget.pixels[rows.cpu()].to(device))
                 t = torch.randint(model.num_train_timesteps, (self.batch_size,), generator=generator, device=device)
                 eps = torch.randn((self.batch_size, *model.sample_shape), generator=generator, device=device)
-                noising = model.noising(x0, t, None)
-                m = noising.sample(eps)
-                answer = model.predict(m, t, embedding.expand(self.batch_size, -1, -1))
-                loss = model.loss(answer, x0, m, eps, noising.std, t).mean()
+                cond = embedding.expand(self.batch_size, -1, -1)
+                loss = denoising_loss(model, x0, cond, t, eps).mean()
                 (embedding.grad,) = torch.autograd.grad(loss / eps[0].numel(), [embedding])
                 optimizer.step()
         return embedding.detach()

@@ -17,12 +17,13 @@ from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel
 from unlearn_runner.spec import DataSpec
 
-Need: TypeAlias = Literal["references", "likelihood", "prompts", "denoising", "clip"]
+Need: TypeAlias = Literal["references", "likelihood", "training_loss", "prompts", "denoising", "clip"]
 Conditions: TypeAlias = dict[str, Int64[Tensor, "n"] | None]
 """The labels to draw under, set by set: "forget" and "retain", or one unlabelled set "all"."""
 
 MISSING = {  # a sentence for each fact that a metric may need, where it is not so
     "likelihood": "this model has no likelihood",
+    "training_loss": "this model has no loss of its own to ask for",
     "prompts": "this model draws under no prompts",
     "denoising": "this model has no denoising loss",
     "clip": "there is no CLIP",
@@ -186,6 +187,7 @@ class View:
         there = {
             "references": True,
             "likelihood": self.model.has_likelihood,
+            "training_loss": self.model.has_training_loss,
             "prompts": self.model.prompts is not None,
             "denoising": isinstance(self.model, DiffusionModel),
             "clip": self.clip is not None,

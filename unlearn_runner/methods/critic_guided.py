@@ -7,7 +7,6 @@
 """
 
 import copy
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple, final
@@ -26,7 +25,7 @@ from unlearn_runner.methods.siss import effective_sample_size
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.critic import Critic
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, evaluating
-from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.models.path import ladder
 from unlearn_runner.options import (
     BatchSize,
     NonNegativeFloat,
@@ -90,18 +89,15 @@ def move(
     noise: Float[Tensor, "b c h w"] | None = None,
     eta: float = 1.0,
 ) -> Move:
-    """DDIM's step from t to t_next (`ddim_step`), taken with `noise` or scored for a known `action`.
+    """The path's step from t to t_next by the guided answer, taken with `noise` or scored for a known `action`.
 
     Where t_next is -1 the picture is done: the action is the mean, x0_pred, whatever the noise, and has no density; its
     log_prob is 0.
     """
-    mean, std = ddim_step(model, x_t, t, t_next, cond, eta)
-    last = (t_next < 0)[:, None, None, None]
+    policy = model.path.step(x_t, model.guided(x_t, t, cond), t, t_next, eta)
     if action is None:
-        action = torch.where(last, mean, mean + std * noise)
-    safe = torch.where(last, 1.0, std)
-    density = -((action - mean) / safe).square() / 2 - safe.log() - 0.5 * math.log(2 * math.pi)
-    return Move(action, torch.where(last, 0.0, density).flatten(1).sum(1), mean, std)
+        action = policy.sample(noise)
+    return Move(action, policy.log_prob(action), *policy)
 
 
 class Rollouts(NamedTuple):
@@ -314,7 +310,7 @@ class CriticGuided(Method):
         if critic_update is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
-                self.critic = Critic(clip, model.sample_shape[0]).to(model.gamma_sigma(self.times[:1])[0].device)
+                self.critic = Critic(clip, model.sample_shape[0]).to(next(model.parameters()).device)
             self.critic_update = critic_update(self.critic)
         self.networks = (model,) if self.base is None else (model, self.base)
         self.generator = setting.generator

@@ -12,25 +12,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.methods.method import Method, Setting, Update
-from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.models.model import GenerativeModel, denoising_loss
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
-
-
-def denoising_loss(
-    model: GenerativeModel,
-    x0: Float[Tensor, "b c h w"],
-    cond: Shaped[Tensor, "b ..."] | None,
-    timesteps: Int64[Tensor, "b"],
-    eps: Float[Tensor, "b ..."],
-) -> Float[Tensor, "b"]:
-    """L_simple of each image: ||eps_theta(x_t) - eps||^2 at x_t = gamma_t x0 + sigma_t eps, summed over pixels.
-
-    A network that predicts v is held to v instead. For a VAE, whose noisy sample is the latent z: minus the evidence
-    lower bound at one z, log q(z|x0) - log p(z) - log p(x0|z), in nats.
-    """
-    noising = model.noising(x0, timesteps, cond)
-    m = noising.sample(eps)
-    return model.loss(model.predict(m, timesteps, cond), x0, m, eps, noising.std, timesteps)
 
 
 def draw_noise(

@@ -19,7 +19,7 @@ from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.method import Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import GenerativeModel, evaluating, squared_error
-from unlearn_runner.models.sampling import ddim_step, ladder
+from unlearn_runner.models.path import ladder
 from unlearn_runner.options import BatchSize, NumInferenceSteps, PositiveFloat
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -32,8 +32,8 @@ def esd_loss(
 ) -> Float[Tensor, "b"]:
     """||eps_theta(x_t, c, t) - [eps*(x_t, t) - eta (eps*(x_t, c, t) - eps*(x_t, t))]||^2 (2303.07345, section 4).
 
-    Summed over the entries. The target is guidance with its sign turned. It is the same of answers in v, which are one
-    combination of x_t and eps for all three.
+    Summed over the entries. The target is guidance with its sign turned. It is the same of answers in v or in velocity,
+    which are one combination of x_t and eps for all three.
     """
     return squared_error(answer, empty - eta * (concept - empty))
 
@@ -107,7 +107,7 @@ class ESD(Method):
         times = self.times.to(g.device)[:, None].expand(-1, len(labels))
         with evaluating(model):
             for t, t_next in pairwise(times[: stop + 1]):
-                x, _ = ddim_step(model, x, t, t_next, labels, eta=0.0)
+                x = model.path.step(x, model.guided(x, t, labels), t, t_next, eta=0.0).mean
         return x, times[stop]
 
     def stateful(self) -> dict[str, Stateful]:

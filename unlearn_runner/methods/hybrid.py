@@ -405,8 +405,7 @@ class Student(Method):
         with torch.no_grad():
             others = self.override(Asked(drawn.x0_forget, drawn.cond_forget, teacher, g))
             wanted = teacher.predict(mixture.m, timesteps, torch.where(from_forget, others, mixture.cond))
-        gamma, sigma = student.gamma_sigma(timesteps)
-        eps_pred, eps_override = (student.noise_of(part, mixture.m, gamma, sigma) for part in (answer, wanted))
+        eps_pred, eps_override = (student.path.noise_of(part, mixture.m, timesteps) for part in (answer, wanted))
         losses_forget = student_losses(eps_pred, eps_override, self.eta)
 
         # 3. both terms' gradients, both to descend

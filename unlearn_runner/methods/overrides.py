@@ -87,38 +87,34 @@ def class_costs(
     """An estimate of -log p(x_t|c) in nats for each label c, up to a constant that all labels share.
 
     A diffusion classifier (2303.16203), for pictures that may be noisy already: the variational bound of the diffusion
-    that begins at x_t, whose signal-to-noise ratio at s > t is snr' = a^2 / (1 - a^2) with a = gamma_s / gamma_t. Its
+    that begins at x_t, whose signal-to-noise ratio at s > t is snr' = a^2 / v with x_s = a x_t + sqrt(v) eps. Its
     integral 1/2 int E||x_t - E[x_t|x_s, c]||^2 d snr' is taken at `num_draws` random s, the same and with the same
     noise for all labels. Timestep -1 stands for a picture without noise.
     """
-    b, device = len(x_t), x_t.device
-    gammas, sigmas = (
-        part.flatten() for part in teacher.gamma_sigma(torch.arange(teacher.num_train_timesteps).to(device))
-    )
-    gamma_t = torch.where(timesteps < 0, 1.0, gammas[timesteps.clamp(min=0)])
-    sigma_t = torch.where(timesteps < 0, 0.0, sigmas[timesteps.clamp(min=0)])
-    some_signal = gamma_t.clamp(min=torch.finfo(gamma_t.dtype).tiny)  # with zero terminal SNR there may be none
-    last = teacher.num_train_timesteps - 1
+    b, path = len(x_t), teacher.path
+    scale, std = path.amplitudes(timesteps)
+    last = path.num_train_timesteps - 1
     costs = x_t.new_zeros(b, len(labels))
-    every = torch.tensor(labels, device=device).repeat(b)
+    every = torch.tensor(labels, device=x_t.device).repeat(b)
     with torch.no_grad():
         for _ in range(num_draws):
             # s - 1 and s are both above t, so that no step of the sum is infinitely informative
             steps = (last - timesteps - 1).clamp(min=1)
-            s = (timesteps + 2 + (torch.rand(b, generator=generator, device=device) * steps).long()).clamp(max=last)
-            eps = torch.randn(x_t.shape, generator=generator, device=device)
-            a, before = gammas[s] / some_signal, gammas[s - 1] / some_signal
-            noise = (1 - a.square()).clamp(min=torch.finfo(a.dtype).tiny)  # variance of x_s given x_t
-            gain = before.square() / (1 - before.square()) - a.square() / noise
-            x_s = _along(a) * x_t + _along(noise.sqrt()) * eps
+            drawn = (torch.rand(b, generator=generator, device=x_t.device) * steps).long()
+            s = (timesteps + 2 + drawn).clamp(max=last)
+            eps = torch.randn(x_t.shape, generator=generator, device=x_t.device)
+            (a, noise), (before, noise_before) = path.transition(timesteps, s), path.transition(timesteps, s - 1)
+            noise = noise.clamp(min=torch.finfo(a.dtype).tiny)
+            gain = before.square() / noise_before - a.square() / noise
+            x_s = a * x_t + noise.sqrt() * eps
             guess = predict_x0(
                 teacher, x_s.repeat_interleave(len(labels), 0), s.repeat_interleave(len(labels)), every
             ).view(b, len(labels), *x_t.shape[1:])
             # E[x_t|x_s, x0]: precision-weighted mean of what x_s says of x_t and what x0 says of it
-            trust = sigma_t.square() * a / (noise + a.square() * sigma_t.square())
-            mean = gamma_t[:, None, None, None, None] * guess
-            mean = mean + trust[:, None, None, None, None] * (x_s[:, None] - a[:, None, None, None, None] * mean)
-            costs += (0.5 * gain * steps)[:, None] * (x_t[:, None] - mean).square().flatten(2).sum(2)
+            trust = std.square() * a / (noise + a.square() * std.square())
+            mean = scale[:, None] * guess
+            mean = mean + trust[:, None] * (x_s[:, None] - a[:, None] * mean)
+            costs += (0.5 * gain.view(b, 1) * steps[:, None]) * (x_t[:, None] - mean).square().flatten(2).sum(2)
     return costs / num_draws
 
 
@@ -128,7 +124,3 @@ def drawn_labels(
     """Labels, each as likely as the others."""
     chosen = torch.randint(len(labels), (count,), generator=generator, device=device)
     return torch.tensor(labels, device=device)[chosen]
-
-
-def _along(scale: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
-    return scale[:, None, None, None]

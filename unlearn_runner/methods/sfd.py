@@ -25,7 +25,6 @@ from unlearn_runner.models.model import (
     predict_eps,
     predict_x0,
     squared_error,
-    timestep_with_ratio,
 )
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, UnitInterval
@@ -125,7 +124,7 @@ class Trio:
 
     def __init__(self, model: GenerativeModel, noise: NoiseRange):
         self.first, self.last, start = (
-            timestep_with_ratio(model, getattr(noise, part), f"method.noise.{part}")
+            model.path.timestep_with_ratio(getattr(noise, part), f"method.noise.{part}")
             for part in ("least", "most", "init")
         )
         self.fake = copy.deepcopy(model)
@@ -149,8 +148,7 @@ class Trio:
         """An image for each label by the generator, with its gradient, noised to these levels."""
         z, eps = torch.randn((2, len(labels), *self.teacher.sample_shape), generator=generator, device=self.device)
         x0 = self.generator.predict(z, torch.zeros_like(labels), labels)
-        gamma, sigma = self.teacher.gamma_sigma(timesteps)
-        return Noised(x0, gamma * x0 + sigma * eps, timesteps, eps)
+        return Noised(x0, self.teacher.noising(x0, timesteps, labels).sample(eps), timesteps, eps)
 
     def fake_losses(
         self, labels: Int64[Tensor, "b"], timesteps: Int64[Tensor, "b"], generator: torch.Generator

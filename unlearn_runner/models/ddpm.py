@@ -1,4 +1,6 @@
-"""A pixel DDPM: diffusers' UNet2DModel and schedulers behind the face that methods and evaluation use."""
+"""A diffusion or flow model of pixels: diffusers' UNet2DModel and schedulers behind the face that methods and
+evaluation use.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,25 +24,20 @@ from unlearn_runner.models.loading import (
     reading_part,
     require_channels,
     scheduler_in,
-    training_schedule,
 )
 from unlearn_runner.models.model import (
     DiffusionModel,
     Noising,
-    amplitudes,
     clipped,
     evaluating,
     first_noises,
     labels_in_words,
-    noise_in,
     passed,
     pipeline_name,
-    require_prediction_type,
     squared_error,
-    wanted_answer,
-    x0_in,
 )
-from unlearn_runner.models.sampling import denoise, sampling_scheduler
+from unlearn_runner.models.path import path_of
+from unlearn_runner.models.sampling import denoise, sampler_of
 from unlearn_runner.options import Channels, Decay, Depth, OpenUnitInterval, PredictionType, Width
 from unlearn_runner.weights import fetched, located
 
@@ -51,10 +48,9 @@ if TYPE_CHECKING:
 
 @final
 class DDPM(DiffusionModel):
-    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), class-conditional or not.
+    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), or a flow over them, class-conditional or not.
 
-    The network predicts eps, or v = gamma_t eps - sigma_t x0 (Salimans and Ho 2022, 2202.00512), as its
-    scheduler's `prediction_type` says. Conditions are class indices [b], or None.
+    Its scheduler says on which path, and what the network predicts. Conditions are class indices [b], or None.
     """
 
     def __init__(self, unet: "UNet2DModel", scheduler: "SchedulerMixin"):
@@ -67,11 +63,8 @@ class DDPM(DiffusionModel):
         self._take_schedule(scheduler)
 
     def _take_schedule(self, scheduler: "SchedulerMixin") -> None:
-        alphas_cumprod = training_schedule(scheduler)
-        require_prediction_type(scheduler.config.prediction_type, alphas_cumprod)
+        self.path = path_of(scheduler).to(next(self.unet.parameters()).device)
         self.scheduler = scheduler
-        device = next(self.unet.parameters()).device
-        self.register_buffer("alphas_cumprod", alphas_cumprod.to(device), persistent=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -92,15 +85,7 @@ class DDPM(DiffusionModel):
 
     @property
     def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
-
-    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-        return amplitudes(self.alphas_cumprod, timesteps)
-
-    def target(
-        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]
-    ) -> Float[Tensor, "b c h w"]:
-        return wanted_answer(self.scheduler.config.prediction_type, x0, eps, *self.gamma_sigma(timesteps))
+        return self.path.num_train_timesteps
 
     def noising(
         self,
@@ -108,8 +93,8 @@ class DDPM(DiffusionModel):
         timesteps: Int64[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Noising:
-        gamma, sigma = self.gamma_sigma(timesteps)
-        return Noising(gamma, x0, sigma)
+        scale, std = self.path.amplitudes(timesteps)
+        return Noising(scale, x0, std)
 
     def predict(
         self,
@@ -121,7 +106,7 @@ class DDPM(DiffusionModel):
         return passed(self, self._answer, m, timesteps, cond)
 
     def _answer(self, m: Tensor, timesteps: Tensor, cond: Tensor | None) -> Tensor:
-        return self.unet(m, timesteps, class_labels=cond, return_dict=False)[0]
+        return self.unet(m, self.path.schedule.network_time(timesteps), class_labels=cond, return_dict=False)[0]
 
     def loss(
         self,
@@ -132,29 +117,11 @@ class DDPM(DiffusionModel):
         std: Float[Tensor, "b 1 1 1"],
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
-        """||answer - target||^2: eps_pred's squared error, or v_pred's."""
-        return squared_error(answer, self.target(x0, eps, timesteps))
+        """The squared error of what the network predicts."""
+        return squared_error(answer, self.path.wanted(x0, eps, timesteps))
 
     def freeze_for_unlearning(self) -> None:
         """Nothing to freeze: the noise of a diffusion model is not learnt."""
-
-    def noise_of(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        return noise_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
-
-    def x0_of(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        return x0_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
 
     def guided(
         self,
@@ -179,9 +146,10 @@ class DDPM(DiffusionModel):
         batch_size: int = 256,
     ) -> Float[Tensor, "{n} c h w"]:
         """The samplers "ddim" and "ddim_clipped" are deterministic given the first noise; "ddpm" is ancestral, and the
-        same as diffusers' DDPMPipeline with this generator (on a CPU up to rounding). Noise is drawn batch by batch.
+        same as diffusers' DDPMPipeline with this generator (on a CPU up to rounding). On a flow they are those of
+        `PathSampler`. Noise is drawn batch by batch.
         """
-        scheduler = sampling_scheduler(self.scheduler.config, sampler, num_inference_steps)
+        scheduler = sampler_of(self.path, self.scheduler.config, sampler, num_inference_steps)
         images = []
         with evaluating(self):
             for x, part in first_noises(self, n, cond, generator, batch_size):
@@ -201,14 +169,13 @@ class DDPM(DiffusionModel):
         with reading(option, source, BASES_ARCHITECTURE):
             folder = fitting({"unet": self.unet}, source, option)
             with reading_part("scheduler"):
-                scheduler = scheduler_in(folder)
-                require_prediction_type(scheduler.config.prediction_type, training_schedule(scheduler))
+                path_of(scheduler_in(folder, flows=True))
         return folder
 
     def load(self, source: str | Path, option: str = "model.weights") -> None:
         folder = self.fits(source, option)
         load_weights({"unet": self.unet}, folder)
-        self._take_schedule(scheduler_in(folder))
+        self._take_schedule(scheduler_in(folder, flows=True))
 
 
 def build_ddpm(
@@ -230,6 +197,7 @@ def build_ddpm(
 ) -> DDPM:
     """A DDPM with fresh weights drawn from `seed`.
 
+    With `prediction_type` "flow" it is a flow on straight paths (2210.02747), which knows no betas; else a diffusion.
     Conditional on as many labels as there are `label_names`, unconditional where that is None. `attention` says which
     resolutions have self-attention. Where `weights` is not "auto" but a folder or hub id, that decides the architecture
     and the schedule, and all further arguments are without effect; it is checked here and its weights are read later,
@@ -243,15 +211,18 @@ def build_ddpm(
     rules.heads_of_channels(weights, block_out_channels, attention, attention_head_dim)
     rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
     rules.sides_that_halve(*image_shape[1:], len(block_out_channels) - 1, len(block_out_channels))
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-    scheduler = DDPMScheduler(
-        num_train_timesteps=num_train_timesteps,
-        beta_start=beta_start,
-        beta_end=beta_end,
-        beta_schedule=beta_schedule,
-        prediction_type=prediction_type,
-    )
+    if prediction_type == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps)
+    else:
+        scheduler = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            prediction_type=prediction_type,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
         unet = UNet2DModel(
@@ -288,7 +259,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
             raise ConfigurationError("got a one-step generator, give the model that it was distilled from.")
         unet = network_in(UNet2DModel, part_of(folder, "unet"))
         require_channels(unet, unet.config.in_channels)
-        network, num_labels_there = DDPM(unet, scheduler_in(folder)), unet.config.num_class_embeds
+        network, num_labels_there = DDPM(unet, scheduler_in(folder, flows=True)), unet.config.num_class_embeds
         if isinstance(source, Path):
             check_weights({"unet": unet}, folder)
     if network.image_shape != tuple(image_shape) or num_labels_there != num_labels:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.models.path import Straight, is_flow, training_schedule
 from unlearn_runner.weights import Stored, fetched, located, stored_tensors
 
 if TYPE_CHECKING:
@@ -103,10 +103,11 @@ def require_channels(unet: nn.Module, channels: int) -> None:
         )
 
 
-def scheduler_in(folder: Path) -> "SchedulerMixin":
+def scheduler_in(folder: Path, flows: bool = False) -> "SchedulerMixin":
     """The scheduler of a pipeline or of a network saved alone, in its own class.
 
-    Raises ConfigurationError if it is not one of diffusers' for a schedule of alphas_cumprod, which noise is added by.
+    Raises ConfigurationError if it is not one of diffusers' for a schedule of alphas_cumprod, which noise is added by,
+    or, where there may be `flows`, for a straight path.
     """
     import diffusers
     from diffusers import SchedulerMixin
@@ -118,11 +119,13 @@ def scheduler_in(folder: Path) -> "SchedulerMixin":
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ConfigurationError(f"{place}: diffusers has no scheduler called {name}.")
     scheduler = kind.from_pretrained(place)
+    if flows and is_flow(scheduler):
+        return _straight(scheduler, place)
     own, flow = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("use_flow_sigmas", False)
     if own is None or flow or not torch.allclose(training_schedule(scheduler), own, atol=1e-6):
         raise ConfigurationError(
-            f"{place} holds a {name}, whose noise is not that of a diffusion model with alphas_cumprod; flow models "
-            "cannot be unlearned yet."
+            f"{place} holds a {name}, whose noise is not that of a diffusion model with alphas_cumprod; latent "
+            "flow models cannot be unlearned yet."
         )
     if not bool(((own >= 0) & (own <= 1)).all()) or len(own) < 2 or own[-1] >= own[0]:
         raise ConfigurationError(f"{place} describes no schedule on which the noise grows from step to step.")
@@ -131,11 +134,16 @@ def scheduler_in(folder: Path) -> "SchedulerMixin":
     return scheduler
 
 
-def training_schedule(scheduler: "SchedulerMixin") -> Float[Tensor, "T"]:
-    """alphas_cumprod of the schedule in training, whatever sampler the pipeline has."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+def _straight(scheduler: "SchedulerMixin", place: Path) -> "SchedulerMixin":
+    """Raise ConfigurationError unless a flow's scheduler trains and draws on `Straight`, at evenly spaced times."""
+    every = torch.arange(scheduler.config.num_train_timesteps)
+    own = Straight(len(every)).amplitudes(every).std.flatten()
+    bent = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas")
+    options = [name for name in (*bent, "use_beta_sigmas") if scheduler.config.get(name)]
+    if options or len(every) < 2 or not torch.allclose(scheduler.sigmas.flip(0), own, atol=1e-6):
+        why = ", ".join(options) or f"shift={scheduler.config.shift}, num_train_timesteps={len(every)}"
+        raise ConfigurationError(f"{place} holds a flow's scheduler whose times are not evenly spaced ({why}).")
+    return scheduler
 
 
 def check_weights(networks: Mapping[str, nn.Module], folder: Path) -> None:

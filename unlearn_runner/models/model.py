@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unlearn_runner import rules
 from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.options import PredictionType
+from unlearn_runner.models.path import Path as ProbabilityPath
 from unlearn_runner.types import Passes
 
 NO_RESULT = ("training", "network_evaluations", "passes", "tuning", "seed")  # attributes of models that change none
@@ -54,7 +53,8 @@ class GenerativeModel(nn.Module, ABC):
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
     prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
     guidance_scale: float = 1.0  # of sampling; 1: none
-    has_likelihood = True  # `loss` bounds -log p(x0): what asks how likely images are, or learns from them, can ask it
+    has_likelihood = True  # of images: `loss` bounds -log p(x0), and metrics of likelihood can ask for it
+    has_training_loss = True  # `loss` is one to learn images by, or to tell by which it has learnt
     network_evaluations: int  # samples passed forward through the trained network so far
     passes: Passes = Passes()
 
@@ -155,40 +155,12 @@ class GenerativeModel(nn.Module, ABC):
 
 
 class DiffusionModel(GenerativeModel):
-    """x_t = gamma_t x0 + sigma_t eps with gamma_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t).
+    """Its noisy sample is x_t = scale_t x0 + std_t eps on its `path`, which also says what the network predicts.
 
     x0 is what the network denoises: pixels, or latents.
     """
 
-    @abstractmethod
-    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-        """Amplitude of the signal and of the noise in x_t."""
-
-    @abstractmethod
-    def target(
-        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], timesteps: Int64[Tensor, "b"]
-    ) -> Float[Tensor, "b c h w"]:
-        """What `predict` should answer for the x_t made of x0 and eps; its squared error is `loss`."""
-
-    @abstractmethod
-    def noise_of(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        """eps_pred from the network's answer, whatever its parametrisation."""
-
-    @abstractmethod
-    def x0_of(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        """x0_pred from the network's answer; not cut to [-1, 1]."""
+    path: ProbabilityPath
 
     @abstractmethod
     def guided(
@@ -209,6 +181,35 @@ class DiffusionModel(GenerativeModel):
         """The parts of a pipeline of diffusers that draws with this network, by their names there."""
 
 
+def loss_at(
+    model: GenerativeModel,
+    noising: Noising,
+    x0: Float[Tensor, "b ..."],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "b"],
+    eps: Float[Tensor, "b ..."],
+) -> Float[Tensor, "b"]:
+    """`denoising_loss` where x0's noising is known."""
+    m = noising.sample(eps)
+    return model.loss(model.predict(m, timesteps, cond), x0, m, eps, noising.std, timesteps)
+
+
+def denoising_loss(
+    model: GenerativeModel,
+    x0: Float[Tensor, "b ..."],
+    cond: Shaped[Tensor, "b ..."] | None,
+    timesteps: Int64[Tensor, "b"],
+    eps: Float[Tensor, "b ..."],
+) -> Float[Tensor, "b"]:
+    """L_simple of each image (DDPM, 2006.11239, equation 14): the squared error of what the network predicts at the x_t
+    made of x0 and eps, summed over pixels, or over a latent's entries.
+
+    For a VAE, whose noisy sample is the latent z: minus the evidence lower bound at one z, log q(z|x0) - log p(z) -
+    log p(x0|z), in nats.
+    """
+    return loss_at(model, model.noising(x0, timesteps, cond), x0, cond, timesteps, eps)
+
+
 def squared_error(prediction: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
     """||prediction - target||^2 of each sample: a sum over its pixels."""
     return (prediction - target).square().flatten(1).sum(1)
@@ -221,10 +222,9 @@ def predict_eps(
     timesteps: Int64[Tensor, "b"],
     cond: Shaped[Tensor, "b ..."] | None,
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
-    """eps_pred for x_t = gamma_t x0 + sigma_t eps, and that x_t; of a latent model x0 may be the image."""
-    noising = model.noising(x0, timesteps, cond)
-    x_t = noising.sample(eps)
-    return model.noise_of(model.predict(x_t, timesteps, cond), x_t, noising.scale, noising.std), x_t
+    """eps_pred for the x_t made of x0 and eps, and that x_t; of a latent model x0 may be the image."""
+    x_t = model.noising(x0, timesteps, cond).sample(eps)
+    return model.path.noise_of(model.predict(x_t, timesteps, cond), x_t, timesteps), x_t
 
 
 def predict_x0(
@@ -236,75 +236,7 @@ def predict_x0(
 ) -> Float[Tensor, "b c h w"]:
     """The network's guess of x0, whatever its parametrisation; `guided`: the one that sampling goes by."""
     answer = (model.guided if guided else model.predict)(x_t, timesteps, cond)
-    return model.x0_of(answer, x_t, *model.gamma_sigma(timesteps))
-
-
-def amplitudes(
-    alphas_cumprod: Float[Tensor, "T"], timesteps: Int64[Tensor, "b"]
-) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-    """gamma_t and sigma_t of a schedule."""
-    abar = alphas_cumprod[timesteps][:, None, None, None]
-    return abar.sqrt(), (1 - abar).sqrt()
-
-
-def wanted_answer(
-    prediction_type: str,
-    x0: Float[Tensor, "b c h w"],
-    eps: Float[Tensor, "b c h w"],
-    gamma: Float[Tensor, "b 1 1 1"],
-    sigma: Float[Tensor, "b 1 1 1"],
-) -> Float[Tensor, "b c h w"]:
-    """eps, or v = gamma_t eps - sigma_t x0 (Salimans and Ho 2022, 2202.00512)."""
-    return eps if prediction_type == "epsilon" else gamma * eps - sigma * x0
-
-
-def noise_in(
-    prediction_type: str,
-    answer: Float[Tensor, "b c h w"],
-    x_t: Float[Tensor, "b c h w"],
-    gamma: Float[Tensor, "#b 1 1 1"],
-    sigma: Float[Tensor, "#b 1 1 1"],
-) -> Float[Tensor, "b c h w"]:
-    """eps_pred from eps_pred or from v_pred."""
-    return answer if prediction_type == "epsilon" else gamma * answer + sigma * x_t
-
-
-def x0_in(
-    prediction_type: str,
-    answer: Float[Tensor, "b c h w"],
-    x_t: Float[Tensor, "b c h w"],
-    gamma: Float[Tensor, "#b 1 1 1"],
-    sigma: Float[Tensor, "#b 1 1 1"],
-) -> Float[Tensor, "b c h w"]:
-    """x0_pred from eps_pred, or from v_pred: also where x_t is pure noise, and gamma 0."""
-    return (x_t - sigma * answer) / gamma if prediction_type == "epsilon" else gamma * x_t - sigma * answer
-
-
-def require_prediction_type(prediction_type: str, alphas_cumprod: Float[Tensor, "T"] | None = None) -> None:
-    """Raise ConfigurationError unless it is one that `wanted_answer` knows, and says something on all of the schedule.
-
-    eps_pred tells nothing of x0 where x_t is pure noise, as at the last step of a schedule with zero terminal SNR
-    (2305.08891).
-    """
-    if prediction_type not in get_args(PredictionType):
-        known = ", ".join(get_args(PredictionType))
-        raise ConfigurationError(f"the model's prediction_type must be one of {known}, got '{prediction_type}'.")
-    if prediction_type == "epsilon" and alphas_cumprod is not None and not bool((alphas_cumprod > 0).all()):
-        raise ConfigurationError(
-            "on a schedule with zero terminal SNR (rescale_betas_zero_snr) the model's prediction_type must be "
-            "v_prediction, got 'epsilon', which tells nothing of the image where there is only noise."
-        )
-
-
-def timestep_with_ratio(model: DiffusionModel, ratio: float, name: str) -> int:
-    """The timestep whose sigma_t / gamma_t is nearest to `ratio`: the same noise on every schedule.
-
-    Raises ConfigurationError, which calls the ratio `name`, if the schedule has nothing like it.
-    """
-    gamma, sigma = (part.flatten() for part in model.gamma_sigma(torch.arange(model.num_train_timesteps)))
-    ratios = (sigma / gamma)[gamma > 0]
-    rules.noise_of_schedule(ratio, float(ratios[0]), float(ratios[-1]), name)
-    return int((ratios.log() - math.log(ratio)).abs().argmin())
+    return model.path.x0_of(answer, x_t, timesteps)
 
 
 def pipeline_name(source: str | Path) -> str | None:

@@ -70,12 +70,13 @@ class OneStepPipeline(DiffusionPipeline):
 class OneStep(GenerativeModel):
     """G(z, c): what a diffusion model's network takes for x0 if it is shown pure noise z as x_t at one fixed timestep.
 
-    Its noisy sample m is z, which knows nothing of any image, so it has no likelihood: metrics that ask for one leave
-    it out. Conditions are those of the network; there is no guidance, what was distilled may have had one.
+    z is made as large as x_t is there. Its noisy sample m is z, which knows nothing of any image, so it has no
+    likelihood: metrics that ask for one leave it out. Conditions are those of the network; there is no guidance, what
+    was distilled may have had one.
     """
 
     num_train_timesteps = 1
-    has_likelihood = False
+    has_likelihood = has_training_loss = False
 
     def __init__(self, network: DiffusionModel, timestep: int):
         super().__init__()
@@ -134,7 +135,8 @@ class OneStep(GenerativeModel):
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
         """The x0 of noise m, an image or a latent; not cut to [-1, 1]."""
-        return predict_x0(self.network, m, torch.full((len(m),), self.timestep, device=m.device), cond)
+        timesteps = torch.full((len(m),), self.timestep, device=m.device)
+        return predict_x0(self.network, m * self.network.path.schedule.magnitude(timesteps), timesteps, cond)
 
     def loss(
         self,

@@ -1,14 +1,15 @@
-"""From noise to x0 by one of diffusers' samplers."""
+"""From noise to x0 on a model's path: by diffusers' samplers, or by the path's own step."""
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.path import Path
 
 
 def sampling_scheduler(config: Mapping[str, Any], sampler: str, num_inference_steps: int, **more: Any) -> Any:
@@ -30,33 +31,48 @@ def sampling_scheduler(config: Mapping[str, Any], sampler: str, num_inference_st
     return scheduler
 
 
-def ladder(num_train_timesteps: int, num_inference_steps: int) -> Int64[Tensor, "times"]:
-    """Timesteps from the noisiest down, evenly spaced, and -1 after the last ("trailing", 2305.08891)."""
-    share = torch.arange(num_inference_steps, -1, -1, dtype=torch.float64) / num_inference_steps
-    return (share * num_train_timesteps).round().long() - 1
+class Stepped(NamedTuple):
+    """What a step leaves, under diffusers' name."""
+
+    prev_sample: Float[Tensor, "b c h w"]
 
 
-def ddim_step(
-    model: DiffusionModel,
-    x_t: Float[Tensor, "b c h w"],
-    t: Int64[Tensor, "b"],
-    t_next: Int64[Tensor, "b"],
-    cond: Shaped[Tensor, "b ..."] | None,
-    eta: float,
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b 1 1 1"]]:
-    """Mean and standard deviation of what follows x_t at t_next (2010.02502, equations 12, 16), by the guided answer.
+@final
+class PathSampler:
+    """The path's own step with the face of diffusers' schedulers, for paths on which theirs cannot go.
 
-    Where t_next is -1 the picture is done: the mean is x0_pred and the standard deviation 0.
+    "ddim": eta 0, on a flow Euler's steps on dx/dt = v; "ddim_clipped": x0_pred is cut to [-1, 1] at every step;
+    "ddpm": eta 1.
     """
-    gamma, sigma = model.gamma_sigma(t)
-    last = (t_next < 0)[:, None, None, None]
-    gamma_next, sigma_next = model.gamma_sigma(t_next.clamp(min=0))
-    gamma_next, sigma_next = torch.where(last, 1.0, gamma_next), torch.where(last, 0.0, sigma_next)
-    answer = model.guided(x_t, t, cond)
-    x0_pred, eps_pred = (part(answer, x_t, gamma, sigma) for part in (model.x0_of, model.noise_of))
-    std = eta * sigma_next / sigma * (1 - (gamma / gamma_next).square()).sqrt()
-    mean = gamma_next * x0_pred + (sigma_next.square() - std.square()).clamp(min=0).sqrt() * eps_pred
-    return mean, std
+
+    def __init__(self, path: Path, sampler: str, num_inference_steps: int):
+        self.path, self.clips, self.eta = path, sampler == "ddim_clipped", float(sampler == "ddpm")
+        self.times = path.times(num_inference_steps)
+        self.after = dict(zip(self.times.tolist(), self.times.tolist()[1:], strict=False))
+
+    @property
+    def timesteps(self) -> Int64[Tensor, "steps"]:
+        return self.times[:-1]
+
+    def step(
+        self,
+        answer: Float[Tensor, "b c h w"],
+        t: Int64[Tensor, ""],
+        x_t: Float[Tensor, "b c h w"],
+        generator: torch.Generator,
+    ) -> Stepped:
+        now, then = (x_t.new_full((len(x_t),), time, dtype=torch.int64) for time in (int(t), self.after[int(t)]))
+        after = self.path.step(x_t, answer, now, then, self.eta, self.clips)
+        if self.eta == 0:
+            return Stepped(after.mean)
+        return Stepped(after.sample(torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)))
+
+
+def sampler_of(path: Path, config: Mapping[str, Any], sampler: str, num_inference_steps: int, **more: Any) -> Any:
+    """A sampler on a path: diffusers', made of `config` and `more`, where the path preserves the variance."""
+    if path.schedule.variance_preserving:
+        return sampling_scheduler(config, sampler, num_inference_steps, **more)
+    return PathSampler(path, sampler, num_inference_steps)
 
 
 def denoise(

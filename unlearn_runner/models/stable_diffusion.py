@@ -27,24 +27,19 @@ from unlearn_runner.models.loading import (
     require_channels,
     require_kind,
     scheduler_in,
-    training_schedule,
 )
 from unlearn_runner.models.model import (
     DiffusionModel,
     GenerativeModel,
     Noising,
-    amplitudes,
     clipped,
     evaluating,
     first_noises,
-    noise_in,
     passed,
-    require_prediction_type,
     squared_error,
-    wanted_answer,
-    x0_in,
 )
-from unlearn_runner.models.sampling import denoise, sampling_scheduler
+from unlearn_runner.models.path import path_of
+from unlearn_runner.models.sampling import denoise, sampler_of
 from unlearn_runner.models.words import build_tokenizer
 from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
 from unlearn_runner.spec import Labels
@@ -96,8 +91,8 @@ class StableDiffusion(DiffusionModel):
     """Latent diffusion under prompts (Rombach et al. 2022, 2112.10752).
 
     Images are [b, c, h, w] in [-1, 1]; latents [b, l, i, j] are the autoencoder's means times its scaling factor, and
-    noise is added to them. The network predicts eps or v, as its scheduler's `prediction_type` says. Conditions are
-    indices [b] into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed` makes them.
+    noise is added to them. The scheduler says on which path, and what the network predicts. Conditions are indices [b]
+    into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed` makes them.
 
     `guided` answers uncond + guidance_scale (cond - uncond) (2207.12598), where the unconditional prompt is "".
 
@@ -129,11 +124,9 @@ class StableDiffusion(DiffusionModel):
         self._take(tokenizer, scheduler)
 
     def _take(self, tokenizer: "CLIPTokenizer", scheduler: "SchedulerMixin") -> None:
-        alphas_cumprod = training_schedule(scheduler)
-        require_prediction_type(scheduler.config.prediction_type, alphas_cumprod)
+        self.path = path_of(scheduler).to(self.unet.device)
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self._called_tokenizer = copy.deepcopy(tokenizer)  # calls leave traces in what it saves
-        self.register_buffer("alphas_cumprod", alphas_cumprod.to(self.unet.device), persistent=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "StableDiffusion":
         """With an own UNet; parts that are not trained are shared, for the autoencoder alone is 0.3 GB."""
@@ -159,7 +152,7 @@ class StableDiffusion(DiffusionModel):
 
     @property
     def num_train_timesteps(self) -> int:
-        return self.scheduler.config.num_train_timesteps
+        return self.path.num_train_timesteps
 
     def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
         """What the text encoder reads of any texts. It is said which are longer than that, and which read the same."""
@@ -180,7 +173,7 @@ class StableDiffusion(DiffusionModel):
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
         """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them."""
-        return self.text_encoder(self.tokens(prompts).to(self.alphas_cumprod.device), return_dict=False)[0]
+        return self.text_encoder(self.tokens(prompts).to(self.text_encoder.device), return_dict=False)[0]
 
     def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
         """Of prompts given by index, -1 being the empty one, or by embedding."""
@@ -207,24 +200,14 @@ class StableDiffusion(DiffusionModel):
             latents = x0 / self.vae.config.scaling_factor
             return clipped(in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents))
 
-    def gamma_sigma(self, timesteps: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b 1 1 1"], Float[Tensor, "b 1 1 1"]]:
-        return amplitudes(self.alphas_cumprod, timesteps)
-
-    def target(
-        self, x0: Float[Tensor, "b c h w"], eps: Float[Tensor, "b l i j"], timesteps: Int64[Tensor, "b"]
-    ) -> Float[Tensor, "b l i j"]:
-        if self.scheduler.config.prediction_type == "epsilon":
-            return eps  # which costs no pass through the encoder
-        return wanted_answer(self.scheduler.config.prediction_type, self.encode(x0), eps, *self.gamma_sigma(timesteps))
-
     def noising(
         self,
         x0: Float[Tensor, "b c h w"],
         timesteps: Int64[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Noising:
-        gamma, sigma = self.gamma_sigma(timesteps)
-        return Noising(gamma, self.encode(x0), sigma)
+        scale, std = self.path.amplitudes(timesteps)
+        return Noising(scale, self.encode(x0), std)
 
     def predict(
         self,
@@ -236,7 +219,8 @@ class StableDiffusion(DiffusionModel):
         return passed(self, self._answer, m, timesteps, self.embeddings(cond))
 
     def _answer(self, m: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        return self.unet(m, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
+        told = self.path.schedule.network_time(timesteps)
+        return self.unet(m, told, encoder_hidden_states=embeddings, return_dict=False)[0]
 
     def guided(
         self,
@@ -261,26 +245,10 @@ class StableDiffusion(DiffusionModel):
         std: Float[Tensor, "b 1 1 1"],
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
-        """||answer - target||^2, summed over the latent's entries."""
-        return squared_error(answer, self.target(x0, eps, timesteps))
-
-    def noise_of(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        return noise_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
-
-    def x0_of(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x_t: Float[Tensor, "b c h w"],
-        gamma: Float[Tensor, "#b 1 1 1"],
-        sigma: Float[Tensor, "#b 1 1 1"],
-    ) -> Float[Tensor, "b c h w"]:
-        return x0_in(self.scheduler.config.prediction_type, answer, x_t, gamma, sigma)
+        """The squared error of what the network predicts, summed over the latent's entries."""
+        if not self.path.wants_the_image:
+            return squared_error(answer, eps)  # which costs no pass through the encoder
+        return squared_error(answer, self.path.wanted(self.encode(x0), eps, timesteps))
 
     def thaw(self) -> None:
         """The UNet: images reach the autoencoder only without a gradient, and prompts say what they said."""
@@ -319,8 +287,8 @@ class StableDiffusion(DiffusionModel):
     ) -> Float[Tensor, "{n} c h w"]:
         """With guidance. Noise is drawn batch by batch."""
         # latents do not lie in [-1, 1]: no guess of x0 is cut
-        scheduler = sampling_scheduler(
-            self.scheduler.config, sampler, num_inference_steps, clip_sample=False, thresholding=False
+        scheduler = sampler_of(
+            self.path, self.scheduler.config, sampler, num_inference_steps, clip_sample=False, thresholding=False
         )
         images = []
         with evaluating(self):
@@ -371,8 +339,7 @@ class StableDiffusion(DiffusionModel):
         with reading(option, source, BASES_ARCHITECTURE):
             folder = fitting(self._networks, source, option)
             with reading_part("scheduler"):
-                scheduler = scheduler_in(folder)
-                require_prediction_type(scheduler.config.prediction_type, training_schedule(scheduler))
+                path_of(scheduler_in(folder))
             with reading_part("tokenizer"):
                 require_vocabulary(tokenizer_in(folder), self.text_encoder)
         return folder
@@ -526,6 +493,7 @@ def build_stable_diffusion(
     knows as one token each.
     """
     rules.prompts_for_texts(bool(label_names))
+    rules.flow_of_pixels(weights, prediction_type)
     rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
     rules.heads_of_latents(weights, block_out_channels, attention_heads)
     rules.heads_of_texts(weights, text_width)
@@ -673,7 +641,7 @@ def _require_fitting(parts: Parts) -> None:
     if vae.in_channels != vae.out_channels:
         raise ConfigurationError(f"its autoencoder turns {vae.in_channels} channels into {vae.out_channels}.")
     require_vocabulary(parts.tokenizer, parts.text_encoder)
-    require_prediction_type(parts.scheduler.config.prediction_type, training_schedule(parts.scheduler))
+    path_of(parts.scheduler)
 
 
 def tokenizer_in(folder: Path) -> "CLIPTokenizer":

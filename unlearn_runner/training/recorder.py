@@ -185,7 +185,7 @@ class RunRecorder(Recorder):
 
     def relearn(self, prefix: str, model: GenerativeModel, relearning: Relearning) -> None:
         """Measure how fast a model learns again what it was to forget."""
-        if not model.has_likelihood:
+        if not model.has_training_loss:
             self.console.print("relearning is left out: this model has no loss of its own that it could learn by.")
             return
         self.console.print(f"relearning ({prefix})")
