@@ -158,9 +158,9 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
 
         from unlearn_runner.models.attention import attend
 
-        attend(network.unet, AttnProcessor2_0())  # diffusers' own
+        attend(network.backbone.unet, AttnProcessor2_0())  # diffusers' own
         loop = ReferenceLoop(
-            network.unet, network.path.schedule.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4
+            network.backbone.unet, network.path.schedule.alphas_cumprod, reference.importance_sampling, 0.5, 5.0, 1e-4
         )
         stream = BatchStream(data, Streams("retain", True), arguments.batch_size, 0, hardware.device)
         torch.manual_seed(0)
@@ -436,7 +436,7 @@ def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> A
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion, Tuning
+    from unlearn_runner.models.stable_diffusion import Parts, Tuning, stable_diffusion
     from unlearn_runner.models.words import build_tokenizer
 
     with torch.device(device):
@@ -466,7 +466,7 @@ def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> A
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),
     )  # fmt: skip
-    return StableDiffusion(parts, (3, 512, 512), ("a picture",), tuning=Tuning(trainable, **tuning))
+    return stable_diffusion(parts, (3, 512, 512), ("a picture",), tuning=Tuning(trainable, **tuning))
 
 
 def start_up() -> dict[str, float]:

@@ -21,7 +21,6 @@ from unlearn_runner.cache import digest
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.evaluator import require_enough_samples
-from unlearn_runner.models.model import DiffusionModel
 from unlearn_runner.spec import DIGITS, DataSpec
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.pretraining import pretrained
@@ -226,7 +225,7 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
             (3, 32, 32) if "cifar10" in experiment else (1, cfg["dataset"]["image_size"], cfg["dataset"]["image_size"])
         )
         network = make(cfg["model"]["network"], image_shape=shape, label_names=names(num_labels), seed=0)
-        diffusion, asks_labels = isinstance(network, DiffusionModel), method in (*DISTILLING, *ROLLING_OUT)
+        diffusion, asks_labels = network.is_diffusion, method in (*DISTILLING, *ROLLING_OUT)
         refuses = (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None)
         if refuses or method in ASKING_PROMPTS:
             continue

@@ -112,7 +112,7 @@ def test_as_many_processes_as_were_started(monkeypatch):
 def passes_of(network, passes: Passes) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
     """The answer, the gradients, and how many images went through the network at once."""
     network.passes, sizes = passes, []
-    hook = network.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    hook = network.backbone.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((5, 1, 8, 8), generator=generator)
     answer = network.predict(x, torch.arange(5), torch.arange(5))
@@ -156,7 +156,7 @@ def test_bf16_has_bases_of_its_own(two_gpus, monkeypatch):
 def test_compiles_unets_only(tiny_network):
     network = tiny_network()
     copied = copy.deepcopy(Hardware("cpu", compile=True).prepare(network))
-    assert network.unet._compiled_call_impl is not None
-    assert copied.unet._compiled_call_impl is None, "a copy is as it was, not the original's"
+    assert network.backbone.unet._compiled_call_impl is not None
+    assert copied.backbone.unet._compiled_call_impl is None, "a copy is as it was, not the original's"
     with pytest.raises(ConfigurationError, match=r"hardware\.compile must be false"):
         Hardware("cpu", compile=True).prepare(torch.nn.Linear(1, 1))

@@ -21,7 +21,7 @@ from unlearn_runner.evaluation.features import FeatureExtractor
 from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.metrics import IS, SSIM, Rates
 from unlearn_runner.models.clip import small_clip
-from unlearn_runner.models.ddpm import DDPM
+from unlearn_runner.models.diffusion import Diffusion
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.models.stable_diffusion import Autoencoder, Tuning
@@ -41,7 +41,7 @@ def rescheduled(model, kind=None, **changes) -> None:
     kind = kind or type(model.scheduler)
     given = {key: value for key, value in model.scheduler.config.items() if not key.startswith("_")}
     model.scheduler = kind.from_config({**given, **changes})
-    if isinstance(model, DDPM):
+    if model.codec.exact:
         model.path.schedule.alphas_cumprod = model.scheduler.alphas_cumprod.clone()
 
 
@@ -55,7 +55,7 @@ SCHEDULES = [
 
 
 def schedule(changes: dict):
-    def change(model: DDPM) -> None:
+    def change(model: Diffusion) -> None:
         clip = {"clip_sample": not model.scheduler.config.clip_sample} if "clip_sample" in changes else {}
         rescheduled(model, **(changes | clip))
 
@@ -66,28 +66,28 @@ OF_A_DDPM = {
     **{" ".join(changes): schedule(changes) for changes in SCHEDULES},
     "another sampler": partial(rescheduled, kind=DDIMScheduler),
     "variance": partial(rescheduled, variance_type="fixed_large"),
-    "weights": lambda model: another_weight(model.unet),
-    "network": lambda model: model.unet.register_to_config(freq_shift=1),
+    "weights": lambda model: another_weight(model.backbone.unet),
+    "network": lambda model: model.backbone.unet.register_to_config(freq_shift=1),
     "precision": lambda model: setattr(model, "passes", Passes(torch.bfloat16)),
-    "half": lambda model: model.unet.half(),
+    "half": lambda model: model.backbone.unet.half(),
     "unforeseen": lambda model: setattr(model, "whatever_comes", 3.0),
 }
 OF_STABLE_DIFFUSION = {
     **{" ".join(changes): schedule(changes) for changes in SCHEDULES},
     "another sampler": partial(rescheduled, kind=DDPMScheduler),
-    "unet": lambda model: another_weight(model.unet),
-    "autoencoder": lambda model: another_weight(model.vae),
-    "text encoder": lambda model: another_weight(model.text_encoder),
-    "scale": lambda model: model.vae.register_to_config(scaling_factor=0.5),
-    "shift": lambda model: model.vae.register_to_config(shift_factor=0.1),
-    "latents' mean": lambda model: model.vae.register_to_config(latents_mean=[0.0, 0.1, 0.2, 0.3]),
-    "activation": lambda model: setattr(model.text_encoder.config, "hidden_act", "gelu"),
-    "tokenizer": lambda model: setattr(model, "tokenizer", build_tokenizer(["seven", "shirts"], 12)),
-    "length": lambda model: setattr(model.tokenizer, "model_max_length", 11),
+    "unet": lambda model: another_weight(model.backbone.unet),
+    "autoencoder": lambda model: another_weight(model.codec.vae),
+    "text encoder": lambda model: another_weight(model.backbone.text_encoder),
+    "scale": lambda model: model.codec.vae.register_to_config(scaling_factor=0.5),
+    "shift": lambda model: model.codec.vae.register_to_config(shift_factor=0.1),
+    "latents' mean": lambda model: model.codec.vae.register_to_config(latents_mean=[0.0, 0.1, 0.2, 0.3]),
+    "activation": lambda model: setattr(model.backbone.text_encoder.config, "hidden_act", "gelu"),
+    "tokenizer": lambda model: setattr(model.backbone, "tokenizer", build_tokenizer(["seven", "shirts"], 12)),
+    "length": lambda model: setattr(model.backbone.tokenizer, "model_max_length", 11),
     "guidance": lambda model: setattr(model, "guidance_scale", 7.0),
-    "prompts": lambda model: setattr(model, "prompts", (*PROMPTS[:2], "a photo of trousers")),
-    "order of prompts": lambda model: setattr(model, "prompts", PROMPTS[::-1]),
-    "size": lambda model: setattr(model, "image_shape", (3, 32, 16)),
+    "prompts": lambda model: setattr(model.backbone, "prompts", (*PROMPTS[:2], "a photo of trousers")),
+    "order of prompts": lambda model: setattr(model.backbone, "prompts", PROMPTS[::-1]),
+    "size": lambda model: setattr(model.codec, "image_shape", (3, 32, 16)),
     "precision": lambda model: setattr(model, "passes", Passes(torch.bfloat16)),
 }
 
@@ -135,7 +135,7 @@ def test_of_other_models_each_setting_matters(tiny_network, tiny_vae):
             "network": lambda model: model.vae.register_to_config(norm_num_groups=2),
         },
     )
-    vae = tiny().vae
+    vae = tiny().codec.vae
     assert_each_matters(
         lambda: Autoencoder(copy.deepcopy(vae), (3, 16, 16)),
         {"weight of the divergence": lambda model: setattr(model, "kl_weight", 0.1)},
@@ -158,7 +158,7 @@ def test_what_changes_no_sample_changes_no_key(tiny_network, tmp_path):
     model = tiny()
     before = model.fingerprint()
     model.embed(["seven", "a picture"])  # the tokenizer keeps how it was called
-    model.tuning, model.seed = Tuning("cross_attention"), 3
+    model.backbone.tuning, model.backbone.seed = Tuning("cross_attention"), 3
     model.freeze_for_unlearning()
     assert model.fingerprint() == before
 

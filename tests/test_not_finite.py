@@ -168,7 +168,7 @@ def test_scores_that_are_not_finite_are_left_out_and_said(run, tmp_path, monkeyp
 
 def test_a_flow_that_cannot_be_followed_has_no_likelihood(tiny_network):
     network = tiny_network()
-    spoilt(network.unet)
+    spoilt(network.backbone.unet)
     images = torch.zeros(2, 1, 8, 8)
     found = flow_bits_per_dim(network, images, torch.zeros(2, dtype=torch.int64), torch.ones_like(images), 0.1, 0.1)
     assert found.isnan().tolist() == [True, True]

@@ -6,7 +6,8 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from unlearn_runner.models.ddpm import DDPM
+from unlearn_runner.models.ddpm import ddpm
+from unlearn_runner.models.diffusion import Diffusion
 
 
 class GaussianUNet(nn.Module):
@@ -41,14 +42,14 @@ class GaussianFlow(nn.Module):
         return (t * share - mean - (1 - t) * std**2 * share,)
 
 
-def gaussian_flow(means, stds, side=2) -> DDPM:
-    return DDPM(GaussianFlow(means, stds, side), FlowMatchEulerDiscreteScheduler(1000))
+def gaussian_flow(means, stds, side=2) -> Diffusion:
+    return ddpm(GaussianFlow(means, stds, side), FlowMatchEulerDiscreteScheduler(1000))
 
 
-def gaussian_model(means, stds, side=2) -> DDPM:
+def gaussian_model(means, stds, side=2) -> Diffusion:
     scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.get_default_dtype())
-    model = DDPM(GaussianUNet(means, stds, side, alphas_cumprod), scheduler)
+    model = ddpm(GaussianUNet(means, stds, side, alphas_cumprod), scheduler)
     model.path.schedule.alphas_cumprod = alphas_cumprod
     return model
 

@@ -76,11 +76,10 @@ def build_method(
 ) -> "Method":
     """The method of the group `method`. Raises ConfigurationError unless there is what it requires."""
     from unlearn_runner.methods.method import Setting
-    from unlearn_runner.models.model import DiffusionModel
 
     labels = spec.labels
     there = rules.facts(
-        isinstance(network, DiffusionModel), labels is not None, network.prompts is not None, clip is not None,
+        network.is_diffusion, labels is not None, network.prompts is not None, clip is not None,
         cfg["trainer"]["init"],
     )  # fmt: skip
     rules.require_of_methods(cfg, there)

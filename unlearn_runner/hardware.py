@@ -127,10 +127,10 @@ class Hardware:
         graphs = GraphedPasses() if self._replays(network) else None
         network.passes = self.passes._replace(graphs=graphs)
         if self.compile:
-            if not hasattr(network, "unet"):
+            if not hasattr(network, "backbone"):
                 raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
             torch._functorch.config.donated_buffer = False  # SISS goes back through one graph twice
-            network.unet.compile()
+            network.backbone.unet.compile()
         return self.place(network)
 
     def _replays(self, network: nn.Module) -> bool:

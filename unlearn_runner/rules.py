@@ -445,12 +445,15 @@ def _folders(cfg: Mapping[str, Any]) -> None:
         raise no_checkpoint(wanted)
 
 
+TEXT_TO_IMAGE = ("models.stable_diffusion.build_stable_diffusion",)  # builders of what draws under prompts
+
+
 def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     network, dataset, method, trainer = cfg["model"]["network"], cfg["dataset"], cfg["method"], cfg["trainer"]
     recipe, weights, clip = cfg["model"]["pretraining"], cfg["model"]["weights"], cfg["clip"]["network"]
     prompted = "concept" in dataset
     labelled = prompted or dataset.get("conditional", "forget_dir" not in dataset)
-    draws_texts = makes(network["_target_"], "models.stable_diffusion.StableDiffusion")
+    draws_texts = network["_target_"].removeprefix("unlearn_runner.") in TEXT_TO_IMAGE
     if draws_texts:
         prompts_for_texts(prompted)
     there = facts(

@@ -100,7 +100,10 @@ def test_a_latent_model_is_asked_by_its_own_loss_and_has_no_likelihood(digits):
     assert {name: tuple(part.shape) for name, part in rows.items()} == {"forget": (6, 2), "unseen": (6, 2)}
     assert 0 <= metric.score(NO_SAMPLES, rows)["mia_auc"] <= 1
 
-    generator, chosen = make_generator(0, "membership/forget"), first_distinct(digits.forget, 6, 0).select(range(4))
+    generator, chosen = (
+        make_generator(0, "membership/forget"),
+        first_distinct(digits.forget, 6, 0).select(torch.arange(4)),
+    )
     x0, timesteps = chosen.pixels.float() / 127.5 - 1, torch.tensor([100, 900])
     eps = torch.randn((2, 4, *network.sample_shape), generator=generator)
     network.eval()

@@ -115,7 +115,7 @@ def test_rescoring_with_unchanged_weights_gives_ratio_one_exactly(tiny_network, 
         again = method.score(method.trained, rollouts, torch.arange(6), torch.full((6,), step))
         assert torch.equal(again.log_prob, rollouts.log_probs[:, step])
         assert torch.equal((again.log_prob - rollouts.log_probs[:, step]).exp(), torch.ones(6))
-    method.trained.unet.conv_out.bias.data += 0.1
+    method.trained.backbone.unet.conv_out.bias.data += 0.1
     moved = method.score(method.trained, rollouts, torch.arange(6), torch.zeros(6, dtype=torch.int64))
     assert not torch.equal(moved.log_prob, rollouts.log_probs[:, 0])
 

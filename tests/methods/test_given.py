@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import weights_of
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from pipelines import foreign, tiny
 from trainers import build_trainer, flat_state
 
@@ -67,9 +67,9 @@ def test_every_part_of_a_pipeline_is_the_given_ones(tmp_path):
     base.freeze_for_unlearning()
     method = Given(Setting(base, make_generator(0, "method")), str(tmp_path / "given"))
     base.load(tmp_path / "base")
-    before = next(base.text_encoder.parameters()).clone()
+    before = next(base.backbone.text_encoder.parameters()).clone()
     method.step(Batch(None, None, None, None, 0.5))
-    after = next(method.model.text_encoder.parameters())
+    after = next(method.model.backbone.text_encoder.parameters())
     assert not torch.equal(before, after)
     wanted = tiny(seed=1).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in method.model.state_dict().items())
@@ -110,12 +110,17 @@ def test_what_shapes_do_not_tell_is_compared_too(tiny_network, tmp_path):
     tiny_network(**attending, attention_head_dim=4).save(tmp_path / "heads")
     with pytest.raises(ConfigurationError, match="describes another network: attention_head_dim is 4, not 8"):
         Given(Setting(tiny_network(**attending), make_generator(0, "method")), str(tmp_path / "heads"))
-    tiny_network().save(tmp_path / "flow")
-    shutil.rmtree(tmp_path / "flow" / "scheduler")
-    (tmp_path / "flow" / "model_index.json").unlink()
-    FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "flow" / "scheduler")
-    with pytest.raises(ConfigurationError, match=r"method\.weights=.*holds a FlowMatchEulerDiscreteScheduler"):
-        Given(Setting(tiny_network(), make_generator(0, "method")), str(tmp_path / "flow"))
+    for scheduler, wrong in (
+        (EDMEulerScheduler(), "holds a EDMEulerScheduler, whose noise is not that of a diffusion model"),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), r"whose times are not evenly spaced \(shift=3\.0"),
+    ):
+        folder = tmp_path / type(scheduler).__name__
+        tiny_network().save(folder)
+        shutil.rmtree(folder / "scheduler")
+        (folder / "model_index.json").unlink()
+        scheduler.save_pretrained(folder / "scheduler")
+        with pytest.raises(ConfigurationError, match=rf"method\.weights=.*{wrong}"):
+            Given(Setting(tiny_network(), make_generator(0, "method")), str(folder))
 
 
 def test_a_generator_keeps_its_timestep(tiny_network, tmp_path):

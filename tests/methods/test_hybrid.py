@@ -189,7 +189,7 @@ def test_a_student_answers_as_the_teacher_does_of_another_class():
     for name, old in before.items():
         assert torch.equal(flat(getattr(method.trio, name)), old), f"{name} is frozen"
     assert method.model is not method.trio.generator
-    unet = method.model.unet
+    unet = method.model.backbone.unet
     assert unet.means.tolist() == pytest.approx([-1.0, 1.0, 1.0], abs=0.1)
     assert unet.log_stds.exp().tolist() == pytest.approx([0.6, 0.8, 0.8], abs=0.1)
 
@@ -212,7 +212,7 @@ def test_lambda_does_not_move_the_mean_of_mixed_labels(forget_weight):
             forget_weight=forget_weight, update=adam(0.0), fake_update=adam(0.0),
         )  # fmt: skip
         method.trio.begin()
-        method.trio.fake.unet.means.data += 0.4
+        method.trio.fake.backbone.unet.means.data += 0.4
         found[lambd] = {key: value.item() for key, value in method.step(NOTHING).items()}
     for key in ("loss/fake", "loss/retain", "loss/forget", "grad_norm/forget"):
         wanted = found[0.5][key]

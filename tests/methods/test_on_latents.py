@@ -76,7 +76,7 @@ def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, met
         assert all(value.isfinite() for value in metrics.values())
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, start[name])}
     assert moved
-    assert all(name.startswith("unet.") for name in moved)
+    assert all(name.startswith("backbone.unet.") for name in moved)
     assert all((".lora_" in name) == (trainable == "lora") for name in moved)
     assert_resumed_is(whole, first, second, tmp_path / "b")
     whole.method.model.save(tmp_path / "model")
@@ -140,9 +140,9 @@ def test_copies_share_what_is_not_trained(composed, folder, tmp_path):
     cfg = configuration(composed, folder, "sfd", "model.network.trainable=lora")
     method = build_trainer(cfg, dataset_of(cfg).load(), tmp_path, resettable=False).method
     teacher, fake = method.trio.teacher, method.trio.fake
-    assert fake.vae is teacher.vae
-    assert fake.text_encoder is teacher.text_encoder
-    assert fake.unet is not teacher.unet
+    assert fake.codec.vae is teacher.codec.vae
+    assert fake.backbone.text_encoder is teacher.backbone.text_encoder
+    assert fake.backbone.unet is not teacher.backbone.unet
     stored = method.stateful()["fake_weights"].state_dict()
     assert stored
     assert all(".lora_" in name for name in stored), "the base's own weights are not in a checkpoint"
@@ -150,4 +150,6 @@ def test_copies_share_what_is_not_trained(composed, folder, tmp_path):
 
 def test_no_method_asks_for_the_models_kind():
     for file in (ROOT / "unlearn_runner" / "methods").glob("*.py"):
-        assert "StableDiffusion" not in file.read_text(), file
+        text = file.read_text()
+        assert "stable_diffusion" not in text, file
+        assert "isinstance(model" not in text, file

@@ -23,7 +23,7 @@ def attentive(num_labels=None):
 def as_in_diffusers(model):
     """A copy with diffusers' own attention."""
     theirs = copy.deepcopy(model)
-    attend(theirs.unet, AttnProcessor2_0())
+    attend(theirs.backbone.unet, AttnProcessor2_0())
     return theirs
 
 
@@ -45,7 +45,7 @@ def test_answers_and_gradients_are_those_of_diffusers(at_once):
     with patch.object(attention, "AT_ONCE", at_once):
         for network in (model, theirs):
             answer = network.predict(x, t, labels)
-            loss, weights = answer.square().sum(), list(network.unet.parameters())
+            loss, weights = answer.square().sum(), list(network.backbone.unet.parameters())
             once = torch.autograd.grad(loss, weights, retain_graph=True)
             twice = torch.autograd.grad(loss, weights)  # as SISS goes back
             assert all(map(torch.equal, once, twice))
@@ -73,7 +73,7 @@ def test_other_attention_than_of_pixels_is_left_to_diffusers():
     with patch.object(ChannelsFirstAttention, "apply", side_effect=AssertionError("used")):
         with torch.autocast("cpu", torch.bfloat16):
             model.predict(x, t, None)
-        for module in model.unet.modules():
+        for module in model.backbone.unet.modules():
             if isinstance(module, attention.Attention):
                 module.group_norm = None
         model.predict(x, t, None)

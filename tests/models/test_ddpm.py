@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.attention import ChannelsFirstProcessor, attend
-from unlearn_runner.models.ddpm import build_ddpm
+from unlearn_runner.models.ddpm import build_ddpm, ddpm
 from unlearn_runner.models.sampling import sampling_scheduler
 
 
@@ -101,7 +101,7 @@ def test_sampling_counts_and_leaves_training_mode(tiny_network):
     network = tiny_network().train()
     network.sample(4, torch.zeros(4, dtype=torch.int64), torch.Generator(), 5)
     assert network.network_evaluations == 20
-    assert network.unet.training
+    assert network.backbone.unet.training
 
 
 def test_weights_come_from_the_seed_alone(tiny_network):
@@ -121,7 +121,7 @@ def test_weights_from_a_folder(tiny_network, tmp_path, pipeline, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     source = tiny_network(seed=7)
     source.save(tmp_path) if pipeline else (
-        source.unet.save_pretrained(tmp_path), source.scheduler.save_pretrained(tmp_path)
+        source.backbone.unet.save_pretrained(tmp_path), source.scheduler.save_pretrained(tmp_path)
     )  # fmt: skip
     loaded = build_ddpm((1, 8, 8), tuple("0123456789"), 0, f"~/{tmp_path.name}", [1], [False])
     loaded.load(tmp_path)
@@ -142,6 +142,4 @@ def test_refuses(tiny_network, tmp_path):
     with pytest.raises(ConfigurationError, match=r"no labels.*10 labels"):
         build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False])
     with pytest.raises(ConfigurationError, match="prediction_type"):
-        from unlearn_runner.models.ddpm import DDPM
-
-        DDPM(tiny_network().unet, DDPMScheduler(prediction_type="sample"))
+        ddpm(tiny_network().backbone.unet, DDPMScheduler(prediction_type="sample"))

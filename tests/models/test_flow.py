@@ -40,7 +40,7 @@ def test_the_network_learns_the_velocity_and_is_told_the_time(flow):
     x0, eps, cond = *noise(2, 3, 1, 8, 8), torch.tensor([1, 2, 3])
     t = torch.tensor([0, 499, 999])
     share = torch.tensor([0.001, 0.5, 1.0])[:, None, None, None]
-    answer = network.unet((1 - share) * x0 + share * eps, t + 1, class_labels=cond).sample
+    answer = network.backbone.unet((1 - share) * x0 + share * eps, t + 1, class_labels=cond).sample
     wanted = (answer - (eps - x0)).square().flatten(1).sum(1)
     torch.testing.assert_close(denoising_loss(network, x0, cond, t, eps), wanted)
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_lora_step_fits_a_card_of_24_gb():
     model = sd15_sized("lora", lora_rank=4, gradient_checkpointing=True)
-    assert sum(weight.numel() for weight in model.unet.parameters()) == 859_520_964
+    assert sum(weight.numel() for weight in model.backbone.unet.parameters()) == 859_520_964
     model.freeze_for_unlearning()
     update = partial(Update, optimizer=torch.optim.AdamW)
     method = Denoising(Setting(model, torch.Generator().manual_seed(0)), update)

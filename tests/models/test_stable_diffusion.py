@@ -45,7 +45,7 @@ def test_foreign_pipeline_comes_back_as_it_was(foreign_folder, tmp_path):
     model.load(foreign_folder)
     assert model.sample_shape == (3, 6, 8)
     assert model.embed(["x"]).shape == (1, 20, 24)
-    assert model.vae.config.scaling_factor == 0.7
+    assert model.codec.vae.config.scaling_factor == 0.7
     model.save(tmp_path)
     saved = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert type(saved.scheduler) is PNDMScheduler
@@ -64,7 +64,7 @@ def test_noising_and_targets_are_the_schedulers():
         x0 = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
         latents, timesteps = model.encode(x0), torch.tensor([0, 10, 500, 999])
         torch.testing.assert_close(
-            latents, model.vae.encode(x0).latent_dist.mean.detach() * model.vae.config.scaling_factor
+            latents, model.codec.vae.encode(x0).latent_dist.mean.detach() * model.codec.vae.config.scaling_factor
         )
         eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
         noising = model.noising(x0, timesteps, None)
@@ -94,7 +94,7 @@ def test_prompts_are_embedded_once_and_anew_with_other_weights():
     model = tiny()
     model.freeze_for_unlearning()
     asked = []
-    embed, model.embed = model.embed, lambda prompts: asked.append(prompts) or embed(prompts)
+    embed, model.backbone.embed = model.embed, lambda prompts: asked.append(prompts) or embed(prompts)
     m, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([0, 2])
     before = model.predict(m, t, labels)
     model.sample(2, labels, torch.Generator().manual_seed(0), 2)
@@ -125,10 +125,10 @@ def test_what_unlearning_may_move():
     full, cross, lora = (tiny(trainable=trainable) for trainable in ("full", "cross_attention", "lora"))
     for model in (full, cross, lora):
         model.freeze_for_unlearning()
-    assert trained_names(full) == {f"unet.{name}" for name, _ in tiny().unet.named_parameters()}
+    assert trained_names(full) == {f"backbone.unet.{name}" for name, _ in tiny().backbone.unet.named_parameters()}
     assert trained_names(cross) == {name for name in trained_names(full) if ".attn2." in name} != set()
     assert all(".lora_" in name for name in trained_names(lora))
-    assert {name.split(".attentions")[0] for name in trained_names(lora)} > {"unet.mid_block"}
+    assert {name.split(".attentions")[0] for name in trained_names(lora)} > {"backbone.unet.mid_block"}
 
 
 def test_lora_begins_as_the_base_and_is_saved_into_the_weights(tmp_path):
@@ -150,7 +150,9 @@ def test_lora_begins_as_the_base_and_is_saved_into_the_weights(tmp_path):
     model.save(tmp_path / "moved")
     assert (drawn_by_pipeline(tmp_path / "base", PROMPTS, model, 3) - ours).abs().max() > 1e-2
     torch.testing.assert_close(drawn_by_pipeline(tmp_path / "moved", PROMPTS, model, 3), ours, atol=1e-4, rtol=1e-4)
-    assert any(".lora_" in name for name in model.unet.state_dict()), "saving leaves the trained network as it is"
+    assert any(".lora_" in name for name in model.backbone.unet.state_dict()), (
+        "saving leaves the trained network as it is"
+    )
     lora = tmp_path / "moved" / "lora"
     theirs = drawn_by_pipeline(tmp_path / "base", PROMPTS, model, 3, lora=lora)
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
@@ -161,7 +163,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model = tiny(gradient_checkpointing=checkpointing)
         model.freeze_for_unlearning()
-        assert model.unet.is_gradient_checkpointing == checkpointing
+        assert model.backbone.unet.is_gradient_checkpointing == checkpointing
         loss = model.predict(torch.ones(2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([0, 2])).square().mean()
         gradients.append(torch.autograd.grad(loss, [w for w in model.parameters() if w.requires_grad]))
     for a, b in zip(*gradients, strict=True):
@@ -170,7 +172,7 @@ def test_checkpointing_changes_no_gradient():
 
 def test_autoencoder_learns_and_measures_its_scale():
     model = tiny()
-    autoencoder = Autoencoder(model.vae, (3, 16, 16))
+    autoencoder = Autoencoder(model.codec.vae, (3, 16, 16))
     coarse = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     x0 = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
     eps = torch.randn(8, *autoencoder.sample_shape, generator=torch.Generator().manual_seed(1))
@@ -188,12 +190,12 @@ def test_autoencoder_learns_and_measures_its_scale():
         optimizer.step()
     assert loss() < first / 2
     autoencoder.measure_scale(x0)
-    latents = model.vae.encode(x0).latent_dist.mean * model.vae.config.scaling_factor
+    latents = model.codec.vae.encode(x0).latent_dist.mean * model.codec.vae.config.scaling_factor
     torch.testing.assert_close(latents.std(), torch.tensor(1.0), rtol=1e-3, atol=1e-3)
 
 
 def test_autoencoders_loss_is_the_error_and_the_divergence():
-    autoencoder = Autoencoder(tiny().vae, (3, 16, 16), kl_weight=0.5)
+    autoencoder = Autoencoder(tiny().codec.vae, (3, 16, 16), kl_weight=0.5)
     x0, t = torch.rand(1, 3, 16, 16) * 2 - 1, torch.zeros(4000, dtype=torch.int64)
     with torch.no_grad():
         center, std = autoencoder.noising(x0, t[:1], None)[1:]

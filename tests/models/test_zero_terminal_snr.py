@@ -14,7 +14,7 @@ from unlearn_runner.evaluation.likelihood import bound_bits_per_dim, flow_bits_p
 from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.methods.esd import ESD
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.models.ddpm import DDPM
+from unlearn_runner.models.ddpm import ddpm
 from unlearn_runner.models.model import predict_eps, predict_x0
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.models.path import Path, VariancePreserving
@@ -29,7 +29,7 @@ SCHEDULE = {
 
 @pytest.fixture
 def model(tiny_network):
-    model = DDPM(tiny_network().unet, DDPMScheduler(**SCHEDULE))
+    model = ddpm(tiny_network().backbone.unet, DDPMScheduler(**SCHEDULE))
     assert model.path.schedule.alphas_cumprod[-1] == 0
     return model
 
@@ -82,7 +82,7 @@ def test_ratios_end_where_there_is_no_signal(model):
 
 def test_likelihoods_are_those_of_the_schedule_without_its_last_step(model, tiny_network):
     """What the last x_t tells is nothing, and the last but one is standard normal up to 1e-4 already."""
-    shorter = DDPM(model.unet, DDPMScheduler(**SCHEDULE))
+    shorter = ddpm(model.backbone.unet, DDPMScheduler(**SCHEDULE))
     shorter.path = Path(VariancePreserving(model.path.schedule.alphas_cumprod[:-1]), "v_prediction")
     generator = torch.Generator().manual_seed(0)
     x0, labels = torch.rand(2, 1, 8, 8, generator=generator) * 2 - 1, torch.tensor([1, 2])

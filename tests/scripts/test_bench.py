@@ -55,7 +55,7 @@ def test_plain_loop_is_the_published_algorithm(tiny_network, importance_sampling
         losses = [squared_error(answer, eps).mean() for answer in answers]
     g_x, g_a = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
     norm_a = math.sqrt(sum(part.square().sum().item() for part in g_a))
-    wanted = copy.deepcopy(model.unet)
+    wanted = copy.deepcopy(model.backbone.unet)
     optimizer = torch.optim.AdamW(wanted.parameters(), 1e-3, betas=(0.95, 0.999), weight_decay=1e-6)
     for weight, part_x, part_a in zip(wanted.parameters(), g_x, g_a, strict=True):
         weight.grad = part_x - tau / norm_a * part_a
@@ -64,10 +64,10 @@ def test_plain_loop_is_the_published_algorithm(tiny_network, importance_sampling
     optimizer.step()
 
     torch.manual_seed(0)
-    loop = ReferenceLoop(model.unet, model.path.schedule.alphas_cumprod, importance_sampling, lambd, tau, 1e-3)
+    loop = ReferenceLoop(model.backbone.unet, model.path.schedule.alphas_cumprod, importance_sampling, lambd, tau, 1e-3)
     loop.step(x, a, labels_x, labels_a)
     assert loop.log[0]["norm_a"] == pytest.approx(norm_a, rel=1e-4)
-    for found, expected in zip(model.unet.parameters(), gradients, strict=True):
+    for found, expected in zip(model.backbone.unet.parameters(), gradients, strict=True):
         torch.testing.assert_close(found.grad, expected, rtol=1e-3, atol=1e-5)
 
 

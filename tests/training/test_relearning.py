@@ -51,7 +51,7 @@ def test_a_latent_model_relearns_by_the_loss_of_latents(digits):
 
     def probe(model):
         weights = model.state_dict()
-        moved.append({name.split(".")[0] for name, weight in start.items() if not torch.equal(weight, weights[name])})
+        moved.append({name.split(".")[1] for name, weight in start.items() if not torch.equal(weight, weights[name])})
         return 0.0
 
     scores = Relearning(UPDATE, max_steps=2, every=1, batch_size=4)(network, digits, probe, 0.4)

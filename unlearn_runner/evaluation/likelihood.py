@@ -186,7 +186,7 @@ class NLL(Metric):
         model, data = view.model, view.data
         device = next(model.parameters()).device
         rows = {}
-        if isinstance(model, DiffusionModel):
+        if model.is_diffusion:
             estimates = [("nll", self.num_images, self._flow), ("nll_bound", self.num_bound_images, self._bound)]
         else:
             estimates = [("evidence", self.num_bound_images, self._evidence)]
@@ -215,7 +215,7 @@ class NLL(Metric):
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         common = {"unit": "bits per dimension", "num_bound_images": self.num_bound_images}
-        if isinstance(model, DiffusionModel):
+        if model.is_diffusion:
             kind = {
                 "num_images": self.num_images,
                 "num_timesteps": self.num_timesteps,

@@ -96,7 +96,7 @@ class Membership(Metric):
     def measure(self, view: View) -> Rows:
         model, data = view.model, view.data
         device = next(model.parameters()).device
-        if isinstance(model, DiffusionModel):
+        if model.is_diffusion:
             timesteps = torch.tensor(self.timesteps, device=device) * model.num_train_timesteps // 1000
             losses = partial(_noised_losses, model, timesteps)
         else:
@@ -132,7 +132,7 @@ class Membership(Metric):
         return scores
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        if isinstance(model, DiffusionModel):
+        if model.is_diffusion:
             kind = {
                 "attack": "threshold on the denoising loss, mean over timesteps",
                 "timesteps": self.timesteps,

@@ -14,7 +14,7 @@ from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.models.clip import Clip
-from unlearn_runner.models.model import DiffusionModel, GenerativeModel
+from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.spec import DataSpec
 
 Need: TypeAlias = Literal["references", "likelihood", "training_loss", "prompts", "denoising", "clip"]
@@ -189,7 +189,7 @@ class View:
             "likelihood": self.model.has_likelihood,
             "training_loss": self.model.has_training_loss,
             "prompts": self.model.prompts is not None,
-            "denoising": isinstance(self.model, DiffusionModel),
+            "denoising": self.model.is_diffusion,
             "clip": self.clip is not None,
         }
         return [need for need in needs if not there[need]]

@@ -13,31 +13,16 @@ from torch import Tensor
 
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.diffusion import Backbone, Diffusion, Pixels
 from unlearn_runner.models.loading import (
-    BASES_ARCHITECTURE,
     check_weights,
-    fitting,
-    load_weights,
     network_in,
     part_of,
     reading,
-    reading_part,
     require_channels,
     scheduler_in,
 )
-from unlearn_runner.models.model import (
-    DiffusionModel,
-    Noising,
-    clipped,
-    evaluating,
-    first_noises,
-    labels_in_words,
-    passed,
-    pipeline_name,
-    squared_error,
-)
-from unlearn_runner.models.path import path_of
-from unlearn_runner.models.sampling import denoise, sampler_of
+from unlearn_runner.models.model import Condition, labels_in_words, pipeline_name
 from unlearn_runner.options import Channels, Decay, Depth, OpenUnitInterval, PredictionType, Width
 from unlearn_runner.weights import fetched, located
 
@@ -47,135 +32,68 @@ if TYPE_CHECKING:
 
 
 @final
-class DDPM(DiffusionModel):
-    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), or a flow over them, class-conditional or not.
+class ClassUNet(Backbone):
+    """UNet2DModel, class-conditional or not. Conditions are class indices [b], or None; it knows no null condition."""
 
-    Its scheduler says on which path, and what the network predicts. Conditions are class indices [b], or None.
-    """
+    prompts = None
+    flows = True
 
-    def __init__(self, unet: "UNet2DModel", scheduler: "SchedulerMixin"):
+    def __init__(self, unet: "UNet2DModel"):
         super().__init__()
         from unlearn_runner.models.attention import ChannelsFirstProcessor, attend
 
         attend(unet, ChannelsFirstProcessor())
         self.unet = unet
-        self.network_evaluations = 0  # images passed forward through the network so far
-        self._take_schedule(scheduler)
-
-    def _take_schedule(self, scheduler: "SchedulerMixin") -> None:
-        self.path = path_of(scheduler).to(next(self.unet.parameters()).device)
-        self.scheduler = scheduler
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        size = self.unet.config.sample_size
-        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.image_shape
-
-    @property
-    def answer_shape(self) -> tuple[int, int, int]:
-        return self.image_shape
 
     @property
     def num_labels(self) -> int | None:
         return self.unet.config.num_class_embeds
 
-    @property
-    def num_train_timesteps(self) -> int:
-        return self.path.num_train_timesteps
+    def conditions(self, cond: Int64[Tensor, "b"] | None) -> Condition:
+        return Condition(label=cond)
 
-    def noising(
-        self,
-        x0: Float[Tensor, "b c h w"],
-        timesteps: Int64[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
-    ) -> Noising:
-        scale, std = self.path.amplitudes(timesteps)
-        return Noising(scale, x0, std)
+    def empty(self, count: int) -> None:
+        return None
 
-    def predict(
-        self,
-        m: Float[Tensor, "b c h w"],
-        timesteps: Shaped[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], time: Shaped[Tensor, "b"], condition: Condition
     ) -> Float[Tensor, "b c h w"]:
-        self.network_evaluations += m.shape[0]
-        return passed(self, self._answer, m, timesteps, cond)
+        return self.unet(x_t, time, class_labels=condition.label, return_dict=False)[0]
 
-    def _answer(self, m: Tensor, timesteps: Tensor, cond: Tensor | None) -> Tensor:
-        return self.unet(m, self.path.schedule.network_time(timesteps), class_labels=cond, return_dict=False)[0]
-
-    def loss(
-        self,
-        answer: Float[Tensor, "b c h w"],
-        x0: Float[Tensor, "b c h w"],
-        m: Float[Tensor, "b c h w"],
-        eps: Float[Tensor, "b c h w"],
-        std: Float[Tensor, "b 1 1 1"],
-        timesteps: Int64[Tensor, "b"],
-    ) -> Float[Tensor, "b"]:
-        """The squared error of what the network predicts."""
-        return squared_error(answer, self.path.wanted(x0, eps, timesteps))
+    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
+        raise TypeError("it draws under class labels, not under texts")
 
     def freeze_for_unlearning(self) -> None:
-        """Nothing to freeze: the noise of a diffusion model is not learnt."""
+        """Nothing to freeze."""
 
-    def guided(
-        self,
-        x_t: Float[Tensor, "b c h w"],
-        timesteps: Shaped[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
-    ) -> Float[Tensor, "b c h w"]:
-        """Without guidance: this network knows no null condition."""
-        return self.predict(x_t, timesteps, cond)
-
-    def picture(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return clipped(x0)
-
-    @torch.inference_mode()
-    def sample(
-        self,
-        n: int,
-        cond: Shaped[Tensor, "{n} ..."] | None,
-        generator: torch.Generator,
-        num_inference_steps: int,
-        sampler: str = "ddim",
-        batch_size: int = 256,
-    ) -> Float[Tensor, "{n} c h w"]:
-        """The samplers "ddim" and "ddim_clipped" are deterministic given the first noise; "ddpm" is ancestral, and the
-        same as diffusers' DDPMPipeline with this generator (on a CPU up to rounding). On a flow they are those of
-        `PathSampler`. Noise is drawn batch by batch.
-        """
-        scheduler = sampler_of(self.path, self.scheduler.config, sampler, num_inference_steps)
-        images = []
-        with evaluating(self):
-            for x, part in first_noises(self, n, cond, generator, batch_size):
-                images.append(self.picture(denoise(self, scheduler, x, part, generator)))
-        return torch.cat(images)
+    @property
+    def networks(self) -> dict[str, Any]:
+        return {"unet": self.unet}
 
     @property
     def components(self) -> dict[str, Any]:
-        return {"unet": self.unet, "scheduler": self.scheduler}
+        return {"unet": self.unet}
 
-    def save(self, folder: Path) -> None:
+    def require(self, folder: Path) -> None:
+        pass
+
+    def take(self, folder: Path) -> None:
+        pass
+
+    def save(self, components: dict[str, Any], folder: Path) -> None:
         from diffusers import DDPMPipeline
 
-        DDPMPipeline(**self.components).save_pretrained(folder, safe_serialization=True)
+        DDPMPipeline(**components).save_pretrained(folder, safe_serialization=True)
 
-    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
-        with reading(option, source, BASES_ARCHITECTURE):
-            folder = fitting({"unet": self.unet}, source, option)
-            with reading_part("scheduler"):
-                path_of(scheduler_in(folder, flows=True))
-        return folder
 
-    def load(self, source: str | Path, option: str = "model.weights") -> None:
-        folder = self.fits(source, option)
-        load_weights({"unet": self.unet}, folder)
-        self._take_schedule(scheduler_in(folder, flows=True))
+def ddpm(unet: "UNet2DModel", scheduler: "SchedulerMixin") -> Diffusion:
+    """Denoising diffusion over pixels (Ho et al. 2020, 2006.11239), or a flow over them.
+
+    The scheduler says on which path, and what the network predicts.
+    """
+    size = unet.config.sample_size
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return Diffusion(ClassUNet(unet), Pixels(shape), scheduler)
 
 
 def build_ddpm(
@@ -194,7 +112,7 @@ def build_ddpm(
     beta_start: OpenUnitInterval = 1e-4,
     beta_end: OpenUnitInterval = 0.02,
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear",
-) -> DDPM:
+) -> Diffusion:
     """A DDPM with fresh weights drawn from `seed`.
 
     With `prediction_type` "flow" it is a flow on straight paths (2210.02747), which knows no betas; else a diffusion.
@@ -238,10 +156,10 @@ def build_ddpm(
             dropout=dropout,
             num_class_embeds=num_labels,
         )
-    return DDPM(unet, scheduler)
+    return ddpm(unet, scheduler)
 
 
-def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | None) -> DDPM:
+def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | None) -> Diffusion:
     """The network and scheduler that a folder or hub id in diffusers' layout describes, without its weights.
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
@@ -259,7 +177,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
             raise ConfigurationError("got a one-step generator, give the model that it was distilled from.")
         unet = network_in(UNet2DModel, part_of(folder, "unet"))
         require_channels(unet, unet.config.in_channels)
-        network, num_labels_there = DDPM(unet, scheduler_in(folder, flows=True)), unet.config.num_class_embeds
+        network, num_labels_there = ddpm(unet, scheduler_in(folder, flows=True)), unet.config.num_class_embeds
         if isinstance(source, Path):
             check_weights({"unet": unet}, folder)
     if network.image_shape != tuple(image_shape) or num_labels_there != num_labels:

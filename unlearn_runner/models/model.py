@@ -40,6 +40,21 @@ class Noising(NamedTuple):
         return self.scale * self.center + self.std * eps
 
 
+class Condition(NamedTuple):
+    """What a backbone is told besides x_t and t: rows of tensors, one for each sample; None where it reads none.
+
+    Text-to-image models that are told more than one text encoder's states have more fields here.
+    """
+
+    label: Int64[Tensor, "b"] | None = None
+    tokens: Float[Tensor, "b s d"] | None = None  # a text encoder's last hidden states
+
+    def and_then(self, other: "Condition") -> "Condition":
+        """These rows, and the other's after them."""
+        pairs = zip(self, other, strict=True)
+        return Condition(*(None if first is None else torch.cat([first, second]) for first, second in pairs))
+
+
 class GenerativeModel(nn.Module, ABC):
     """A model of images that learns to explain noisy samples m ~ q(m|x0) of them.
 
@@ -54,6 +69,7 @@ class GenerativeModel(nn.Module, ABC):
     prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
     guidance_scale: float = 1.0  # of sampling; 1: none
     has_likelihood = True  # of images: `loss` bounds -log p(x0), and metrics of likelihood can ask for it
+    is_diffusion = False  # its noisy samples lie on a `path`: see DiffusionModel
     has_training_loss = True  # `loss` is one to learn images by, or to tell by which it has learnt
     network_evaluations: int  # samples passed forward through the trained network so far
     passes: Passes = Passes()
@@ -160,6 +176,7 @@ class DiffusionModel(GenerativeModel):
     x0 is what the network denoises: pixels, or latents.
     """
 
+    is_diffusion = True
     path: ProbabilityPath
 
     @abstractmethod
@@ -167,7 +184,7 @@ class DiffusionModel(GenerativeModel):
         self,
         x_t: Float[Tensor, "b c h w"],
         timesteps: Shaped[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
+        cond: Shaped[Tensor, "b ..."] | Condition | None,
     ) -> Float[Tensor, "b c h w"]:
         """The answer that sampling goes by: `predict`'s, with classifier-free guidance where the model has it."""
 
@@ -325,6 +342,8 @@ def described(part: Any) -> Any:
     config = getattr(part, "config", None)
     if config is not None:
         return found | {"config": described(config.to_dict() if hasattr(config, "to_dict") else config)}
+    if isinstance(part, nn.Module) and type(part).__module__.startswith("unlearn_runner."):
+        return found | {name: described(value) for name, value in _parts(part).items() if name not in NO_RESULT}
     if isinstance(part, nn.Module):
         return found | {"layers": str(part)}
     plain = (bool, int, float, str, tuple, type(None))

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.ddpm import DDPM
+from unlearn_runner.models.ddpm import ddpm
 from unlearn_runner.models.model import (
     DiffusionModel,
     GenerativeModel,
@@ -20,7 +20,7 @@ from unlearn_runner.models.model import (
     predict_x0,
     squared_error,
 )
-from unlearn_runner.models.stable_diffusion import Parts, StableDiffusion, pixels_a_side
+from unlearn_runner.models.stable_diffusion import Parts, pixels_a_side, stable_diffusion
 
 
 @final
@@ -56,11 +56,11 @@ class OneStepPipeline(DiffusionPipeline):
         if generator is None:
             generator = torch.Generator(self.device).manual_seed(torch.seed())
         if self.vae is None:
-            network, cond = DDPM(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
+            network, cond = ddpm(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
         else:
             parts = Parts(self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler)
             side = self.unet.config.sample_size * pixels_a_side(self.vae)
-            network = StableDiffusion(parts, (self.vae.config.in_channels, side, side), tuple(asked))
+            network = stable_diffusion(parts, (self.vae.config.in_channels, side, side), tuple(asked))
             cond = torch.arange(len(asked), device=self.device)
         model = OneStep(network.to(self.device), self.config.timestep)
         return model.sample(len(cond), cond, generator, num_inference_steps=1, batch_size=len(cond))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner.models.model import DiffusionModel
+from unlearn_runner.models.model import Condition, DiffusionModel
 from unlearn_runner.models.path import Path
 
 
@@ -79,7 +79,7 @@ def denoise(
     model: DiffusionModel,
     scheduler: Any,
     x: Float[Tensor, "b c h w"],
-    cond: Shaped[Tensor, "b ..."] | None,
+    cond: Shaped[Tensor, "b ..."] | Condition | None,
     generator: torch.Generator,
 ) -> Float[Tensor, "b c h w"]:
     """The x0 that the sampler makes of the noise x."""

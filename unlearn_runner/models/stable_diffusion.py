@@ -15,6 +15,7 @@ from torch import Tensor
 from unlearn_runner import rules
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.models.diffusion import Backbone, Codec, Diffusion
 from unlearn_runner.models.loading import (
     BASES_ARCHITECTURE,
     check_weights,
@@ -29,17 +30,14 @@ from unlearn_runner.models.loading import (
     scheduler_in,
 )
 from unlearn_runner.models.model import (
-    DiffusionModel,
+    Condition,
     GenerativeModel,
     Noising,
     clipped,
-    evaluating,
-    first_noises,
     passed,
     squared_error,
 )
 from unlearn_runner.models.path import path_of
-from unlearn_runner.models.sampling import denoise, sampler_of
 from unlearn_runner.models.words import build_tokenizer
 from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
 from unlearn_runner.spec import Labels
@@ -87,72 +85,92 @@ class Tuning(NamedTuple):
 
 
 @final
-class StableDiffusion(DiffusionModel):
-    """Latent diffusion under prompts (Rombach et al. 2022, 2112.10752).
+class Latents(Codec):
+    """An autoencoder's means times its scaling factor, [b, l, i, j] (Rombach et al. 2022, 2112.10752)."""
 
-    Images are [b, c, h, w] in [-1, 1]; latents [b, l, i, j] are the autoencoder's means times its scaling factor, and
-    noise is added to them. The scheduler says on which path, and what the network predicts. Conditions are indices [b]
-    into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed` makes them.
+    exact = False
 
-    `guided` answers uncond + guidance_scale (cond - uncond) (2207.12598), where the unconditional prompt is "".
+    def __init__(self, vae: "AutoencoderKL", image_shape: tuple[int, int, int]):
+        super().__init__()
+        self.vae, self.image_shape = vae, image_shape
+        self.vae.requires_grad_(False).eval()
 
-    Unlearning moves (part of) the UNet; the autoencoder and the text encoder stay as they are.
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return (self.vae.config.latent_channels, *(side // pixels_a_side(self.vae) for side in self.image_shape[1:]))
+
+    def encode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i j"]:
+        if tuple(x0.shape[1:]) == self.sample_shape:
+            return x0
+        with torch.no_grad():
+            means = in_shares(lambda part: self.vae.encode(part).latent_dist.mean, x0.to(self.vae.dtype))
+            return means * self.vae.config.scaling_factor
+
+    def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
+        with torch.no_grad():
+            latents = x0 / self.vae.config.scaling_factor
+            return clipped(in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents))
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        return {"vae": self.vae}
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {"vae": self.vae}
+
+    def require(self, folder: Path) -> None:
+        pass
+
+    def take(self, folder: Path) -> None:
+        from diffusers import AutoencoderKL
+
+        scaling_factor = AutoencoderKL.load_config(folder / "vae").get("scaling_factor", 0.18215)
+        self.vae.register_to_config(scaling_factor=scaling_factor)
+
+    def adopt(self, vae: "AutoencoderKL") -> None:
+        """Take over an autoencoder of the same architecture, with its scaling factor."""
+        self.vae.load_state_dict(vae.state_dict())
+        self.vae.register_to_config(scaling_factor=vae.config.scaling_factor)
+
+
+@final
+class TextUNet(Backbone):
+    """UNet2DConditionModel under one text encoder's hidden states.
+
+    Conditions are indices [b] into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed`
+    makes them. The empty condition is the prompt "".
+
+    Unlearning moves (part of) the UNet; the text encoder stays as it is.
     """
 
-    has_likelihood = False  # of a latent, not of an image
+    flows = False
 
     def __init__(
         self,
-        parts: Parts,
-        image_shape: tuple[int, int, int],
+        unet: "UNet2DConditionModel",
+        text_encoder: "CLIPTextModel",
+        tokenizer: "CLIPTokenizer",
         prompts: tuple[str, ...],
-        guidance_scale: float = 7.5,
         tuning: Tuning = Tuning(),  # noqa: B008 - immutable
         seed: int = 0,
     ):
         super().__init__()
-        self.vae, self.text_encoder, tokenizer, self.unet, scheduler = parts
-        self.image_shape = image_shape
+        self.text_encoder, self.unet = text_encoder, unet
         self.prompts = prompts
-        self.guidance_scale = guidance_scale
         self.tuning = tuning
         self.seed = seed  # of LoRA's first weights
-        self.network_evaluations = 0  # latents passed forward through the UNet so far
-        self.vae.requires_grad_(False).eval()
         self._known: Tensor | None = None  # embeddings of the prompts and of ""
         self.register_load_state_dict_post_hook(lambda module, _: module._forget_embeddings())
-        self._take(tokenizer, scheduler)
+        self._take_tokenizer(tokenizer)
 
-    def _take(self, tokenizer: "CLIPTokenizer", scheduler: "SchedulerMixin") -> None:
-        self.path = path_of(scheduler).to(self.unet.device)
-        self.tokenizer, self.scheduler = tokenizer, scheduler
+    def _take_tokenizer(self, tokenizer: "CLIPTokenizer") -> None:
+        self.tokenizer = tokenizer
         self._called_tokenizer = copy.deepcopy(tokenizer)  # calls leave traces in what it saves
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StableDiffusion":
-        """With an own UNet; parts that are not trained are shared, for the autoencoder alone is 0.3 GB."""
-        for part in (self.vae, self.text_encoder):
-            if not any(weight.requires_grad for weight in part.parameters()):
-                memo[id(part)] = part
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return (self.unet.config.in_channels, *(side // pixels_a_side(self.vae) for side in self.image_shape[1:]))
-
-    @property
-    def answer_shape(self) -> tuple[int, int, int]:
-        return self.sample_shape
 
     @property
     def num_labels(self) -> int:
         return len(self.prompts)
-
-    @property
-    def num_train_timesteps(self) -> int:
-        return self.path.num_train_timesteps
 
     def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
         """What the text encoder reads of any texts. It is said which are longer than that, and which read the same."""
@@ -172,87 +190,28 @@ class StableDiffusion(DiffusionModel):
         return ids
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        """Conditions for any texts: the text encoder's last hidden states, as the pipeline takes them."""
+        """The text encoder's last hidden states, as the pipeline takes them."""
         return self.text_encoder(self.tokens(prompts).to(self.text_encoder.device), return_dict=False)[0]
 
-    def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
+    def conditions(self, cond: Shaped[Tensor, "b ..."]) -> Condition:
         """Of prompts given by index, -1 being the empty one, or by embedding."""
         if cond.is_floating_point():
-            return cond
+            return Condition(tokens=cond)
         if any(weight.requires_grad for weight in self.text_encoder.parameters()):
-            return self.embed((*self.prompts, ""))[cond]
+            return Condition(tokens=self.embed((*self.prompts, ""))[cond])
         if self._known is None:
             # normal tensors even in inference mode, so that training may use them later
             with torch.inference_mode(False), torch.no_grad():
                 self._known = self.embed((*self.prompts, ""))
-        return self._known[cond]
+        return Condition(tokens=self._known[cond])
 
-    def encode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i j"]:
-        """Latents of images; latents are left as they are."""
-        if tuple(x0.shape[1:]) == self.sample_shape:
-            return x0
-        with torch.no_grad():
-            means = in_shares(lambda part: self.vae.encode(part).latent_dist.mean, x0.to(self.vae.dtype))
-            return means * self.vae.config.scaling_factor
+    def empty(self, count: int) -> Condition:
+        return self.conditions(torch.full((count,), -1, device=self.text_encoder.device))
 
-    def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
-        with torch.no_grad():
-            latents = x0 / self.vae.config.scaling_factor
-            return clipped(in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents))
-
-    def noising(
-        self,
-        x0: Float[Tensor, "b c h w"],
-        timesteps: Int64[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
-    ) -> Noising:
-        scale, std = self.path.amplitudes(timesteps)
-        return Noising(scale, self.encode(x0), std)
-
-    def predict(
-        self,
-        m: Float[Tensor, "b c h w"],
-        timesteps: Shaped[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
+    def forward(
+        self, x_t: Float[Tensor, "b c h w"], time: Shaped[Tensor, "b"], condition: Condition
     ) -> Float[Tensor, "b c h w"]:
-        self.network_evaluations += m.shape[0]
-        return passed(self, self._answer, m, timesteps, self.embeddings(cond))
-
-    def _answer(self, m: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        told = self.path.schedule.network_time(timesteps)
-        return self.unet(m, told, encoder_hidden_states=embeddings, return_dict=False)[0]
-
-    def guided(
-        self,
-        x_t: Float[Tensor, "b c h w"],
-        timesteps: Shaped[Tensor, "b"],
-        cond: Shaped[Tensor, "b ..."] | None,
-    ) -> Float[Tensor, "b c h w"]:
-        if self.guidance_scale == 1:
-            return self.predict(x_t, timesteps, cond)
-        wanted = self.embeddings(cond)
-        empty = self.embeddings(torch.full((len(x_t),), -1, device=x_t.device))
-        both = self.predict(x_t.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([empty, wanted]))
-        unconditional, conditional = both.chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
-
-    def loss(
-        self,
-        answer: Float[Tensor, "b l i j"],
-        x0: Float[Tensor, "b c h w"],
-        m: Float[Tensor, "b l i j"],
-        eps: Float[Tensor, "b l i j"],
-        std: Float[Tensor, "b 1 1 1"],
-        timesteps: Int64[Tensor, "b"],
-    ) -> Float[Tensor, "b"]:
-        """The squared error of what the network predicts, summed over the latent's entries."""
-        if not self.path.wants_the_image:
-            return squared_error(answer, eps)  # which costs no pass through the encoder
-        return squared_error(answer, self.path.wanted(self.encode(x0), eps, timesteps))
-
-    def thaw(self) -> None:
-        """The UNet: images reach the autoencoder only without a gradient, and prompts say what they said."""
-        self.unet.requires_grad_(True)
+        return self.unet(x_t, time, encoder_hidden_states=condition.tokens, return_dict=False)[0]
 
     def freeze_for_unlearning(self) -> None:
         """All but what `tuning` names; LoRA's additions are made here."""
@@ -275,26 +234,9 @@ class StableDiffusion(DiffusionModel):
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
 
-    @torch.inference_mode()
-    def sample(
-        self,
-        n: int,
-        cond: Shaped[Tensor, "{n} ..."] | None,
-        generator: torch.Generator,
-        num_inference_steps: int,
-        sampler: str = "ddim",
-        batch_size: int = 256,
-    ) -> Float[Tensor, "{n} c h w"]:
-        """With guidance. Noise is drawn batch by batch."""
-        # latents do not lie in [-1, 1]: no guess of x0 is cut
-        scheduler = sampler_of(
-            self.path, self.scheduler.config, sampler, num_inference_steps, clip_sample=False, thresholding=False
-        )
-        images = []
-        with evaluating(self):
-            for x, part in first_noises(self, n, cond, generator, batch_size):
-                images.append(self.picture(denoise(self, scheduler, x, self.embeddings(part), generator)))
-        return torch.cat(images).contiguous()  # some convolutions answer in channels_last
+    @property
+    def networks(self) -> dict[str, torch.nn.Module]:
+        return {"text_encoder": self.text_encoder, "unet": self.unet}
 
     @property
     def components(self) -> dict[str, Any]:
@@ -304,15 +246,9 @@ class StableDiffusion(DiffusionModel):
             unet = copy.deepcopy(unet)
             unet.fuse_lora()
             unet.unload_lora()
-        return {
-            "vae": self.vae,
-            "text_encoder": self.text_encoder,
-            "tokenizer": self.tokenizer,
-            "unet": unet,
-            "scheduler": self.scheduler,
-        }
+        return {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "unet": unet}
 
-    def save(self, folder: Path) -> None:
+    def save(self, components: dict[str, Any], folder: Path) -> None:
         """A folder for `StableDiffusionPipeline.from_pretrained`, LoRA added to the weights; without a safety checker.
 
         LoRA alone lies beside it in lora/, for the pipeline's `load_lora_weights`.
@@ -327,43 +263,37 @@ class StableDiffusion(DiffusionModel):
             alone = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
             StableDiffusionPipeline.save_lora_weights(str(Path(folder, "lora")), unet_lora_layers=alone)
         StableDiffusionPipeline(
-            **self.components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **components, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         ).save_pretrained(folder, safe_serialization=True)
 
-    @property
-    def _networks(self) -> dict[str, torch.nn.Module]:
-        return {"vae": self.vae, "text_encoder": self.text_encoder, "unet": self.unet}
-
-    def fits(self, source: str | Path, option: str = "model.weights") -> Path:
+    def require(self, folder: Path) -> None:
+        """Raise ConfigurationError if there are tokens in a folder's vocabulary that the text encoder does not know."""
         _keep_libraries_quiet()
-        with reading(option, source, BASES_ARCHITECTURE):
-            folder = fitting(self._networks, source, option)
-            with reading_part("scheduler"):
-                path_of(scheduler_in(folder))
-            with reading_part("tokenizer"):
-                require_vocabulary(tokenizer_in(folder), self.text_encoder)
-        return folder
+        with reading_part("tokenizer"):
+            require_vocabulary(tokenizer_in(folder), self.text_encoder)
 
-    def load(self, source: str | Path, option: str = "model.weights") -> None:
-        from diffusers import AutoencoderKL
-
-        folder = self.fits(source, option)
-        load_weights(self._networks, folder)
-        scaling_factor = AutoencoderKL.load_config(folder / "vae").get("scaling_factor", 0.18215)
-        self.vae.register_to_config(scaling_factor=scaling_factor)
-        self._take(tokenizer_in(folder), scheduler_in(folder))
+    def take(self, folder: Path) -> None:
+        self._take_tokenizer(tokenizer_in(folder))
         self._forget_embeddings()
-
-    def adopt(self, vae: "AutoencoderKL") -> None:
-        """Take over an autoencoder of the same architecture, with its scaling factor."""
-        self.vae.load_state_dict(vae.state_dict())
-        self.vae.register_to_config(scaling_factor=vae.config.scaling_factor)
 
     def _has_lora(self) -> bool:
         return getattr(self.unet, "peft_config", None) is not None
 
     def _forget_embeddings(self) -> None:
         self._known = None
+
+
+def stable_diffusion(
+    parts: Parts,
+    image_shape: tuple[int, int, int],
+    prompts: tuple[str, ...],
+    guidance_scale: float = 7.5,
+    tuning: Tuning = Tuning(),  # noqa: B008 - immutable
+    seed: int = 0,
+) -> Diffusion:
+    """Latent diffusion under prompts (Rombach et al. 2022, 2112.10752), of a StableDiffusionPipeline's parts."""
+    backbone = TextUNet(parts.unet, parts.text_encoder, parts.tokenizer, prompts, tuning, seed)
+    return Diffusion(backbone, Latents(parts.vae, image_shape), parts.scheduler, guidance_scale)
 
 
 @final
@@ -483,7 +413,7 @@ def build_stable_diffusion(
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear",
     beta_start: OpenUnitInterval = 0.00085,
     beta_end: OpenUnitInterval = 0.012,
-) -> StableDiffusion:
+) -> Diffusion:
     """Stable Diffusion that draws under the prompts `label_names`.
 
     Where `weights` is not "auto" but a folder or hub id of a StableDiffusionPipeline, that decides the architecture and
@@ -567,8 +497,8 @@ def build_stable_diffusion(
             f"{image_shape[0]}; choose weights and a dataset that fit each other."
         )
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
-    model = StableDiffusion(parts, tuple(image_shape), tuple(label_names), guidance_scale, tuning, seed)
-    model.tokens(model.prompts)  # says what is not read of them
+    model = stable_diffusion(parts, tuple(image_shape), tuple(label_names), guidance_scale, tuning, seed)
+    model.backbone.tokens(model.prompts)  # says what is not read of them
     return model
 
 
@@ -668,9 +598,9 @@ def require_vocabulary(tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel"
         )
 
 
-def require_told_apart(model: StableDiffusion, labels: Labels) -> None:
+def require_told_apart(model: Diffusion, labels: Labels) -> None:
     """Raise ConfigurationError if the text encoder reads a prompt to forget and one to retain as the same tokens."""
-    rows = [tuple(row) for row in model.tokens(model.prompts).tolist()]
+    rows = [tuple(row) for row in model.backbone.tokens(model.prompts).tolist()]
     kept = {rows[label]: label for label in labels.retain}
     for label in labels.forget:
         other = kept.get(rows[label])

@@ -80,7 +80,7 @@ def pretrained(
         network = build(recipe.seed, data.spec)
         if recipe.autoencoder is not None:
             parts = {name: key[group][name] for group, name in (("network", "vae"), ("pretraining", "autoencoder"))}
-            network.adopt(_pretrained_autoencoder(recipe.autoencoder, parts, network, learn, cache_dir))
+            network.codec.adopt(_pretrained_autoencoder(recipe.autoencoder, parts, network, learn, cache_dir))
         learn(network, recipe, population, folder, TITLES[population], lambda model: model.save(folder / "model"))
 
     kind = {"all": "bases", "retain": "oracles"}[population]
@@ -102,7 +102,7 @@ def _pretrained_autoencoder(
 
     def make(folder: Path) -> None:
         # the network's own was built from the same seed, whatever the rest of it is
-        autoencoder = Autoencoder(copy.deepcopy(network.vae), network.image_shape)
+        autoencoder = Autoencoder(copy.deepcopy(network.codec.vae), network.image_shape)
         images = learn.data.retain.pixels
         chosen = torch.randperm(len(images), generator=make_generator(recipe.seed, "scale"))[:2048]
 
@@ -115,7 +115,7 @@ def _pretrained_autoencoder(
     key = {**key, "version": VERSION, "data": learn.data.fingerprint}
 
     def read(folder: Path) -> Any:
-        return network.vae.from_pretrained(folder / "model", subfolder="vae", use_safetensors=True)
+        return network.codec.vae.from_pretrained(folder / "model", subfolder="vae", use_safetensors=True)
 
     return read(cached(cache_dir, "autoencoders", key, make, read, together=True, continues=CHECKPOINTS))
 
