@@ -48,7 +48,7 @@ CLOSED_FORM = """
 
         def step(self, batch):
             assert batch.x0_retain is None and batch.x0_forget is None
-            rows = self.trained.unet.class_embedding.weight.data
+            rows = self.trained.backbone.unet.class_embedding.weight.data
             mean = rows[list(self.labels.retain)].mean(0)
             for label in self.labels.forget:
                 rows[label] += self.strength * (mean - rows[label])

@@ -94,7 +94,7 @@ def test_prompts_are_embedded_once_and_anew_with_other_weights():
     model = tiny()
     model.freeze_for_unlearning()
     asked = []
-    embed, model.backbone.embed = model.embed, lambda prompts: asked.append(prompts) or embed(prompts)
+    embed, model.backbone.embed = model.backbone.embed, lambda prompts: asked.append(prompts) or embed(prompts)
     m, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([0, 2])
     before = model.predict(m, t, labels)
     model.sample(2, labels, torch.Generator().manual_seed(0), 2)
