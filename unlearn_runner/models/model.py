@@ -362,9 +362,9 @@ def require_finite(network: nn.Module, name: str) -> None:
     bad = {key: count for key, weight in weights.items() if (count := int((~weight.isfinite()).sum()))}
     if bad:
         total = sum(weight.numel() for weight in weights.values())
+        first = next(iter(bad)).removeprefix("backbone.").removeprefix("codec.")  # as the model's folder names it
         raise NonFiniteError(
-            f"{name} has weights that are not finite numbers, {sum(bad.values())} of {total}, the first in "
-            f"{next(iter(bad))}"
+            f"{name} has weights that are not finite numbers, {sum(bad.values())} of {total}, the first in {first}"
         )
 
 
