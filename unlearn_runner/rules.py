@@ -515,7 +515,7 @@ def _labels(method: Mapping[str, Any], labels: Labels) -> None:
 def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int) -> None:
     first, last = ratios_of_schedule(network, timesteps)
     for option in ("init", "least", "most"):
-        rounding = 1e-3 * noise[option]  # the model itself, which has float32, is asked again when it is built
+        rounding = 5e-4 * noise[option]  # the model itself, which has float32, is asked again when it is built
         if not first - rounding <= noise[option] <= last + rounding:
             noise_of_schedule(noise[option], first, last, f"method.noise.{option}")
 
