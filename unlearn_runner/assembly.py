@@ -177,7 +177,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
 
     # 1. Build every part, and find what is to be resumed.
     parts = build_parts(cfg)
-    network, method, plan, evaluation = parts.network, parts.method, parts.plan, parts.evaluation
+    network, method, plan = parts.network, parts.method, parts.plan
     pretraining = make(cfg["model"]["pretraining"])
     total_steps = parts.driver.total_steps(method, plan)
     data, identity, checkpoint = what_to_resume(parts)
@@ -206,7 +206,8 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
         judge = trained_judge_of(parts, data, cache_dir, console)
 
         # 3. Measure, unlearn, measure.
-        recorder = RunRecorder(record, network, *evaluators_of(parts, data, judge, cache_dir), evaluation.threshold)
+        evaluators = evaluators_of(parts, data, judge, cache_dir)
+        recorder = RunRecorder(record, network, *evaluators, parts.evaluation.threshold, parts.evaluation.relearning)
         if plan.init == "scratch":
             network.load_state_dict(parts.fresh_network(cfg["seed"]).state_dict())
         trainer = Trainer(
@@ -225,14 +226,12 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
                 trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
             train()
             step = trainer.clock.step
-            if evaluation.relearning:
-                recorder.relearn(step, "eval", method.model, evaluation.relearning)
-            if evaluation.oracle:
+            recorder.relearn(step, "eval", method.model)
+            if parts.evaluation.oracle:
                 oracle = parts.fresh_network(cfg["seed"])
                 oracle.load(weights_of("retain"))
                 recorder.compare_with_oracle(step, oracle)
-                if evaluation.relearning:
-                    recorder.relearn(step, "oracle", oracle, evaluation.relearning)
+                recorder.relearn(step, "oracle", oracle)
             record.report(step)
         except Interrupted:
             record.attempt(trainer.save)

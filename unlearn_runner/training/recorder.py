@@ -24,6 +24,7 @@ class RunRecorder:
         probe: takes the looks on the way.
         at_threshold: scores the model once more when a look finds a forget_rate of at most `threshold` for the first
             time; None: it does not.
+        relearning: how a model is taught again what it was to forget; None: it is not.
     """
 
     def __init__(
@@ -34,9 +35,11 @@ class RunRecorder:
         probe: Evaluator,
         at_threshold: Evaluator | None = None,
         threshold: float | None = None,
+        relearning: Relearning | None = None,
     ):
         self.record, self.say = record, record.console.print
-        self.evaluator, self.probe, self.at_threshold, self.threshold = evaluator, probe, at_threshold, threshold
+        self.evaluator, self.probe, self.at_threshold = evaluator, probe, at_threshold
+        self.threshold, self.relearning = threshold, relearning
         self.deletion_steps: dict[str, int] = {}
         self.reached: dict[str, float] = {}  # empty until a look finds at most `threshold`
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
@@ -105,8 +108,10 @@ class RunRecorder:
         record.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
         record.provenance["seconds"] = after.seconds
 
-    def relearn(self, step: int, prefix: str, model: GenerativeModel, relearning: Relearning) -> None:
-        """Measure how fast a model learns again what it was to forget."""
+    def relearn(self, step: int, prefix: str, model: GenerativeModel) -> None:
+        """Measure how fast a model learns again what it was to forget, if that is asked for."""
+        if self.relearning is None:
+            return
         if not model.has_training_loss:
             self.say("relearning is left out: this model has no loss of its own that it could learn by.")
             return
@@ -117,7 +122,7 @@ class RunRecorder:
             return self.probe(model).scores["forget_rate"]
 
         try:
-            scores = relearning(model, self.evaluator.data, forget_rate_of, self.record.scores["base/forget_rate"])
+            scores = self.relearning(model, self.evaluator.data, forget_rate_of, self.record.scores["base/forget_rate"])
         except NonFiniteError:  # it is relearning that diverged
             scores = {"relearn_steps": math.nan}
         self.record.score(step, {f"{prefix}/{key}": value for key, value in scores.items()})
