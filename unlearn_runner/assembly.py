@@ -237,7 +237,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
             record.attempt(trainer.save)
             raise
         finally:
-            record.costs |= trainer.clock.costs()
+            record.spent(trainer.clock)
     return path
 
 

@@ -17,6 +17,7 @@ from unlearn_runner.errors import Interrupted, NonFiniteError, first_line, writi
 from unlearn_runner.evaluation.evaluator import Evaluation, gap
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.checkpoint import Checkpoints
+from unlearn_runner.training.clock import Clock
 from unlearn_runner.training.loggers import Logger, SafeLogger
 from unlearn_runner.training.pictures import draw_lambda
 from unlearn_runner.training.progress import ProgressBar, comparison_table
@@ -73,7 +74,7 @@ class Record:
         self.failures: list[Exception] = []  # of what is attempted
 
     def __enter__(self) -> "Record":
-        self.interrupts.protect(Record.__exit__, Record.attempt)
+        self.interrupts.protect(Record.attempt, Record.spent, Record.__exit__)
         try:
             if self.folder is not None:
                 self.folder.write_summary("running", {})
@@ -113,6 +114,10 @@ class Record:
             close(*arguments)
         except Exception as failure:
             self.failures.append(failure)
+
+    def spent(self, clock: Clock) -> None:
+        """What training has cost when it ends, however it ends."""
+        self.costs |= clock.costs()
 
     def _say_how_to_go_on(self, status: str) -> None:
         if Checkpoints(self.path / "checkpoints").all():
