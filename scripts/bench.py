@@ -130,8 +130,8 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
     from unlearn_runner.assembly import build_method, build_network, make
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.training.checkpoint import Checkpoints
+    from unlearn_runner.training.clock import Listener
     from unlearn_runner.training.progress import ProgressBar
-    from unlearn_runner.training.recorder import ProgressRecorder
     from unlearn_runner.training.signals import Interrupts
     from unlearn_runner.training.trainer import Trainer, identity_of
     from unlearn_runner.types import Streams, make_generator
@@ -177,7 +177,7 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
         method,
         BatchStream(data, method.reads, plan.batch_size, 0, hardware.device),
         plan,
-        ProgressRecorder(ProgressBar(name, plan.max_steps, Console(quiet=True))),
+        {"progress": Listener(logged=ProgressBar(name, plan.max_steps, Console(quiet=True)).logged)},
         Checkpoints(folder / name, 1),
         Interrupts(),
         identity_of(method, data.spec),
@@ -192,10 +192,9 @@ def make_subject(name: str, arguments: argparse.Namespace, folder: Path, *overri
 
     from unlearn_runner.drivers.sb3 import RolloutStart
 
-    driver.prepare(trainer)
+    agent = driver.prepare(trainer)
 
     def learn(steps: int) -> None:
-        agent = driver.agent
         with agent.randomness.inside():
             agent.model.learn(steps, RolloutStart(agent.rollout_started), None, reset_num_timesteps=False)
 

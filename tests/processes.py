@@ -34,8 +34,7 @@ def train(jobs: dict[str, dict], folder: Path) -> None:
         trainer.stream.next = lambda draw=draw: Batch(*map(doubled, draw()))
         trainer.method.step = in_double()(step)
         driver.total_steps(trainer.method, trainer.plan)
-        driver.prepare(trainer)
-        driver.run(trainer)
+        driver.prepare(trainer)()
         torch.save((start, dict(trainer.method.model.named_parameters())), folder / f"{name}.{rank()}.pt")
 
 
@@ -71,7 +70,7 @@ def resume(jobs: dict[str, dict], folder: Path) -> None:
         data = make(cfg["dataset"]).load()
         torch.manual_seed(0)
         whole = build_trainer(cfg, data, folder / name)
-        while whole.run_step < 2:
+        while whole.clock.run_step < 2:
             whole.step()
         whole.save()
         any_of(None)  # all wait for the first to write

@@ -87,8 +87,8 @@ def test_method_steps_and_resets_exactly(composed, digits, tmp_path, method, ema
     assert any(not torch.equal(after[key], start[key]) for key in start if "/weights/" in key)
     trainer.reset()
     assert_same_bits(flat_state(trainer), start)
-    assert trainer.total_steps == 2
-    assert trainer.run_step == 0
+    assert trainer.clock.step == 2
+    assert trainer.clock.run_step == 0
     second = [trainer.step() for _ in range(2)]
     for a, b in zip(first, second, strict=True):
         assert_same_bits(a, b)
@@ -112,13 +112,14 @@ def test_resume_is_the_uninterrupted_run(composed, digits, tmp_path, method):
             weight.data.normal_()  # whatever is there is replaced
     torch.rand(7)
     second.resume(open_checkpoint(tmp_path / "b"))
-    assert second.run_step == 3
+    assert second.clock.run_step == 3
     while not second.done:
         second.step()
     assert_same_bits(flat_state(second), flat_state(whole))
     shipped = [dict(trainer.method.model.state_dict()) for trainer in (second, whole)]
     assert_same_bits(*shipped)
-    assert (second.images, second.network_evaluations) == (whole.images, whole.network_evaluations)
+    ends = [(trainer.clock.images, trainer.clock.network_evaluations) for trainer in (second, whole)]
+    assert ends[0] == ends[1]
 
 
 def test_dropout_resumes_to_the_bit_too(composed, digits, tmp_path):
@@ -180,6 +181,9 @@ def test_hardware_options_build(composed, hardware):
 @pytest.mark.parametrize("logger", options("logger"))
 def test_logger_options_open_and_close(composed, tmp_path, logger):
     built = make(composed(f"logger={logger}")["logger"])
+    if built is None:  # the run folder alone
+        assert logger == "jsonl"
+        return
     built.start(tmp_path, {"seed": 0})
     built.log(1, {"loss/retain": 1.0})
     built.table("results", ["metric", "before"], [["forget_rate", 0.5]])

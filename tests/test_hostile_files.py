@@ -94,8 +94,8 @@ def playing(composed, digits, tmp_path):
     def build(*overrides):
         return build_driven(composed(*small, *overrides), digits, tmp_path / "run")
 
-    _, driver = build()
-    driver.agent.save(tmp_path / "policy")
+    _, agent = build()
+    agent.save(tmp_path / "policy")
     return lambda: build(f"method.policy={tmp_path / 'policy'}")
 
 

@@ -101,7 +101,7 @@ def hooks() -> dict[str, tuple[Any, str]]:
     """What is called where something on the disk changes, or a run ends."""
     import torch
 
-    from unlearn_runner.training.recorder import RunRecorder
+    from unlearn_runner.training.record import Record
     from unlearn_runner.training.run_folder import RunFolder
 
     return {
@@ -109,7 +109,7 @@ def hooks() -> dict[str, tuple[Any, str]]:
         "shutil.rmtree": (shutil, "rmtree"),
         "torch.save": (torch, "save"),
         "append": (RunFolder, "append"),
-        "close": (RunRecorder, "__exit__"),
+        "close": (Record, "__exit__"),
     }
 
 
@@ -135,7 +135,7 @@ def plant(name: str, number: int, which: int, after: bool) -> None:
     """Let this process get a signal at the `number`-th call of its kind: before it, or in its middle or after it."""
     owner, attribute = hooks()[name]
     if name == "close":  # at its first step
-        from unlearn_runner.training.recorder import ProgressBar as owner
+        from unlearn_runner.training.record import ProgressBar as owner
 
         attribute = "close"
     original, calls = getattr(owner, attribute), [0]

@@ -24,6 +24,7 @@ from unlearn_runner.evaluation.likelihood import flow_bits_per_dim
 from unlearn_runner.evaluation.metrics import FID, KID, Rates
 from unlearn_runner.methods.siss import effective_sample_size
 from unlearn_runner.models.model import require_finite
+from unlearn_runner.training.clock import Listener
 
 NAN = math.nan
 
@@ -84,9 +85,10 @@ def test_a_model_with_one_spoilt_weight_is_not_scored(digits, tiny_network, tiny
 
 
 def test_a_diagnostic_ends_no_run_and_a_loss_does(composed, digits, tmp_path):
-    trainer = build_trainer(composed("method=siss"), digits, tmp_path)
-    logged, step = [], trainer.method.step
-    trainer.recorder.log = lambda step, values: logged.append(values)
+    logged = []
+    listeners = {"test": Listener(logged=lambda clock, values: logged.append(values))}
+    trainer = build_trainer(composed("method=siss"), digits, tmp_path, listeners=listeners)
+    step = trainer.method.step
     for key in ("weights/ess_reuse", "lambda/kl", "grad_variance/update", "mixture/kl"):
         trainer.method.step = lambda batch, key=key: step(batch) | {key: torch.tensor(NAN)}
         trainer.step()

@@ -112,7 +112,7 @@ def test_an_agent_costs_at_most_five_or_ten_percent_of_a_step(composed, tmp_path
     same = ("dataset.image_size=28", "model=ddpm_small", "method.split=false", "trainer.max_steps=1000")
     static = build_trainer(composed("method=siss", *same, debug=False), data, tmp_path / "static")
     cfg = composed("method=rl_lambda", f"method/agent={agent}", *same, debug=False)
-    chosen, driver = build_driven(cfg, data, tmp_path / "chosen")
+    chosen, driven = build_driven(cfg, data, tmp_path / "chosen")
     seconds: dict[str, list[float]] = {"static": [], "chosen": []}
     for rollout in range(6):
         started = time.perf_counter()
@@ -120,10 +120,10 @@ def test_an_agent_costs_at_most_five_or_ten_percent_of_a_step(composed, tmp_path
             static.step()
         seconds["static"].append(time.perf_counter() - started)
         started = time.perf_counter()
-        with driver.agent.randomness.inside():
-            driver.agent.model.learn(25, RolloutStart(driver.agent.rollout_started), None, reset_num_timesteps=False)
+        with driven.randomness.inside():
+            driven.model.learn(25, RolloutStart(driven.rollout_started), None, reset_num_timesteps=False)
         seconds["chosen"].append(time.perf_counter() - started)
-        assert static.total_steps == chosen.total_steps == 25 * (rollout + 1)
+        assert static.clock.step == chosen.clock.step == 25 * (rollout + 1)
     before, after = (median(seconds[name][1:]) / 25 for name in ("static", "chosen"))
     print(f"{agent}: {1000 * before:.1f} ms static, {1000 * after:.1f} ms with it, {after / before - 1:+.1%}")
     assert after <= (1 + share) * before

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_bits, weights_of
 
-from unlearn_runner.errors import ConfigurationError, NonFiniteError
+from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.schema import METRICS_VERSION
 from unlearn_runner.training.run_folder import claim, config_hash
 
@@ -269,6 +269,34 @@ def test_latest_goes_on_or_begins(run, composed, tmp_path):
     assert assembly.unlearn(latest, outputs / "fresh") == whole
     assert not any((outputs / "fresh").iterdir())
     assert_same_bits(weights_of(whole), weights_of(outputs / "anew"))
+
+
+def test_an_interrupted_look_leaves_a_checkpoint_and_what_was_spent(run, tmp_path, monkeypatch):
+    """Whoever owns the trainer has it saved before the record is closed, wherever the interruption came."""
+    from unlearn_runner.training.recorder import RunRecorder
+
+    look, settings = RunRecorder.evaluate, ("evaluation.every=2", "trainer.checkpointing_steps=null")
+
+    def interrupted(self, clock, model):
+        look(self, clock, model)
+        raise Interrupted("SIGTERM received")
+
+    monkeypatch.setattr(RunRecorder, "evaluate", interrupted)
+    with pytest.raises(Interrupted):
+        run(*settings, folder="first")
+    folder = tmp_path / "outputs" / "first"
+    found = summary(folder)
+    assert found["status"] == "interrupted"
+    assert [path.name for path in (folder / "checkpoints").glob("step_*")] == ["step_000002"]
+    assert lines(folder)[-1]["step"] == 2 and "loss/forget" in lines(folder)[-1], "nothing of the look is left"
+    spent = found["metrics"]["cost/images"]
+
+    monkeypatch.setattr(RunRecorder, "evaluate", look)
+    run(f"resume_from_checkpoint={folder}", *settings, folder="unused")
+    whole = run(*settings, folder="whole")
+    assert_same_bits(weights_of(folder), weights_of(whole))
+    assert summary(folder)["metrics"]["cost/images"] == summary(whole)["metrics"]["cost/images"] == 2 * spent
+    assert list(summary(folder)["metrics"]) == list(summary(whole)["metrics"])
 
 
 def test_non_finite_loss_stops_the_run(run, tmp_path):

@@ -1,19 +1,20 @@
 """Trainers of debug configurations, and all that they learn, for tests to compare."""
 
 import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from unlearn_runner.assembly import build_method, build_network, make
 from unlearn_runner.data.streams import BatchStream
-from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.training.checkpoint import Checkpoints
+from unlearn_runner.training.clock import Listener
 from unlearn_runner.training.progress import ProgressBar
-from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.training.trainer import Recorder, Trainer, identity_of, planned
+from unlearn_runner.training.trainer import Trainer, identity_of, planned
 from unlearn_runner.types import make_generator
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def build_trainer(
     data,
     folder: Path,
     resettable: bool = True,
-    recorder: Recorder | None = None,
+    listeners: Mapping[str, Listener] | None = None,
     base: Path | None = None,
 ) -> Trainer:
     """`base` is a folder of weights that the network is given, as train.py does it, when the method is built."""
@@ -41,7 +42,7 @@ def build_trainer(
         method,
         BatchStream(data, method.reads, plan.batch_size, 0, CPU, network.encode),
         plan,
-        recorder or ProgressRecorder(ProgressBar("test", plan.max_steps, Console(quiet=True))),
+        listeners or {"progress": Listener(logged=ProgressBar("test", plan.max_steps, Console(quiet=True)).logged)},
         Checkpoints(folder / "checkpoints", plan.checkpoints_total_limit),
         Interrupts(),
         identity_of(method, spec),
@@ -49,13 +50,14 @@ def build_trainer(
     )
 
 
-def build_driven(cfg: dict, data, folder: Path, recorder: Recorder | None = None) -> tuple[Trainer, Driver]:
-    """A trainer and the driver that is ready to run it."""
+def build_driven(
+    cfg: dict, data, folder: Path, listeners: Mapping[str, Listener] | None = None
+) -> tuple[Trainer, Callable[[], Any]]:
+    """A trainer and its driver's loop, ready to run."""
     driver = make(cfg["driver"])
-    trainer = build_trainer(cfg, data, folder, recorder=recorder)
+    trainer = build_trainer(cfg, data, folder, listeners=listeners)
     driver.total_steps(trainer.method, trainer.plan)
-    driver.prepare(trainer)
-    return trainer, driver
+    return trainer, driver.prepare(trainer)
 
 
 def flat_state(trainer: Trainer) -> dict[str, torch.Tensor]:

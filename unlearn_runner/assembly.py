@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
 from unlearn_runner import rules
-from unlearn_runner.errors import folder_or_name
+from unlearn_runner.errors import Interrupted, folder_or_name
 from unlearn_runner.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
     from unlearn_runner.data.forget_retain import Dataset, ForgetRetain
     from unlearn_runner.drivers.driver import Driver
+    from unlearn_runner.evaluation.evaluator import Evaluator
     from unlearn_runner.evaluation.judge import Judge, JudgeRecipe
     from unlearn_runner.hardware import Hardware
     from unlearn_runner.methods.method import Method
     from unlearn_runner.models.clip import Clip
     from unlearn_runner.models.model import GenerativeModel
+    from unlearn_runner.training.checkpoint import Checkpoint
     from unlearn_runner.training.evaluation import EvaluationPlan
     from unlearn_runner.training.loggers import Logger
     from unlearn_runner.training.trainer import Plan
@@ -97,7 +99,7 @@ class Parts:
     dataset: "Dataset"
     plan: "Plan"
     driver: "Driver"
-    logger: "Logger"
+    logger: "Logger | None"
     evaluation: "EvaluationPlan"
     judge: "JudgeRecipe"
     network: "GenerativeModel"
@@ -115,7 +117,6 @@ def build_parts(cfg: Config) -> Parts:
     from unlearn_runner.distributed import is_first
     from unlearn_runner.evaluation.evaluator import require_enough_samples
     from unlearn_runner.models.stable_diffusion import require_told_apart
-    from unlearn_runner.training.loggers import NoLogger
     from unlearn_runner.training.trainer import planned
     from unlearn_runner.types import make_generator
 
@@ -124,7 +125,7 @@ def build_parts(cfg: Config) -> Parts:
     hardware.apply()
     dataset = make(cfg["dataset"])
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
-    logger = make(cfg["logger"]) if is_first() else NoLogger()
+    logger = make(cfg["logger"]) if is_first() else None
     evaluation, judge = make(cfg["evaluation"]), make(cfg["judge"])
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
     require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
@@ -160,20 +161,14 @@ def drawn_by(network: "GenerativeModel", dataset: "Dataset", device: "torch.devi
 def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
     """One run, in a folder of its own or in that of the run which it resumes; returns it."""
     from unlearn_runner.data.streams import BatchStream
-    from unlearn_runner.distributed import from_first, is_first
-    from unlearn_runner.evaluation.evaluator import Evaluator
+    from unlearn_runner.distributed import is_first
     from unlearn_runner.models.model import require_usable
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.pretraining import pretrained
     from unlearn_runner.training.progress import run_console
+    from unlearn_runner.training.record import Record
     from unlearn_runner.training.recorder import RunRecorder
-    from unlearn_runner.training.run_folder import (
-        DATA,
-        checkpoint_to_resume,
-        continued,
-        identity_of_run,
-        open_run_folder,
-    )
+    from unlearn_runner.training.run_folder import open_run_folder
     from unlearn_runner.training.signals import Interrupts
     from unlearn_runner.training.trainer import Trainer
 
@@ -181,76 +176,96 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
 
     # 1. Build every part, and find what is to be resumed.
     parts = build_parts(cfg)
-    network, dataset, hardware, plan, driver = (
-        parts.network, parts.dataset, parts.hardware, parts.plan, parts.driver
-    )  # fmt: skip
+    network, method, plan = parts.network, parts.method, parts.plan
     pretraining = make(cfg["model"]["pretraining"])
-    total_steps = driver.total_steps(parts.method, plan)
-    identity = from_first(lambda: identity_of_run(cfg))
-    outputs = Path(cfg["paths"]["outputs"])
-    checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], outputs, identity, driver.extendable)
-    data = None if dataset.from_base else dataset.load()
-    if data is not None:
-        identity[DATA] = data.fingerprint
-    if checkpoint is not None:
-        identity = continued(identity, checkpoint)
-    folder = open_run_folder(fresh_folder, checkpoint, cfg, identity)
+    total_steps = parts.driver.total_steps(method, plan)
+    data, identity, checkpoint = what_to_resume(parts)
+    path, folder = open_run_folder(fresh_folder, checkpoint, cfg, identity)
 
     with (
         Interrupts() as interrupts,
-        RunRecorder(folder, parts.logger, cfg, total_steps, console, interrupts) as recorder,
-    ):
+        Record(
+            path, folder, parts.logger, cfg, total_steps, plan.keep_checkpoints, console, interrupts
+        ) as record,
+    ):  # fmt: skip
         # 2. Get the base weights and the judge, or make them once.
         def weights_of(population: str) -> str | Path:
             if population == "all" and cfg["model"]["weights"] != "auto":
                 return folder_or_name(cfg["model"]["weights"], "model.weights")
-            key = {name: cfg["model"][name] for name in ("network", "pretraining")} | hardware.beyond_rounding
+            key = {name: cfg["model"][name] for name in ("network", "pretraining")} | parts.hardware.beyond_rounding
             fresh = parts.fresh_network
             return pretrained(population, pretraining, key, fresh, data, cache_dir, interrupts, console)
 
         network.load(weights_of("all"))
         require_usable(network, cfg["model"]["weights"])
         if data is None:
-            data = drawn_by(network, dataset, hardware.device)
+            data = drawn_by(network, parts.dataset, parts.hardware.device)
         for note in data.notes:
             console.print(note, soft_wrap=True)
         judge = trained_judge_of(parts, data, cache_dir, console)
 
         # 3. Measure, unlearn, measure.
-        evaluation = parts.evaluation
-        evaluators = (
-            look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, parts.clip)
-            for look in (evaluation, evaluation.probe, evaluation.at_threshold)
-        )
-        recorder.watch(network, *evaluators, evaluation.threshold)
+        evaluators = evaluators_of(parts, data, judge, cache_dir)
+        recorder = RunRecorder(record, network, *evaluators, parts.evaluation.threshold, parts.evaluation.relearning)
         if plan.init == "scratch":
             network.load_state_dict(parts.fresh_network(cfg["seed"]).state_dict())
-        reads = parts.method.reads
         trainer = Trainer(
-            parts.method,
-            BatchStream(data, reads, plan.batch_size, cfg["seed"], hardware.device, network.encode),
+            method,
+            BatchStream(data, method.reads, plan.batch_size, cfg["seed"], parts.hardware.device, network.encode),
             plan,
-            recorder,
-            Checkpoints(folder.checkpoints, plan.checkpoints_total_limit),
+            {"recorder": recorder.listener},
+            Checkpoints(path / "checkpoints", plan.checkpoints_total_limit),
             interrupts,
             identity,
             resettable=total_steps > plan.max_steps,
         )
-        recorder.trainer = trainer
-        driver.prepare(trainer)
-        if checkpoint is not None:
-            trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
-        driver.run(trainer)
-        if relearning := evaluation.relearning:
-            recorder.relearn("eval", parts.method.model, relearning)
-        if evaluation.oracle:
-            oracle = parts.fresh_network(cfg["seed"])
-            oracle.load(weights_of("retain"))
-            recorder.compare_with_oracle(oracle)
-            if relearning:
-                recorder.relearn("oracle", oracle, relearning)
-        recorder.report()
-    return folder.path
+        try:
+            train = parts.driver.prepare(trainer)
+            if checkpoint is not None:
+                trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
+            train()
+            step = trainer.clock.step
+            recorder.relearn(step, "eval", method.model)
+            if parts.evaluation.oracle:
+                oracle = parts.fresh_network(cfg["seed"])
+                oracle.load(weights_of("retain"))
+                recorder.compare_with_oracle(step, oracle)
+                recorder.relearn(step, "oracle", oracle)
+            record.report(step)
+        except Interrupted:
+            record.attempt(trainer.save)
+            raise
+        finally:
+            record.spent(trainer.clock)
+    return path
+
+
+def what_to_resume(parts: Parts) -> tuple["ForgetRetain | None", dict[str, Any], "Checkpoint | None"]:
+    """The images, unless the base is to draw them, the run's identity, and the checkpoint that it goes on from."""
+    from unlearn_runner.distributed import from_first
+    from unlearn_runner.training.run_folder import DATA, checkpoint_to_resume, continued, identity_of_run
+
+    cfg, dataset = parts.cfg, parts.dataset
+    identity = from_first(lambda: identity_of_run(cfg))
+    outputs = Path(cfg["paths"]["outputs"])
+    checkpoint = checkpoint_to_resume(cfg["resume_from_checkpoint"], outputs, identity, parts.driver.extendable)
+    data = None if dataset.from_base else dataset.load()
+    if data is not None:
+        identity[DATA] = data.fingerprint
+    return data, identity if checkpoint is None else continued(identity, checkpoint), checkpoint
+
+
+def evaluators_of(
+    parts: Parts, data: "ForgetRetain", judge: "Judge", cache_dir: Path
+) -> tuple["Evaluator", "Evaluator", "Evaluator | None"]:
+    """For the base and the end, for looks on the way, and for the look at the threshold, if there is one."""
+    from unlearn_runner.evaluation.evaluator import Evaluator
+
+    plan = parts.evaluation
+    return tuple(
+        look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, parts.clip)
+        for look in (plan, plan.probe, plan.at_threshold)
+    )
 
 
 def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, console: Any) -> "Judge":

@@ -392,7 +392,7 @@ class Configuration(TypedDict):
     method: collections.abc.Callable[..., in_package("methods.method.Method")]
     evaluation: in_package("training.evaluation.EvaluationPlan")
     judge: in_package("evaluation.judge.JudgeRecipe")
-    logger: in_package("training.loggers.Logger")
+    logger: in_package("training.loggers.Logger") | None
 
 
 NEEDED = [key for key, kind in Configuration.__annotations__.items() if type(None) not in arms_of(kind)]

@@ -13,9 +13,10 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 from trainers import build_driven, build_trainer, flat, flat_state
 
 from unlearn_runner.drivers.lambda_env import LambdaEnv, squash
+from unlearn_runner.drivers.sb3 import LambdaDriver
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.training.checkpoint import open_checkpoint
-from unlearn_runner.training.trainer import Recorder
+from unlearn_runner.training.clock import Listener
 
 PPO = (
     "method=rl_lambda", "method.agent.batch_size=2", "+method.agent.n_epochs=2", "method.update_every=4",
@@ -34,23 +35,27 @@ SETUPS = {
 }
 
 
-class Kept(Recorder):
+class Kept:
     """All that is told."""
 
     def __init__(self):
         self.lines, self.notes, self.looks, self.finished = [], [], [], []
 
-    def log(self, step, values):
-        self.lines.append((step, {key: value for key, value in values.items() if key != "seconds"}))
+    @property
+    def listeners(self):
+        return {"recorder": Listener(None, self.logged, self.noted, self.evaluate, self.finish, self)}
 
-    def note(self, step, values):
-        self.notes.append((step, values))
+    def logged(self, clock, values):
+        self.lines.append((clock.step, {key: value for key, value in values.items() if key != "seconds"}))
 
-    def evaluate(self, model, step):
-        self.looks.append(step)
+    def noted(self, clock, values):
+        self.notes.append((clock.step, values))
 
-    def finish(self, model, step):
-        self.finished.append((step, {name: weight.clone() for name, weight in model.state_dict().items()}))
+    def evaluate(self, clock, model):
+        self.looks.append(clock.step)
+
+    def finish(self, clock, model):
+        self.finished.append((clock.step, {name: weight.clone() for name, weight in model.state_dict().items()}))
 
     def state_dict(self):
         return {"lines": len(self.lines), "notes": len(self.notes)}
@@ -62,13 +67,13 @@ class Kept(Recorder):
 @pytest.fixture
 def driven(composed, digits, tmp_path):
     def build(*overrides, recorder=None, folder="run"):
-        return build_driven(composed(*overrides), digits, tmp_path / folder, recorder)
+        return build_driven(composed(*overrides), digits, tmp_path / folder, recorder and recorder.listeners)
 
     return build
 
 
 def environment(driven, *overrides) -> LambdaEnv:
-    return driven(*overrides)[1].agent.env
+    return driven(*overrides)[1].env
 
 
 @pytest.mark.parametrize("logits", [True, False])
@@ -76,6 +81,7 @@ def environment(driven, *overrides) -> LambdaEnv:
 def test_the_environment_is_one(composed, digits, tmp_path, logits, norms):
     cfg = composed(*PPO, f"method.observe_gradient_norms={norms}", "trainer.max_steps=1000")
     env = LambdaEnv(build_trainer(cfg, digits, tmp_path), logits)
+    env.trainer.listen("agent", Listener(stepped=env.stepped))
     env.features.frozen = True  # their running statistics are all that episodes leave behind
     assert env.observation_space.shape == ((6,) if norms == "true" else (4,))
     check_env(env, skip_render_check=True)
@@ -93,9 +99,9 @@ def test_what_the_agent_sees_and_gets(driven):
     assert not terminated and not truncated
     again, _ = env.reset()
     assert again.tolist() == first.tolist()
-    assert env.trainer.run_step == 0 and env.trainer.total_steps == 1
+    assert env.trainer.clock.run_step == 0 and env.trainer.clock.step == 1
     metrics = {}
-    env.trainer.after_step = lambda found: (metrics.update(found), env._observe(found))
+    env.trainer.listen("test", Listener(stepped=lambda clock, found: metrics.update(found)))
     _, second, *_ = env.step(np.float32([1.0]))
     assert second == reward, "after a reset the same step is the same"
     loss = metrics["loss/retain"] - metrics["loss/forget"]
@@ -125,11 +131,11 @@ def test_an_agent_frozen_at_one_half_is_static_siss(composed, digits, tmp_path, 
     static = build_trainer(composed("method=siss", "trainer.max_steps=8"), digits, tmp_path / "static")
     while not static.done:
         static.step()
-    trainer, driver = driven(*PPO, folder="frozen")
-    for weight in driver.agent.model.policy.parameters():
+    trainer, agent = driven(*PPO, folder="frozen")
+    for weight in agent.model.policy.parameters():
         weight.data.zero_()  # its mean is the logit 0
-    driver.agent.trained = True
-    driver.run(trainer)
+    agent.trained = True
+    agent()
     found, wanted = flat_state(trainer), flat_state(static)
     chosen = {"/method/lambd/value", "/method/lambd/previous"}  # a constant has no state
     assert {found.pop(name).item() for name in chosen} == {0.5}
@@ -139,22 +145,22 @@ def test_an_agent_frozen_at_one_half_is_static_siss(composed, digits, tmp_path, 
 @pytest.mark.parametrize("setup", ["ppo episodic probe", "sac episodic"])
 def test_episodes_rehearse_and_the_last_run_is_the_result(driven, setup):
     recorder = Kept()
-    trainer, driver = driven(*SETUPS[setup], "trainer.evaluate_every=2", recorder=recorder)
+    trainer, agent = driven(*SETUPS[setup], "trainer.evaluate_every=2", recorder=recorder)
     start, starts = flat_state(trainer), []
     reset = trainer.reset
     trainer.reset = lambda: (reset(), starts.append(flat_state(trainer)))
-    driver.run(trainer)
+    agent()
     assert len(starts) == 5, "after each of 4 episodes, and before the run that counts"
     for state in starts:
         assert_same_bits(state, start)
-    assert trainer.total_steps == driver.total_steps(trainer.method, trainer.plan) == 20
+    assert trainer.clock.step == LambdaDriver().total_steps(trainer.method, trainer.plan) == 20
     assert recorder.looks == [18], "rehearsals are not looked at"
     [(step, shipped)] = recorder.finished
     assert step == 20
     assert_same_bits(shipped, dict(trainer.method.model.state_dict()))
     after = flat_state(trainer)
     assert any(not torch.equal(after[key], start[key]) for key in start if "/weights/" in key)
-    assert trainer.rehearsed["images"] * 5 == trainer.images * 4
+    assert trainer.clock.rehearsed["images"] * 5 == trainer.clock.images * 4
     returns = [values for _, values in recorder.notes if "agent/return" in values]
     assert len(returns) == 5
     rewards = [line["agent/reward"] for _, line in recorder.lines]
@@ -166,12 +172,12 @@ def test_episodes_rehearse_and_the_last_run_is_the_result(driven, setup):
 @pytest.mark.parametrize("setup", ["ppo online", "sac online"])
 def test_online_learns_within_the_one_run(driven, setup):
     recorder = Kept()
-    trainer, driver = driven(*SETUPS[setup], recorder=recorder)
-    before = flat(driver.agent.model.get_parameters())
-    driver.run(trainer)
-    assert trainer.total_steps == trainer.run_step == 8
-    assert trainer.rehearsed == {}
-    after = flat(driver.agent.model.get_parameters())
+    trainer, agent = driven(*SETUPS[setup], recorder=recorder)
+    before = flat(agent.model.get_parameters())
+    agent()
+    assert trainer.clock.step == trainer.clock.run_step == 8
+    assert trainer.clock.rehearsed == {}
+    after = flat(agent.model.get_parameters())
     assert any(not torch.equal(after[key], before[key]) for key in before)
     lambdas = [line["lambda/value"] for _, line in recorder.lines]
     assert len(set(lambdas)) == 8
@@ -185,11 +191,11 @@ def test_same_seed_same_bits_and_the_global_generators_are_left_alone(driven, se
     for folder, disturbance in (("a", 1), ("b", 2)):
         torch.manual_seed(5)
         np.random.seed(disturbance)
-        trainer, driver = driven(*SETUPS[setup], folder=folder)
+        trainer, agent = driven(*SETUPS[setup], folder=folder)
         kept = np.random.get_state()[1].copy()
-        driver.run(trainer)
+        agent()
         assert np.array_equal(np.random.get_state()[1], kept)
-        ends.append(flat_state(trainer) | flat(driver.agent.model.get_parameters()))
+        ends.append(flat_state(trainer) | flat(agent.model.get_parameters()))
     assert_same_bits(*ends)
 
 
@@ -199,11 +205,12 @@ def wholes() -> dict[str, tuple]:
     return {}
 
 
-def left_by(trainer, recorder) -> tuple:
+def left_by(trainer, agent, recorder) -> tuple:
     policy = Path(trainer.checkpoints.folder).parent / "policy" / "policy.json"
     told = [recorder.lines, recorder.notes, [step for step, _ in recorder.finished], policy.read_text()]
-    spent = [trainer.images, trainer.network_evaluations, trainer.total_steps, trainer.run_step]
-    return flat_state(trainer) | flat(trainer.companion.model.get_parameters()), told + spent
+    clock = trainer.clock
+    spent = [clock.images, clock.network_evaluations, clock.step, clock.run_step]
+    return flat_state(trainer) | flat(agent.model.get_parameters()), told + spent
 
 
 @pytest.mark.parametrize(
@@ -217,29 +224,29 @@ def test_interrupted_and_resumed_is_not_interrupted(driven, wholes, setup, at):
     """In the middle of a rollout, at its end, between episodes and in the last run."""
     if setup not in wholes:
         recorder = Kept()
-        whole, driver = driven(*SETUPS[setup], recorder=recorder, folder="whole")
-        driver.run(whole)
-        wholes[setup] = left_by(whole, recorder)
+        whole, agent = driven(*SETUPS[setup], recorder=recorder, folder="whole")
+        agent()
+        wholes[setup] = left_by(whole, agent, recorder)
     recorder = Kept()
-    first, driver = driven(*SETUPS[setup], recorder=recorder)
+    first, agent = driven(*SETUPS[setup], recorder=recorder)
     draw = first.stream.next
 
     def interrupted_draw():
-        if first.total_steps == at - 1:
+        if first.clock.step == at - 1:
             first.interrupts.received = signal.SIGTERM
         return draw()
 
     first.stream.next = interrupted_draw
     with pytest.raises(Interrupted):
-        driver.run(first)
-    assert first.total_steps == at
+        agent()
+    assert first.clock.step == at
     checkpoint = open_checkpoint(first.save())
-    second, driver = driven(*SETUPS[setup], recorder=recorder)
+    second, agent = driven(*SETUPS[setup], recorder=recorder)
     torch.rand(3)
     np.random.rand(3)
     second.resume(checkpoint)
-    driver.run(second)
-    (found, told), (wanted, wanted_told) = left_by(second, recorder), wholes[setup]
+    agent()
+    (found, told), (wanted, wanted_told) = left_by(second, agent, recorder), wholes[setup]
     assert_same_bits(found, wanted)
     assert told == wanted_told
 
@@ -247,8 +254,8 @@ def test_interrupted_and_resumed_is_not_interrupted(driven, wholes, setup, at):
 @pytest.mark.parametrize("setup", ["ppo online", "sac online"])
 def test_an_update_of_the_policy_is_not_torn(driven, setup):
     """A signal that arrives while SB3 trains takes effect before the next step."""
-    trainer, driver = driven(*SETUPS[setup])
-    model = driver.agent.model
+    trainer, agent = driven(*SETUPS[setup])
+    model = agent.model
     train = model.train
 
     def interrupted_train(*args, **kwargs):
@@ -257,10 +264,10 @@ def test_an_update_of_the_policy_is_not_torn(driven, setup):
 
     model.train = interrupted_train
     with pytest.raises(Interrupted):
-        driver.run(trainer)
-    assert trainer.total_steps == 4
-    assert trainer.companion.rollout["num_timesteps"] == 4
-    assert not trainer.companion.env.transitions
+        agent()
+    assert trainer.clock.step == 4
+    assert agent.rollout["num_timesteps"] == 4
+    assert not agent.env.transitions
 
 
 @pytest.mark.parametrize(
@@ -284,13 +291,13 @@ def test_numbers_that_do_not_divide_are_refused(driven, overrides, sentence):
 
 
 def test_a_reward_that_is_not_finite_stops_with_its_step(driven):
-    trainer, driver = driven(*PPO, "trainer.log_every=8")
+    trainer, agent = driven(*PPO, "trainer.log_every=8")
     step = trainer.method.step
     trainer.method.step = lambda batch: (
-        step(batch) | ({"agent/reward": torch.tensor(torch.nan)} if trainer.total_steps == 2 else {})
+        step(batch) | ({"agent/reward": torch.tensor(torch.nan)} if trainer.clock.step == 2 else {})
     )
     with pytest.raises(NonFiniteError, match="agent/reward became nan at step 3"):
-        driver.run(trainer)
+        agent()
 
 
 def test_runs_leave_a_policy_that_another_run_can_take(run, tmp_path):
@@ -321,8 +328,8 @@ def test_runs_leave_a_policy_that_another_run_can_take(run, tmp_path):
     ],
 )
 def test_a_policy_for_something_else_is_refused(driven, tmp_path, overrides, sentence):
-    trainer, driver = driven(*PPO, folder="trained")
-    driver.run(trainer)
+    _, agent = driven(*PPO, folder="trained")
+    agent()
     with pytest.raises(ConfigurationError, match=sentence):
         driven(*overrides, f"method.policy={tmp_path / 'trained'}", folder="taken")
     (tmp_path / "trained" / "policy" / "policy.safetensors").write_bytes(b"cut off")
@@ -333,8 +340,8 @@ def test_a_policy_for_something_else_is_refused(driven, tmp_path, overrides, sen
 
 
 def test_resuming_a_run_of_another_method_is_refused(driven, composed, digits, tmp_path):
-    trainer, driver = driven(*PPO, folder="agent")
-    driver.run(trainer)
+    _, agent = driven(*PPO, folder="agent")
+    agent()
     static = build_trainer(composed("method=siss"), digits, tmp_path / "static")
     with pytest.raises(ConfigurationError, match="another method"):
         static.resume(open_checkpoint(tmp_path / "agent"))

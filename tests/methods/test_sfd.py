@@ -283,7 +283,7 @@ def test_no_image_is_read(composed, digits, tmp_path, method):
     while not trainer.done:
         trainer.step()
     assert trainer.images == 0
-    assert trainer.network_evaluations > 0
+    assert trainer.clock.network_evaluations > 0
 
 
 def test_resume_brings_both_networks_and_both_optimizers_back(composed, digits, tmp_path):

@@ -56,9 +56,9 @@ def test_what_it_draws_is_what_runs_log():
     over_steps = {key for keys in wandb_dashboard.OVER_STEPS.values() for key in keys} - written
     text = (ROOT / "docs" / "metrics.md").read_text()
     assert {key for key in over_steps if f"`{key}`" not in text} == set()
-    recorder = (ROOT / "unlearn_runner" / "training" / "recorder.py").read_text()
-    assert 'f"samples/{prefix}"' in recorder
-    assert '"samples/lambda"' in recorder
+    record = (ROOT / "unlearn_runner" / "training" / "record.py").read_text()
+    assert 'f"samples/{prefix}"' in record
+    assert '"samples/lambda"' in record
     assert {f"samples/{prefix}" for prefix in ("base", "oracle", "eval", "lambda")} == set(wandb_dashboard.PICTURES)
 
 

@@ -104,12 +104,18 @@ def test_an_older_whole_one_takes_the_place_of_a_damaged_one(tmp_path, capsys):
     assert (checkpoints.folder / "step_000003.damaged-1" / "manifest.json").is_file(), "nothing is deleted"
 
 
-def test_one_of_another_version_is_named(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_one_of_another_version_is_named(tmp_path, version, capsys):
     path = Checkpoints(tmp_path / "checkpoints").save(1, STATE, IDENTITY)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
-    with pytest.raises(ConfigurationError, match="it is of version 1, and this unlearn_runner reads version 2"):
+    (path / "manifest.json").write_text(json.dumps(manifest | {"version": version}))
+    sentence = f"it is of version {version}, and this unlearn_runner reads version 3"
+    with pytest.raises(ConfigurationError, match=sentence):
         open_checkpoint(path)
+    found, faults = newest_whole(tmp_path)
+    assert (found, list(faults)) == (None, [path])
+    put_aside(faults)
+    assert sentence in capsys.readouterr().out
 
 
 def test_a_part_that_one_of_two_runs_has_differs_once():

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 
 from unlearn_runner.errors import ConfigurationError, Interrupted
+from unlearn_runner.training.clock import Clock, Listener
 from unlearn_runner.training.loggers import Logger, SafeLogger, WandbLogger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
-from unlearn_runner.training.recorder import ProgressRecorder, RunRecorder
+from unlearn_runner.training.record import Record
 from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.signals import Interrupts
 
@@ -77,7 +78,7 @@ def test_a_protected_function_is_finished_whatever_comes(clock):
         interrupts.protect(close)
         close()
         assert (done, interrupts.received) == ([2], signal.SIGTERM)
-        interrupts.protect(None)
+        interrupts.protect()
         with pytest.raises(Interrupted):
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -273,16 +274,23 @@ def test_a_logger_that_fails_is_said_once_and_ends_nothing(at, tmp_path):
     assert logger.called[-1] == "finish", "what it got before is closed"
 
 
+def recorded(path, logger=None, folder=None, interrupts=None, out=None):
+    """A record of a run of one step."""
+    console = Console(file=out or io.StringIO(), width=200)
+    return Record(path, folder, logger, {"seed": 0}, 1, False, console, interrupts or Interrupts())
+
+
 def test_a_run_does_not_depend_on_its_dashboard(tmp_path):
     """Its summary and its lines are whole, whatever the logger raises."""
     out = io.StringIO()
     for at in CALLS:
         (tmp_path / at).mkdir()
         folder = RunFolder(tmp_path / at, {"seed": 0})
-        with RunRecorder(folder, Failing(at), {}, 1, Console(file=out, width=200), Interrupts()) as recorder:
-            recorder.note(1, {"loss/retain": 1.0})
-            recorder.logger.image(1, "samples/lambda", tmp_path)
-            recorder.logger.table("results", [], [])
+        with recorded(tmp_path / at, Failing(at), folder, out=out) as record:
+            record.line(1, {"loss/retain": 1.0})
+            (logger,) = record.loggers
+            logger.image(1, "samples/lambda", tmp_path)
+            logger.table("results", [], [])
         assert json.loads((tmp_path / at / "summary.json").read_text())["status"] == "finished"
         assert '"loss/retain": 1.0' in (tmp_path / at / "metrics.jsonl").read_text()
     assert out.getvalue().count("Failing failed ([/no])") == len(CALLS)
@@ -301,7 +309,7 @@ def test_a_look_that_is_interrupted_leaves_no_line(composed, digits, tmp_path):
     """Wherever in it the signal comes: it is taken again when the run goes on."""
     from trainers import build_trainer
 
-    class Interrupting(ProgressRecorder):
+    class Interrupting:
         lines = 0
 
         def state_dict(self):
@@ -310,19 +318,87 @@ def test_a_look_that_is_interrupted_leaves_no_line(composed, digits, tmp_path):
         def load_state_dict(self, state_dict):
             self.lines = state_dict["lines"]
 
-        def evaluate(self, model, step):
+        def evaluate(self, clock, model):
             self.lines += 1
             if not looks:
-                looks.append(step)
+                looks.append(clock.step)
                 raise Interrupted("SIGTERM received")
 
     looks = []
-    recorder = Interrupting.__new__(Interrupting)
-    recorder.log = recorder.note = recorder.finish = lambda *_: None
-    trainer = build_trainer(composed("method=siss"), digits, tmp_path, recorder=recorder)
+    recorder = Interrupting()
+    listeners = {"recorder": Listener(evaluate=recorder.evaluate, state=recorder)}
+    trainer = build_trainer(composed("method=siss"), digits, tmp_path, listeners=listeners)
     trainer.step()
     with pytest.raises(Interrupted):
         trainer.step()
-    assert (recorder.lines, trainer.state_dict()["counters"]["_evaluated_at"]) == (0, 0)
+    assert (recorder.lines, trainer.state_dict()["evaluated_at"]) == (0, 0)
     trainer._evaluate_or_finish()
     assert (recorder.lines, trainer._evaluated_at) == (1, 2)
+
+
+def test_listeners_are_told_in_order_and_how_far_it_is(composed, digits, tmp_path):
+    from trainers import build_trainer
+
+    told = []
+
+    def heard(event):
+        return lambda clock, what: told.append((event, clock.step, clock.run_step, clock.images))
+
+    listener = Listener(*(heard(event) for event in ("stepped", "logged", "noted", "evaluate", "finish")))
+    cfg = composed("method=siss", "trainer.max_steps=3", "trainer.batch_size=8", "trainer.evaluate_every=2")
+    trainer = build_trainer(cfg, digits, tmp_path, listeners={"test": listener})
+    trainer.step()
+    trainer.reset()
+    trainer.note({"agent/return": 1.0})
+    while not trainer.done:
+        trainer.step()
+    assert told == [
+        ("stepped", 1, 1, 16), ("logged", 1, 1, 16), ("noted", 1, 0, 16),
+        ("stepped", 2, 1, 32), ("logged", 2, 1, 32),
+        ("stepped", 3, 2, 48), ("logged", 3, 2, 48), ("evaluate", 3, 2, 48),
+        ("stepped", 4, 3, 64), ("logged", 4, 3, 64), ("finish", 4, 3, 64),
+    ]  # fmt: skip
+    with pytest.raises(TypeError, match="evaluated"):
+        Listener(evaluated=print)
+
+
+def test_a_clock_comes_back_whole():
+    clock, again = Clock(4, 1, 64, 0.5, 128, False, {"seconds": 0.25, "images": 48, "network_evaluations": 96}), Clock()
+    again.load_state_dict(clock.state_dict())
+    assert again == clock and again.rehearsed is not clock.rehearsed
+    assert clock.costs() == {
+        "cost/seconds": 0.5, "cost/images": 64, "cost/network_evaluations": 128, "cost/policy_seconds": 0.25,
+        "cost/policy_images": 48, "cost/policy_network_evaluations": 96,
+    }  # fmt: skip
+
+
+def test_a_process_that_only_helps_writes_nothing(tmp_path, tiny_network):
+    with recorded(tmp_path) as record:
+        assert record.score(1, {"eval/forget_rate": 0.5}) == {"eval/forget_rate": 0.5}
+        record.model(tiny_network())
+        record.averages(1, since=0)
+        record.truncate(record.position())
+        record.report(1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_cannot_be_written_at_the_end_is_said(tmp_path):
+    out = io.StringIO()
+
+    def save():
+        os.kill(os.getpid(), signal.SIGTERM)  # does not tear it
+        raise OSError("no space")
+
+    folder = RunFolder(tmp_path, {"seed": 0})
+    with (
+        pytest.raises(Interrupted, match="first"),
+        Interrupts() as interrupts,
+        recorded(tmp_path, folder=folder, interrupts=interrupts, out=out) as record,
+    ):
+        try:
+            raise Interrupted("first")
+        except Interrupted:
+            record.attempt(save)
+            raise
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
+    assert "the record is not whole: no space" in out.getvalue()

@@ -26,6 +26,7 @@ from unlearn_runner.training.run_folder import (
     flat,
     identity_of_run,
     is_longer,
+    position_in,
     require_log,
     unfinished,
 )
@@ -67,7 +68,7 @@ FREE = {
     "resume_from_checkpoint": "latest", "skip_finished": True, "objective": "eval/forget_rate", "name": "x",
     "label": "x", "choices.dataset": "x", "choices.model": "x", "choices.method": "x", "choices.experiment": "x",
     "budget.max_steps": 3, "budget.batch_size": 3, "budget.learning_rate": 3.0, "paths.outputs": "x",
-    "paths.cache": "x", "logger._target_": "x", "trainer.log_every": 7, "trainer.checkpointing_steps": 7,
+    "paths.cache": "x", "logger": "x", "trainer.log_every": 7, "trainer.checkpointing_steps": 7,
     "trainer.checkpoints_total_limit": 7, "trainer.keep_checkpoints": True, "hardware._target_": "x",
     "hardware.accelerator": "cpu", "hardware.num_processes": 2, "hardware.threads": 3, "hardware.compile": True,
     "hardware.gradient_accumulation_steps": 2, "hardware.cuda_graphs": False, "hardware.channels_last": True,
@@ -134,7 +135,7 @@ def interrupted(path, config=CONFIG, step=3, status="interrupted"):
     """A run folder with a checkpoint."""
     folder = RunFolder(path, config)
     folder.append(1, {"loss/retain": 0.5})
-    state = {"recorder": {"position": folder.position()}}
+    state = {"listeners": {"recorder": {"position": folder.position()}}}
     checkpoint = Checkpoints(folder.checkpoints).save(step, state, identity_of_run(config))
     folder.append(4, {"loss/retain": 0.25})
     folder.write_summary(status, {})
@@ -207,7 +208,7 @@ def test_what_was_written_after_the_checkpoint_may_be_garbage(tmp_path):
     whole = log.read_bytes()
     log.write_bytes(whole + b'{"step": 5, "lo\xff\0')
     checkpoint = checkpoint_to_resume("latest", tmp_path, identity_of_run(CONFIG))
-    position = checkpoint.state["recorder"]["position"]
+    position = position_in(checkpoint)
     require_log(log, position)
     assert whole[:position].endswith(b"0.5}\n")
 
@@ -222,8 +223,8 @@ def test_a_longer_run_has_a_folder_of_its_own_and_names_its_parent(tmp_path):
         checkpoint_to_resume(str(place), tmp_path, identity_of_run(long), extendable=False)
     checkpoint = checkpoint_to_resume(str(place), tmp_path, identity_of_run(long))
     identity = continued(identity_of_run(long), checkpoint)
-    folder = open_run_folder(tmp_path / "long", checkpoint, long, identity)
-    Checkpoints(folder.checkpoints).save(6, {"recorder": {"position": folder.position()}}, identity)
+    _, folder = open_run_folder(tmp_path / "long", checkpoint, long, identity)
+    Checkpoints(folder.checkpoints).save(6, {"listeners": {"recorder": {"position": folder.position()}}}, identity)
     folder.write_summary("interrupted", {})
     folder.close()
     assert folder.path == tmp_path / "long"
@@ -236,7 +237,7 @@ def test_a_longer_run_has_a_folder_of_its_own_and_names_its_parent(tmp_path):
     assert before == {path: path.read_bytes() for path in before}
 
     again = checkpoint_to_resume(str(folder.path), tmp_path, identity_of_run(long))
-    resumed = open_run_folder(tmp_path / "unused", again, long, continued(identity_of_run(long), again))
+    _, resumed = open_run_folder(tmp_path / "unused", again, long, continued(identity_of_run(long), again))
     resumed.close()
     assert resumed.path == folder.path, "itself, when it is interrupted, goes on in its folder"
     assert resumed.config_hash == folder.config_hash

@@ -1,27 +1,28 @@
 """Who calls Trainer.step."""
 
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Callable
+from typing import Any, final
 
 from unlearn_runner.methods.method import Method
 from unlearn_runner.training.trainer import Plan, Trainer
 
 
 class Driver(ABC):
-    """Owns the loop. When `run` returns, `trainer.method.model` is the unlearned model, evaluated and saved."""
+    """Owns the loop."""
 
     extendable: bool  # whether a run may be resumed with more steps than it was begun with
 
     @abstractmethod
     def total_steps(self, method: Method, plan: Plan) -> int:
-        """All steps that `run` will make, rehearsals included. Raises ConfigurationError if it cannot make them so."""
+        """All steps that the loop makes, rehearsals included. Raises ConfigurationError if it cannot make them so."""
 
     @abstractmethod
-    def prepare(self, trainer: Trainer) -> None:
-        """Before a checkpoint is read: make what it is to fill."""
+    def prepare(self, trainer: Trainer) -> Callable[[], Any]:
+        """The loop, ready to be called; before a checkpoint is read, which fills what listens to the trainer here.
 
-    @abstractmethod
-    def run(self, trainer: Trainer) -> None: ...
+        After the call `trainer.method.model` is the unlearned model, evaluated and saved.
+        """
 
 
 @final
@@ -33,9 +34,9 @@ class LoopDriver(Driver):
     def total_steps(self, method: Method, plan: Plan) -> int:
         return plan.max_steps
 
-    def prepare(self, trainer: Trainer) -> None:
-        pass
+    def prepare(self, trainer: Trainer) -> Callable[[], Any]:
+        def loop() -> None:
+            while not trainer.done:
+                trainer.step()
 
-    def run(self, trainer: Trainer) -> None:
-        while not trainer.done:
-            trainer.step()
+        return loop

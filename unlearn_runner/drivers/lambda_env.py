@@ -19,6 +19,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.rl_lambda import RLLambda
+from unlearn_runner.training.clock import Clock
 from unlearn_runner.training.trainer import Trainer
 from unlearn_runner.types import Metrics
 
@@ -80,6 +81,8 @@ class Standardised:
 class LambdaEnv(gymnasium.Env):
     """`step(action)` sets lambda and calls `Trainer.step`; `reset` goes back to the base model.
 
+    The trainer must tell it of its steps: `stepped` makes the transition.
+
     The reward is the method's ("agent/reward"). An episode ends after the run's T steps, of which the agent sees the
     share that is gone; an online run never ends: the agent is stopped, not told.
 
@@ -119,11 +122,10 @@ class LambdaEnv(gymnasium.Env):
         self.steps_return = 0.0
         self._replayed: deque[Transition] = deque()
         self._left: float | None = None  # when the agent's turn began
-        trainer.after_step = self._observe
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        if not self._replayed and self.trainer.run_step > 0:
+        if not self._replayed and self.trainer.clock.run_step > 0:
             with self.outside():
                 self.trainer.reset()
             self.observation, self.steps_return = self.first_observation(), 0.0
@@ -162,7 +164,7 @@ class LambdaEnv(gymnasium.Env):
     def charge(self) -> None:
         """Count the agent's time since the last step as the run's."""
         if self._left is not None:
-            self.trainer.seconds += perf_counter() - self._left
+            self.trainer.charge(perf_counter() - self._left)
             self._left = None
 
     def forget(self) -> None:
@@ -173,21 +175,21 @@ class LambdaEnv(gymnasium.Env):
         """Answer the next steps with the transitions there are: those have been trained already."""
         self._replayed = deque(self.transitions)
 
-    def _observe(self, metrics: Metrics) -> None:
-        """Called by the trainer after its update and before it writes: a checkpoint holds the step's transition."""
+    def stepped(self, clock: Clock, metrics: Metrics) -> None:
+        """Told by the trainer after its update and before it writes: a checkpoint holds the step's transition."""
         *values, reward = torch.stack([metrics[key].double() for key in (*self.seen, "agent/reward")]).tolist()
         if not all(map(math.isfinite, (*values, reward))):
             self.trainer.flush()  # names what is not finite
         self.observation = self._observation(
             self.features(np.array(values)),
             self.method.lambd.value,
-            self.trainer.run_step / self.trainer.plan.max_steps,
+            clock.run_step / self.trainer.plan.max_steps,
         )
-        over = self.trainer.done and self.trainer.rehearsing
+        over = self.trainer.done and clock.rehearsing
         self.transitions.append(Transition(self.method.lambd.value, self.observation.tolist(), reward, over))
         self.steps_return += reward
         if self.trainer.done:
-            self.trainer.recorder.note(self.trainer.total_steps, {"agent/return": self.steps_return})
+            self.trainer.note({"agent/return": self.steps_return})
 
     def _observation(self, features: np.ndarray, lambd: float, progress: float) -> Float32[np.ndarray, "features"]:
         low, high = self.method.low, self.method.high

@@ -28,6 +28,7 @@ from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.drivers.lambda_env import LambdaEnv
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.methods.rl_lambda import RLLambda
+from unlearn_runner.training.clock import Listener
 from unlearn_runner.training.trainer import Plan, Trainer
 
 POLICY_VERSION = 1
@@ -49,22 +50,12 @@ class LambdaDriver(Driver):
             rollout_steps(method, plan)
         return plan.max_steps * (method.rehearsals + 1)
 
-    def prepare(self, trainer: Trainer) -> None:
-        trainer.rehearsing = trainer.method.rehearsals > 0
-        self.agent = Agent(trainer)
-        trainer.companion = self.agent
-
-    def run(self, trainer: Trainer) -> None:
-        agent = self.agent
-
-        # 1. The policy learns: in the run itself, or in episodes before it
-        if not agent.trained:
-            with trainer.interrupts.shield():  # only env.step may be interrupted: an update would be left half done
-                agent.learn()
-                agent.save(trainer.checkpoints.folder.parent / "policy")
-
-        # 2. The run with the policy's mean action, if it was not that run in which it learnt
-        agent.play()
+    def prepare(self, trainer: Trainer) -> "Agent":
+        if trainer.method.rehearsals > 0:
+            trainer.rehearse()
+        agent = Agent(trainer)
+        trainer.listen("agent", Listener(stepped=agent.env.stepped, state=agent))
+        return agent
 
 
 def rollout_steps(method: RLLambda, plan: Plan) -> int:
@@ -85,7 +76,10 @@ def rollout_steps(method: RLLambda, plan: Plan) -> int:
 
 @final
 class Agent:
-    """An SB3 algorithm and its environment, with random generators of its own and a state that checkpoints store."""
+    """An SB3 algorithm and its environment, with random generators of its own and a state that checkpoints store.
+
+    Called, it makes the run, and before it all rehearsals.
+    """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -106,7 +100,7 @@ class Agent:
             self.model: BaseAlgorithm = self.method.agent(
                 env=DummyVecEnv([lambda: self.env]), seed=self.method.seed, device="cpu", **sizes
             )
-            self.model.set_logger(Logger(None, [RecorderWriter(trainer)]))
+            self.model.set_logger(Logger(None, [NoteWriter(trainer)]))
         if self.trained:
             weights, statistics = load_policy(self.method)
             try:
@@ -115,6 +109,16 @@ class Agent:
             except Exception as error:  # whatever a foreign file makes torch and NumPy raise
                 raise damaged_policy(self.method.policy, error) from error
             self.env.features.frozen = True
+
+    def __call__(self) -> None:
+        # 1. The policy learns: in the run itself, or in episodes before it
+        if not self.trained:
+            with self.trainer.interrupts.shield():  # only env.step may be interrupted: an update would be half done
+                self.learn()
+                self.save(self.trainer.checkpoints.folder.parent / "policy")
+
+        # 2. The run with the policy's mean action, if it was not that run in which it learnt
+        self.play()
 
     def learn(self) -> None:
         """Until the environment has made `steps_to_learn`, those before a checkpoint included."""
@@ -126,7 +130,7 @@ class Agent:
         self.env.charge()
         self.trained = True
         self.env.forget()
-        if self.trainer.rehearsing:
+        if self.trainer.clock.rehearsing:
             self.trainer.end_rehearsals()
 
     def play(self) -> None:
@@ -314,8 +318,8 @@ class RolloutStart(BaseCallback):
 
 
 @final
-class RecorderWriter(KVWriter):
-    """SB3's own figures of the agent, as agent/..., into the run's record."""
+class NoteWriter(KVWriter):
+    """SB3's own figures of the agent, as agent/..., to the trainer's listeners."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -323,7 +327,7 @@ class RecorderWriter(KVWriter):
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
         found = {f"agent/{key}": float(value) for key, value in key_values.items() if not key.startswith("time/")}
         if found:
-            self.trainer.recorder.note(self.trainer.total_steps, found)
+            self.trainer.note(found)
 
     def close(self) -> None:
         pass

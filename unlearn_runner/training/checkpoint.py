@@ -15,7 +15,7 @@ from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, first_line, no_checkpoint
 
 STATE, MANIFEST = "state.pt", "manifest.json"
-VERSION = 2  # 2: digests, and an identity of all options; before, of method, model and dataset
+VERSION = 3  # 3: a clock, and states of listeners by name; 2: digests, and an identity of all options
 TARGET = "._target_"
 NOT_THERE = "none"
 

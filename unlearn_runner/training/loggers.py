@@ -1,4 +1,4 @@
-"""Where a run shows itself besides its folder: Weights & Biases, TensorBoard, or nowhere."""
+"""Where a run shows itself besides its folder: Weights & Biases or TensorBoard."""
 
 import os
 import re
@@ -80,26 +80,6 @@ class SafeLogger(Logger):
             with suppress(Exception):  # what it got before is worth closing
                 self.logger.finish(summary, failed)
         self._try(self.logger.finish, summary, failed)
-
-
-@final
-class NoLogger(Logger):
-    """The run folder alone."""
-
-    def start(self, folder: Path, config: dict[str, Any]) -> None:
-        pass
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def image(self, step: int, key: str, path: Path) -> None:
-        pass
-
-    def table(self, key: str, columns: list[str], rows: list[list[Any]]) -> None:
-        pass
-
-    def finish(self, summary: dict[str, float], failed: bool) -> None:
-        pass
 
 
 @final

@@ -26,8 +26,8 @@ from unlearn_runner.models.stable_diffusion import Autoencoder
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
+from unlearn_runner.training.clock import Listener
 from unlearn_runner.training.progress import ProgressBar
-from unlearn_runner.training.recorder import ProgressRecorder
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.training.trainer import Plan, Trainer, identity_of
 from unlearn_runner.types import make_generator
@@ -150,7 +150,7 @@ class _Learning:
             method,
             BatchStream(self.data, method.reads, recipe.batch_size, recipe.seed, device, network.encode),
             plan,
-            ProgressRecorder(progress),
+            {"progress": Listener(logged=progress.logged)},
             Checkpoints(folder / CHECKPOINTS, plan.checkpoints_total_limit),
             self.interrupts,
             identity_of(method, self.data.spec),

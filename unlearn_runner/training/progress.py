@@ -8,6 +8,8 @@ from typing import Any, final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unlearn_runner.training.clock import Clock
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -71,6 +73,10 @@ class ProgressBar:
             )
         if step >= self.total:
             self.close()
+
+    def logged(self, clock: Clock, values: dict[str, float]) -> None:
+        """Show the event of a trainer."""
+        self.update(clock.step, values)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -223,45 +223,6 @@ class RunFolder:
                 self._owner.release()
 
 
-@final
-class NoFolder:
-    """The run folder in the eyes of a process that only helps: nothing is written, and nothing is there."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def append(self, step: int, values: dict[str, float]) -> None:
-        pass
-
-    def lines(self) -> list[dict[str, Any]]:
-        return []
-
-    def position(self) -> int:
-        return 0
-
-    def truncate(self, position: int) -> None:
-        pass
-
-    def save_grid(self, name: str, images: UInt8[Tensor, "n c h w"], columns: int) -> Path:
-        return self.path / "samples" / f"{name}.png"
-
-    def write_summary(self, status: str, metrics: dict[str, float], **more: Any) -> None:
-        pass
-
-    def save_model(self, save: Callable[[Path], None]) -> None:
-        pass
-
-    def drop_checkpoints(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def claim(path: Path) -> Path:
     """`path`, or `path-2`, `path-3`, ...: a folder that no other run has, whatever the clock says."""
     for number in range(1, 10_000):
@@ -279,22 +240,27 @@ def claim(path: Path) -> Path:
 
 def open_run_folder(
     fresh: Path, checkpoint: Checkpoint | None, config: dict[str, Any], identity: dict[str, Any]
-) -> RunFolder | NoFolder:
-    """That of the run which is resumed; a fresh one for a new or a longer run. The first process writes into it."""
+) -> tuple[Path, RunFolder | None]:
+    """That of the run which is resumed; a fresh one for a new or a longer run. The first process alone has it open."""
     longer = checkpoint is not None and identity.get(PARENT) != checkpoint.identity.get(PARENT)
     opened: list[RunFolder] = []
 
     def open_it() -> Path:
         path = claim(fresh) if checkpoint is None or longer else checkpoint.run_folder
         if longer:  # what the parent has logged until then is this run's past
-            position = checkpoint.state["recorder"]["position"]
+            position = position_in(checkpoint)
             with atomic(path / LINES) as temporary:
                 temporary.write_bytes((checkpoint.run_folder / LINES).read_bytes()[:position])
         opened.append(RunFolder(path, config, identity))
         return path
 
     path = from_first(open_it)
-    return opened[0] if opened else NoFolder(path)
+    return path, opened[0] if opened else None
+
+
+def position_in(checkpoint: Checkpoint) -> int:
+    """How many bytes metrics.jsonl had when a checkpoint was written, as the recorder has stored it."""
+    return checkpoint.state["listeners"]["recorder"]["position"]
 
 
 def checkpoint_to_resume(
@@ -325,7 +291,7 @@ def checkpoint_to_resume(
     if not longer and status_of(run) == "finished":
         raise finished_already(wanted)
     try:
-        position = checkpoint.state["recorder"]["position"]
+        position = position_in(checkpoint)
     except (KeyError, TypeError) as error:
         raise damaged(folder, ValueError(f"it has no {error}")) from error
     require_log(run / LINES, position)

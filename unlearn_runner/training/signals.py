@@ -20,7 +20,7 @@ class Interrupts:
     """Within `with interrupts:` the signals raise Interrupted; within `shield()` they wait for its end.
 
     So Interrupted finds the run's state whole. A second signal during a shield, more than two seconds after the first,
-    raises a plain KeyboardInterrupt. Within a function that `protect` was told of none raises anything. A SIGHUP that
+    raises a plain KeyboardInterrupt. Within functions that `protect` was told of none raises anything. A SIGHUP that
     nohup has turned off stays so. Several processes, which may be a step apart when a signal comes, take it at the end
     of the same shield.
     """
@@ -29,7 +29,7 @@ class Interrupts:
         self.received: int | None = None
         self._first = 0.0
         self._shields = 0
-        self._protected: CodeType | None = None
+        self._protected: tuple[CodeType, ...] = ()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -43,9 +43,9 @@ class Interrupts:
             signal.signal(number, handler)
         self._previous = {}
 
-    def protect(self, function: Callable[..., Any] | None) -> None:
-        """Signals are only noted while this function runs, from its first instruction on; None: while none."""
-        self._protected = None if function is None else function.__code__
+    def protect(self, *functions: Callable[..., Any]) -> None:
+        """Signals are only noted while one of these functions runs, from its first instruction on."""
+        self._protected = tuple(function.__code__ for function in functions)
 
     @contextmanager
     def shield(self) -> Iterator[None]:
@@ -83,8 +83,8 @@ class Interrupts:
             self._heed()
 
     def _in_protected(self, frame: FrameType | None) -> bool:
-        while frame is not None and self._protected is not None:
-            if frame.f_code is self._protected:
+        while frame is not None and self._protected:
+            if any(frame.f_code is code for code in self._protected):
                 return True
             frame = frame.f_back
         return False

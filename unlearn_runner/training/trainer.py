@@ -3,8 +3,7 @@
 import copy
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -15,12 +14,13 @@ from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.method import Method
-from unlearn_runner.models.model import GenerativeModel, require_finite
+from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
 from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, damaged
+from unlearn_runner.training.clock import COSTS, Clock, Listener
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import Metrics, Stateful
+from unlearn_runner.types import Metrics
 
 
 @dataclass(frozen=True)
@@ -48,38 +48,11 @@ class Plan:
     keep_checkpoints: bool = False
 
 
-class Recorder(ABC):
-    """Receives what happens in training. Stateful, so that a resumed run's record goes on where it stopped."""
-
-    @abstractmethod
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One logged step; `values` includes "seconds" and "images" so far."""
-
-    @abstractmethod
-    def note(self, step: int, values: dict[str, float]) -> None:
-        """Something else than a step's own line."""
-
-    @abstractmethod
-    def evaluate(self, model: GenerativeModel, step: int) -> None:
-        """An evaluation on the way is due."""
-
-    @abstractmethod
-    def finish(self, model: GenerativeModel, step: int) -> None:
-        """Training is over and `model` is the result."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
 def planned(plan: Plan, method: Method) -> Plan:
     """The plan with as many steps as the method takes, where that does not depend on the run."""
     return plan if method.steps is None else replace(plan, max_steps=method.steps)
 
 
-COSTS = ("seconds", "images", "network_evaluations")
 DECIDING = ("loss/", "grad_norm/", "agent/reward")  # a run whose values here are not finite has diverged
 
 
@@ -91,14 +64,13 @@ def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
 
 @final
 class Trainer:
-    """Lets the method begin. Then draws batches, lets it take its steps, logs, evaluates and writes checkpoints.
+    """Lets the method begin. Then draws batches, lets it take its steps, writes checkpoints and tells its listeners.
 
     The weights that the method begins with must be in the model when the trainer is made.
 
-    Knows no loss and holds no loop: a Driver calls `step` until `done`. `total_steps` counts all steps and is
-    the log's x-axis; `run_step` starts again at `reset`. A driver may have `after_step` called with each step's
-    metrics before anything is written, and a `companion`'s state stored with checkpoints. While it is `rehearsing`,
-    steps are logged and counted, but what comes of them is not the result: nothing is evaluated or finished.
+    Knows no loss and holds no loop: a Driver calls `step` until `done`. Listeners have names, by which checkpoints
+    store their states; each event comes with the clock. While that is `rehearsing`, steps are logged and counted, but
+    what comes of them is not the result: nothing is evaluated or finished.
 
     Raises:
         NonFiniteError: from `step`, when a loss or a gradient's norm of any step so far is not finite, or, before a
@@ -111,7 +83,7 @@ class Trainer:
         method: Method,
         stream: BatchStream,
         plan: Plan,
-        recorder: Recorder,
+        listeners: Mapping[str, Listener],
         checkpoints: Checkpoints,
         interrupts: Interrupts,
         identity: dict[str, Any],
@@ -120,28 +92,24 @@ class Trainer:
         self.method = method
         self.stream = stream
         self.plan = plan
-        self.recorder = recorder
+        self.listeners = dict(listeners)
         self.checkpoints = checkpoints
         self.interrupts = interrupts
         self.identity = identity
-        self.run_step = 0
-        self.total_steps = 0
-        self.images = 0
-        self.network_evaluations = 0
-        self.seconds = 0.0
-        self.rehearsing = False
-        self.rehearsed: dict[str, float] = {}  # what all rehearsals cost
-        self.after_step: Callable[[Metrics], None] | None = None
-        self.companion: Stateful | None = None
+        self.clock = Clock()
         self._evaluated_at = 0
         self._saved_at: tuple[int, Path] | None = None
         self._unlogged: list[tuple[int, Metrics]] = []
         method.begin(stream.images() if "images" in method.requires else None)
         self._initial = copy.deepcopy(self._learner_state()) if resettable else None
 
+    def listen(self, name: str, listener: Listener) -> None:
+        """From now on it is told, too: for one that itself calls `step`."""
+        self.listeners[name] = listener
+
     @property
     def done(self) -> bool:
-        return self.run_step >= self.plan.max_steps
+        return self.clock.run_step >= self.plan.max_steps
 
     def step(self) -> Metrics:
         """One optimizer step and all that is due after it."""
@@ -150,21 +118,28 @@ class Trainer:
             evaluations = self._evaluations()
             batch = self.stream.next()
             metrics = self.method.step(batch)
-            self.run_step += 1
-            self.total_steps += 1
-            self.images += sum(len(x) for x in (batch.x0_retain, batch.x0_forget) if x is not None)
-            self.network_evaluations += self._evaluations() - evaluations
-            self._unlogged.append((self.total_steps, metrics))
-            if self.after_step is not None:
-                self.after_step(metrics)
-            if self.done or self.run_step % self.plan.log_every == 0:
+            self.clock.run_step += 1
+            self.clock.step += 1
+            self.clock.images += sum(len(x) for x in (batch.x0_retain, batch.x0_forget) if x is not None)
+            self.clock.network_evaluations += self._evaluations() - evaluations
+            self._unlogged.append((self.clock.step, metrics))
+            self._tell("stepped", metrics)
+            if self.done or self.clock.run_step % self.plan.log_every == 0:
                 self.flush(started)
             else:
-                self.seconds += time.perf_counter() - started
-            if self._is_due(self.plan.checkpointing_steps) or (self.done and not self.rehearsing):
+                self.charge(time.perf_counter() - started)
+            if self._is_due(self.plan.checkpointing_steps) or (self.done and not self.clock.rehearsing):
                 self.save()
         self._evaluate_or_finish()
         return metrics
+
+    def note(self, values: dict[str, float]) -> None:
+        """Tell the listeners something else than a step's own line."""
+        self._tell("noted", values)
+
+    def charge(self, seconds: float) -> None:
+        """Count this time as training's."""
+        self.clock.seconds += seconds
 
     def flush(self, started: float | None = None) -> None:
         """Move the waiting metrics to the host in one transfer, check those that decide, log the newest.
@@ -178,36 +153,41 @@ class Trainer:
         tensors = [value.detach().double() for _, metrics in self._unlogged for value in metrics.values()]
         values = torch.stack(tensors).tolist() if tensors else []
         if started is not None:
-            self.seconds += time.perf_counter() - started
+            self.charge(time.perf_counter() - started)
         newest = self._unlogged[-1][0]
         self._unlogged.clear()
         for step, key, value in zip(steps, keys, values, strict=True):
             if key.startswith(DECIDING) and not math.isfinite(value):
                 raise NonFiniteError(f"{key} became {value} at step {step}")
         line = {key: value for step, key, value in zip(steps, keys, values, strict=True) if step == newest}
-        self.recorder.log(newest, {"seconds": self.seconds, "images": self.images, **line})
+        self._tell("logged", {"seconds": self.clock.seconds, "images": self.clock.images, **line})
 
     def reset(self) -> None:
-        """Back to the pretrained weights, fresh optimizers and generators; `total_steps` goes on."""
+        """Back to the pretrained weights, fresh optimizers and generators; the clock's `step` goes on."""
         if self._initial is None:
             raise RuntimeError("this trainer was built without resettable=True")
-        self.run_step = 0
+        self.clock.run_step = 0
         self._load_learner_state(copy.deepcopy(self._initial))
+
+    def rehearse(self) -> None:
+        """Until `end_rehearsals` what comes of the steps is not the result."""
+        self.clock.rehearsing = True
 
     def end_rehearsals(self) -> None:
         """From now on it counts: what was spent so far is kept apart, and the next step is the run's first."""
         self.reset()
-        self.rehearsing = False
-        self.rehearsed = {name: getattr(self, name) for name in COSTS}
+        self.clock.rehearsing = False
+        self.clock.rehearsed = {name: getattr(self.clock, name) for name in COSTS}
 
     def save(self) -> Path:
         """Write a checkpoint of this step, unless there is one: what comes between two steps is made again from it."""
-        if self._saved_at is not None and self._saved_at[0] == self.total_steps and self._saved_at[1].is_dir():
+        step = self.clock.step
+        if self._saved_at is not None and self._saved_at[0] == step and self._saved_at[1].is_dir():
             return self._saved_at[1]
         self.flush()
-        require_finite(self.method.networks[0], f"after step {self.total_steps} the model")
-        path = self.checkpoints.save(self.total_steps, self.state_dict(), self.identity)
-        self._saved_at = (self.total_steps, path)
+        require_finite(self.method.networks[0], f"after step {step} the model")
+        path = self.checkpoints.save(step, self.state_dict(), self.identity)
+        self._saved_at = (step, path)
         return path
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -223,22 +203,25 @@ class Trainer:
         self._evaluate_or_finish()
 
     def state_dict(self) -> dict[str, Any]:
-        counters = ("run_step", "total_steps", *COSTS, "rehearsing", "rehearsed", "_evaluated_at")
         return {
             **self._learner_state(),
-            "companion": None if self.companion is None else self.companion.state_dict(),
-            "recorder": self.recorder.state_dict(),
-            "counters": {name: getattr(self, name) for name in counters},
+            "clock": self.clock.state_dict(),
+            "evaluated_at": self._evaluated_at,
+            "listeners": {
+                name: listener.state.state_dict()
+                for name, listener in self.listeners.items()
+                if listener.state is not None
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_at = None
         self._load_learner_state(state_dict)
-        if self.companion is not None:
-            self.companion.load_state_dict(state_dict["companion"])
-        self.recorder.load_state_dict(state_dict["recorder"])
-        for name, value in state_dict["counters"].items():
-            setattr(self, name, value)
+        for name, listener in self.listeners.items():
+            if listener.state is not None:
+                listener.state.load_state_dict(state_dict["listeners"][name])
+        self.clock.load_state_dict(state_dict["clock"])
+        self._evaluated_at = state_dict["evaluated_at"]
 
     def _learner_state(self) -> dict[str, Any]:
         parts = {name: part.state_dict() for name, part in self.method.stateful().items()}
@@ -258,23 +241,31 @@ class Trainer:
         return sum(network.network_evaluations for network in self.method.networks)
 
     def _is_due(self, every: int | None) -> bool:
-        return every is not None and self.run_step % every == 0
+        return every is not None and self.clock.run_step % every == 0
+
+    def _tell(self, event: str, what: Any) -> None:
+        for listener in self.listeners.values():
+            if (function := getattr(listener, event)) is not None:
+                function(self.clock, what)
 
     def _evaluate_or_finish(self) -> None:
-        """Whichever of them is due. Of one that is interrupted the record keeps nothing, for it is made again."""
-        if self.rehearsing:
+        """Whichever of them is due. Of one that is interrupted listeners keep nothing, for it is made again."""
+        if self.clock.rehearsing:
             return
-        due = self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.total_steps
+        due = self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.clock.step
         if not self.done and not due:
             return
-        record, evaluated_at = self.recorder.state_dict(), self._evaluated_at
+        told = [listener for listener in self.listeners.values() if listener.evaluate or listener.finish]
+        states = [listener.state for listener in told if listener.state is not None]
+        before, evaluated_at = [state.state_dict() for state in states], self._evaluated_at
         try:
             if self.done:
-                self.recorder.finish(self.method.model, self.total_steps)
+                self._tell("finish", self.method.model)
             else:
-                self.recorder.evaluate(self.method.model, self.total_steps)
-                self._evaluated_at = self.total_steps
+                self._tell("evaluate", self.method.model)
+                self._evaluated_at = self.clock.step
         except Interrupted:
-            self.recorder.load_state_dict(record)
+            for state, kept in zip(states, before, strict=True):
+                state.load_state_dict(kept)
             self._evaluated_at = evaluated_at
             raise
