@@ -241,6 +241,7 @@ def test_interrupted_and_resumed_is_not_interrupted(driven, wholes, setup, at):
         agent()
     assert first.clock.step == at
     checkpoint = open_checkpoint(first.save())
+    assert checkpoint.state["listeners"].keys() == {"recorder", "agent"}
     second, agent = driven(*SETUPS[setup], recorder=recorder)
     torch.rand(3)
     np.random.rand(3)
