@@ -282,7 +282,7 @@ def test_no_image_is_read(composed, digits, tmp_path, method):
     trainer = build_trainer(cfg, data, tmp_path)
     while not trainer.done:
         trainer.step()
-    assert trainer.images == 0
+    assert trainer.clock.images == 0
     assert trainer.clock.network_evaluations > 0
 
 
