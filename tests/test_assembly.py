@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import assert_same_bits, weights_of
 
-from unlearn_runner.assembly import build_method, build_network
+from unlearn_runner.assembly import build_method, build_network, build_parts
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Mask, Setting, Update
 from unlearn_runner.methods.siss import SISS
@@ -223,3 +223,15 @@ def test_the_same_method_is_built_by_hand(composed, digits):
     by_hand = SISS(Setting(network, make_generator(0, "m")), lambda model: Update(model, torch.optim.AdamW), lambd=0.3)
     assert by_hand.networks == (network,)
     assert_same_bits(dict(by_hand.model.state_dict()), dict(network.state_dict()))
+
+
+def test_no_more_steps_of_sampling_than_the_weights_schedule_has(composed, tiny_network, tmp_path):
+    """How many there are is known when the folder's scheduler is read, before any weight is."""
+    tiny_network(image_shape=(1, 16, 16), num_train_timesteps=50, prediction_type="flow").save(tmp_path / "base")
+    cfg = composed(f"model.weights={tmp_path / 'base'}", "evaluation.num_inference_steps=51")
+    with pytest.raises(
+        ConfigurationError, match=r"num_inference_steps must be at most 50, the timesteps of the model's"
+    ):
+        build_parts(cfg)
+    cfg = composed(f"model.weights={tmp_path / 'base'}", "evaluation.num_inference_steps=50")
+    assert build_parts(cfg).network.num_train_timesteps == 50

@@ -139,6 +139,7 @@ WRONG = [
     (["method=hybrid", "method.prior=[0.5,0.5]"], "method.prior must be null or 9 shares, one for each class"),
     (["method=hybrid", "method/lambd=pathwise"], "method/lambd=pathwise speaks of a forget loss that is to rise"),
     (["method=sfd", "model.network.prediction_type=flow", "method.noise.most=1e3"], r"0\.001 to 999; got 1000"),
+    (["model.network.prediction_type=flow", "model.network.num_train_timesteps=2"], "must be at least 3 for a flow"),
     (["method=sfd", "method.noise.most=5e8"], "method.noise.most must be a ratio of .*, 0.00643 to 2.03e.04; got"),
     ([*SD, "dataset.background=blurple"], "dataset.background must be a colour, as white or '#ffffff', got 'blurple'"),
     ([*SD, "dataset.concept=elephant"], "dataset.source=embedded has pictures of a zero, .*; not of elephant"),

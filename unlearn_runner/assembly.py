@@ -130,6 +130,8 @@ def build_parts(cfg: Config) -> Parts:
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
     require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
     network = hardware.prepare(build_network(cfg, dataset.spec, seed))
+    if network.is_diffusion:
+        rules.require_steps_everywhere(cfg, network.num_train_timesteps)
     if network.prompts is not None:
         require_told_apart(network, dataset.spec.labels)
     if plan.init == "base":

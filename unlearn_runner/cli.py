@@ -189,7 +189,9 @@ def _mistake(error: BaseException) -> str | None:
     if isinstance(error, (CompactHydraException, OmegaConfBaseException)):
         return _of_composition(error)
     if isinstance(error, ValueError) and "Config group override must be" in str(error):  # Hydra: group=null
-        return "a group needs one of its options, got null; leave it out, or take it away with ~<group>."
+        return (
+            "a group needs one of its options, got null; leave it out, take it away (~<group>), or take logger=jsonl."
+        )
     cause: BaseException | None = error
     while cause is not None:
         if (isinstance(cause, OSError) and cause.errno in UNWRITABLE) or no_room(cause) is not None:

@@ -181,6 +181,23 @@ def flow_of_pixels(weights: str, prediction_type: str) -> None:
         )
 
 
+def timesteps_of_flow(weights: str, prediction_type: str, num_train_timesteps: int) -> None:
+    """At the last one there is no image; a likelihood needs two others."""
+    if weights == "auto" and prediction_type == "flow" and num_train_timesteps < 3:
+        raise ConfigurationError(
+            f"model.network.num_train_timesteps must be at least 3 for a flow, got {num_train_timesteps}."
+        )
+
+
+def prediction_of_weights(weights: str, asked: str, there: str) -> None:
+    """What weights predict is said by their folder; the option, where it is not the default, must agree."""
+    if asked not in ("epsilon", there):
+        raise ConfigurationError(
+            f"model.network.prediction_type={asked}: model.weights={weights} predicts {there}, by its scheduler; leave "
+            "prediction_type out, or give other weights."
+        )
+
+
 def heads_of_clip(width: int, text_width: int, heads: int) -> None:
     for name, value in (("width", width), ("text_width", text_width)):
         if value % heads:
@@ -227,7 +244,9 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.critic_guided.CriticGuided": (enough_steps_to_learn_from, prompts_of_both_kinds, history_of_rewards),
     "evaluation.metrics.KID": (size_of_subsets,),
     "evaluation.metrics.PrecisionRecall": (number_of_neighbours,),
-    "models.ddpm.build_ddpm": (levels_of_attention, groups_of_channels, heads_of_channels, range_of_betas),
+    "models.ddpm.build_ddpm": (
+        levels_of_attention, groups_of_channels, heads_of_channels, range_of_betas, timesteps_of_flow,
+    ),
     "models.vae.build_vae": (groups_of_channels,),
     "models.stable_diffusion.build_stable_diffusion": (
         flow_of_pixels, groups_of_channels, heads_of_latents, heads_of_texts, channels_of_autoencoder, range_of_betas,
@@ -369,8 +388,8 @@ def check(cfg: Mapping[str, Any]) -> None:
         of_constructor(node)
         if path != "dataset":
             spec_of(node)
-        if timesteps is not None and "num_inference_steps" in node:
-            require_steps(node["num_inference_steps"], timesteps, f"{path}.num_inference_steps")
+    if timesteps is not None:
+        require_steps_everywhere(cfg, timesteps)
     _folders(cfg)
     spec = spec_of(cfg["dataset"])
     _models_and_methods(cfg)
@@ -403,6 +422,13 @@ def of_constructor(node: Mapping[str, Any]) -> None:
             rule(**given)
 
 
+def require_steps_everywhere(cfg: Mapping[str, Any], timesteps: int) -> None:
+    """`require_steps` for all parts of a configuration that sample by a model with so many timesteps."""
+    for path, node in parts(cfg):
+        if "num_inference_steps" in node:
+            require_steps(node["num_inference_steps"], timesteps, f"{path}.num_inference_steps")
+
+
 def _name(node: Mapping[str, Any]) -> str:
     return node["_target_"].rpartition(".")[2]
 
@@ -423,7 +449,7 @@ def _timesteps(cfg: Mapping[str, Any]) -> int | None:
     network = cfg["model"]["network"]
     if network.get("weights") != "auto" or not _is_diffusion(cfg):
         return None
-    return network.get("num_train_timesteps", 1000)
+    return network.get("num_train_timesteps", 1000 if _draws_texts(network) else None)
 
 
 FOLDERS = ("dataset.forget_dir", "dataset.retain_dir")
@@ -448,12 +474,16 @@ def _folders(cfg: Mapping[str, Any]) -> None:
 TEXT_TO_IMAGE = ("models.stable_diffusion.build_stable_diffusion",)  # builders of what draws under prompts
 
 
+def _draws_texts(network: Mapping[str, Any]) -> bool:
+    return network["_target_"].removeprefix("unlearn_runner.") in TEXT_TO_IMAGE
+
+
 def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     network, dataset, method, trainer = cfg["model"]["network"], cfg["dataset"], cfg["method"], cfg["trainer"]
     recipe, weights, clip = cfg["model"]["pretraining"], cfg["model"]["weights"], cfg["clip"]["network"]
     prompted = "concept" in dataset
     labelled = prompted or dataset.get("conditional", "forget_dir" not in dataset)
-    draws_texts = network["_target_"].removeprefix("unlearn_runner.") in TEXT_TO_IMAGE
+    draws_texts = _draws_texts(network)
     if draws_texts:
         prompts_for_texts(prompted)
     there = facts(
@@ -513,6 +543,8 @@ def _labels(method: Mapping[str, Any], labels: Labels) -> None:
 
 
 def _noise(noise: Mapping[str, Any], network: Mapping[str, Any], timesteps: int) -> None:
+    if not {"prediction_type", "beta_start", "beta_end", "beta_schedule"} <= network.keys():
+        return  # a builder of one's own: the model itself is asked when it is built
     first, last = ratios_of_schedule(network, timesteps)
     for option in ("init", "least", "most"):
         rounding = 5e-4 * noise[option]  # the model itself, which has float32, is asked again when it is built

@@ -377,6 +377,16 @@ def test_class_costs_are_log_likelihoods(double, timestep, make):
     assert error.max() < 0.15
 
 
+@pytest.mark.parametrize("make", [gaussian_model, gaussian_flow])
+@pytest.mark.parametrize("timestep", [997, 998, 999])
+def test_at_the_end_of_the_schedule_no_class_is_likelier(double, timestep, make):
+    model = make([-0.5, 0.4, 0.3], [0.5, 0.5, 0.6], side=1)
+    x_t = torch.linspace(-1, 1, 5)[:, None, None, None]
+    costs = class_costs(model, x_t, torch.full((5,), timestep), (0, 1, 2), 8, make_generator(0, "m"))
+    assert costs.isfinite().all()
+    assert (costs - costs[:, :1]).abs().max() < 0.05
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"noise": NoiseRange(init=1e-4)}, {"noise": NoiseRange(most=1e9)}],

@@ -143,3 +143,19 @@ def test_refuses(tiny_network, tmp_path):
         build_ddpm((1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False])
     with pytest.raises(ConfigurationError, match="prediction_type"):
         ddpm(tiny_network().backbone.unet, DDPMScheduler(prediction_type="sample"))
+
+
+def test_an_option_that_the_weights_contradict_is_refused(tiny_network, tmp_path):
+    tiny_network(prediction_type="v_prediction").save(tmp_path)
+
+    def build(prediction_type):
+        return build_ddpm(
+            (1, 8, 8), tuple("0123456789"), 0, str(tmp_path), [8], [False], prediction_type=prediction_type
+        )
+
+    for fine in ("epsilon", "v_prediction"):  # the default says nothing
+        assert build(fine).path.prediction_type == "v_prediction"
+    with pytest.raises(
+        ConfigurationError, match=r"prediction_type=flow: model.weights=.* predicts v_prediction, by its"
+    ):
+        build("flow")

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 
 from unlearn_runner.errors import ConfigurationError, Interrupted
+from unlearn_runner.evaluation.evaluator import Evaluation
+from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.clock import Clock, Listener
 from unlearn_runner.training.loggers import Logger, SafeLogger, WandbLogger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
@@ -402,3 +404,60 @@ def test_a_checkpoint_that_cannot_be_written_at_the_end_is_said(tmp_path):
             raise
     assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
     assert "the record is not whole: no space" in out.getvalue()
+
+
+def test_the_last_evaluation_is_the_one_that_counts(tmp_path):
+    """Nothing of a look on the way stays: no score that the end has not, and no fault that it has not either."""
+
+    def found(scores, not_finite=()):
+        grid = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
+        return Evaluation(scores, list(not_finite), {key: [0.0, 1.0] for key in scores}, {}, 1.0, grid, 1, {})
+
+    with recorded(tmp_path, folder=RunFolder(tmp_path, {"seed": 0})) as record:
+        record.evaluation(0, "base", found({"forget_rate": 0.5}), "before")
+        record.evaluation(1, "eval", found({"forget_rate": 0.25, "mia_auc": 0.6}, ["retain_accuracy"]), "step_000001")
+        record.evaluation(2, "eval", found({"forget_rate": 0.0, "retain_accuracy": 1.0}), "after")
+        record.report(2)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    scores = {key: value for key, value in summary["metrics"].items() if not key.startswith("cost/")}
+    assert scores == {"base/forget_rate": 0.5, "eval/forget_rate": 0.0, "eval/retain_accuracy": 1.0}
+    assert summary["intervals"].keys() == scores.keys()
+
+
+def test_a_checkpoint_before_the_first_step_asks_for_no_look(composed, digits, tmp_path):
+    """Such is the one at the end of an agent's rehearsals."""
+    from trainers import build_trainer
+
+    looks = []
+    listeners = {"r": Listener(evaluate=lambda clock, model: looks.append(clock.run_step))}
+
+    def build():
+        cfg = composed("method=siss", "trainer.evaluate_every=2", "trainer.checkpointing_steps=null")
+        return build_trainer(cfg, digits, tmp_path, listeners=listeners)
+
+    trainer = build()
+    for _ in range(2):
+        trainer.step()
+    trainer.reset()
+    trainer.save()
+    resumed = build()
+    resumed.resume(open_checkpoint(tmp_path))
+    assert (looks, resumed.clock.run_step) == ([2], 0)
+
+
+def test_a_resumed_step_is_not_written_again(composed, digits, tmp_path):
+    """What is recorded after a checkpoint, such as the last evaluation, is made again from it, and once."""
+    from trainers import build_trainer
+
+    first = build_trainer(composed("method=siss"), digits, tmp_path)
+    first.step()
+    written = first.save()
+    before = (written / "state.pt").stat().st_ino
+    for folder, again in ((tmp_path, True), (tmp_path / "longer", False)):
+        resumed = build_trainer(composed("method=siss"), digits, folder)
+        resumed.resume(open_checkpoint(tmp_path))
+        saved = resumed.save()
+        assert (saved.resolve() == written.resolve()) == again
+        assert (saved / "state.pt").is_file()
+    assert (written / "state.pt").stat().st_ino == before

@@ -123,7 +123,10 @@ def build_ddpm(
     """
     num_labels = None if label_names is None else len(label_names)
     if weights != "auto":
-        return _configured_as(weights, image_shape, num_labels)
+        network = _configured_as(weights, image_shape, num_labels)
+        rules.prediction_of_weights(weights, prediction_type, network.path.prediction_type)
+        return network
+    rules.timesteps_of_flow(weights, prediction_type, num_train_timesteps)
     rules.levels_of_attention(weights, attention, block_out_channels)
     rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
     rules.heads_of_channels(weights, block_out_channels, attention, attention_head_dim)

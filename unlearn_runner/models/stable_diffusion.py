@@ -489,6 +489,7 @@ def build_stable_diffusion(
             )
     else:
         parts = _configured_as(weights)
+        rules.prediction_of_weights(weights, prediction_type, parts.scheduler.config.prediction_type)
     sides = 2 ** (len(parts.vae.config.block_out_channels) + len(parts.unet.config.block_out_channels) - 2)
     rules.sides_of_latents(*image_shape[1:], sides)
     if parts.vae.config.in_channels != image_shape[0]:

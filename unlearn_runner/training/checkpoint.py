@@ -114,6 +114,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         folder = found[-1]
     try:
         require_whole(folder)
+    except ConfigurationError:
+        raise
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
     return read_checkpoint(folder)
@@ -124,6 +126,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = read_manifest(folder)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except ConfigurationError:
+        raise
     except Exception as error:  # whatever it is that damaged files make torch raise
         raise damaged(folder, error) from error
     return Checkpoint(folder, manifest["step"], manifest["identity"], state)
@@ -141,7 +145,7 @@ def require_whole(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError if there is none or it is damaged."""
+    """Raises OSError or ValueError if there is none or it is damaged, ConfigurationError if of another version."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except RecursionError as error:
@@ -154,16 +158,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if [type(value) for value in found] != [int, dict, int, str]:
         raise ValueError(f"{MANIFEST} does not say what it has to")
     if version != VERSION:
-        raise ValueError(f"it is of version {version}, and this unlearn_runner reads version {VERSION}")
+        raise ConfigurationError(
+            f"resume_from_checkpoint={folder}: it is of version {version}, and this unlearn_runner reads version "
+            f"{VERSION}; go on with the unlearn_runner that wrote it, or begin anew without resume_from_checkpoint."
+        )
     return manifest
 
 
 def newest_whole(run: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint of a run, and the damaged ones that are newer, each with its fault."""
+    """The newest whole checkpoint of a run, and the damaged ones that are newer, each with its fault.
+
+    Raises ConfigurationError if the newest that is not damaged is of another version.
+    """
     faults: dict[Path, str] = {}
     for folder in reversed(Checkpoints(run / "checkpoints").all()):
         try:
             require_whole(folder)
+        except ConfigurationError:  # of another version, which is no damage
+            raise
         except (OSError, ValueError) as error:
             faults[folder] = first_line(error)
         else:

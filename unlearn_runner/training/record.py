@@ -157,7 +157,9 @@ class Record:
         return finite
 
     def evaluation(self, step: int, prefix: str, found: Evaluation, picture: str) -> None:
-        """The scores of a model, and its pictures as samples/<picture>.png."""
+        """The scores of a model in place of its former ones, and its pictures as samples/<picture>.png."""
+        self.scores = {key: value for key, value in self.scores.items() if not key.startswith(f"{prefix}/")}
+        self.intervals = {key: part for key, part in self.intervals.items() if not key.startswith(f"{prefix}/")}
         scores = found.scores | dict.fromkeys(found.not_finite, math.nan)
         self.score(step, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.intervals |= {f"{prefix}/{key}": interval for key, interval in found.intervals.items()}
@@ -204,7 +206,7 @@ class Record:
             logger.table("results", ["metric", "before", "after", "change"], rows)
         seconds = time.perf_counter() - self.started
         self.console.print(f"{seconds:.0f} s; everything is in {self.path}", soft_wrap=True)
-        if lost := [f"eval/{name}" for name in HEADLINES if f"eval/{name}" in self.not_finite]:
+        if lost := [f"eval/{name}" for name in HEADLINES if f"eval/{name}" in self.not_finite and name not in after]:
             raise NonFiniteError(
                 f"{', '.join(lost)}: not a finite number, all else that was measured is in {self.path}"
             )

@@ -140,6 +140,7 @@ class RunRecorder:
         return {
             "position": self.record.position(),
             "forget_rate": self.record.progress.forget_rate,
+            "not_finite": list(self.record.not_finite),
             "deletion_steps": dict(self.deletion_steps),
             "reached": dict(self.reached),
         }
@@ -147,6 +148,7 @@ class RunRecorder:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.record.truncate(state_dict["position"])
         self.record.progress.forget_rate = state_dict["forget_rate"]
+        self.record.not_finite = dict.fromkeys(state_dict["not_finite"])
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
 
 

@@ -325,6 +325,8 @@ def _given(wanted: str, identity: dict[str, Any]) -> Path:
             raise damaged(newest, ValueError(fault))
     try:
         manifest = require_whole(folder) if folder == run else read_manifest(folder)
+    except ConfigurationError:
+        raise
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
     continued(identity, Checkpoint(folder, manifest["step"], manifest["identity"], {}))

@@ -200,6 +200,8 @@ class Trainer:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:  # it is whole, and not what it should be
             raise damaged(checkpoint.folder, error) from error
+        if checkpoint.folder.parent == self.checkpoints.folder.resolve():  # else it is that of a shorter run
+            self._saved_at = (self.clock.step, checkpoint.folder)
         self._evaluate_or_finish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,7 +243,7 @@ class Trainer:
         return sum(network.network_evaluations for network in self.method.networks)
 
     def _is_due(self, every: int | None) -> bool:
-        return every is not None and self.clock.run_step % every == 0
+        return every is not None and self.clock.run_step > 0 and self.clock.run_step % every == 0
 
     def _tell(self, event: str, what: Any) -> None:
         for listener in self.listeners.values():
