@@ -100,12 +100,13 @@ def test_an_agent_of_a_wandb_sweep_can_call_the_command(tmp_path, shared_cache):
     assert list(folder.glob("wandb/offline-run-*/run-agentsrun.wandb"))
 
 
-def test_a_group_among_a_sweeps_parameters_hides_its_options(tmp_path, monkeypatch):
+def test_a_group_among_a_sweeps_parameters_hides_its_options(tmp_path, monkeypatch, request):
     """In W&B's config, as its agent hands the parameters over: why scripts/wandb_sweep.yaml has values only."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "abcd1234")
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
     wandb = pytest.importorskip("wandb")
     wandb.teardown()  # what an earlier test has set up knows nothing of the two variables
+    request.addfinalizer(wandb.teardown)  # nor shall a later one know them
     for parameters in ({"method.rho": 0.03}, {"method": "siss", "method.rho": 0.03}):
         text = yaml.safe_dump({"wandb_version": 1} | {key: {"value": value} for key, value in parameters.items()})
         (tmp_path / "parameters.yaml").write_text(text)
