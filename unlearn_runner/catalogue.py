@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 LOW, HIGH = "low", "high"
 ORACLE = "oracle"  # best is what the model has that never saw the forget set
+# Share of forget samples that may be outliers, beyond those taken for the forgotten content and what the base draws so
+# anyhow: its outliers_retain.
+RUBBLE = 0.2
 SHARE, POSITIVE, ANY = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)  # bounds
 FORGETTING, RETENTION, COST = "forgetting", "retention", "cost"
 
@@ -69,6 +72,11 @@ ENTRIES = (
           "Absent where the whole class is forgotten"),
     Entry("retain_accuracy", "Rates", HIGH, SHARE, RETENTION, RUN | LONG | SHORT | PLOT,
           "share of samples under the other labels taken for what their label names"),
+    Entry("outliers_forget", "Outliers", ORACLE, SHARE, FORGETTING, RUN | LONG,
+          "share of samples under the forget condition that are outliers of all real retained images, by an outlier "
+          "detector in which no classifier has a say: rubble has 1, held-out real images 0.05. High for the base where "
+          "what is to be forgotten looks like no retained image"),
+    Entry("outliers_retain", "Outliers", LOW, SHARE, RETENTION, LONG, "the same of samples under the other labels"),
     Entry("fid_forget", "FID", ORACLE, POSITIVE, FORGETTING, LONG, _TO_FORGET),
     Entry("fid_retain", "FID", LOW, POSITIVE, RETENTION, RUN | LONG | SHORT | PLOT, _TO_IMAGES),
     Entry("kid_forget", "KID", ORACLE, ANY, FORGETTING, LONG, _TO_FORGET),

@@ -19,6 +19,7 @@ from unlearn_runner.training.clock import Clock, Listener
 from unlearn_runner.training.loggers import Logger, SafeLogger, WandbLogger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.record import Record
+from unlearn_runner.training.recorder import rubble_in
 from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.signals import Interrupts
 
@@ -461,3 +462,14 @@ def test_a_resumed_step_is_not_written_again(composed, digits, tmp_path):
         assert (saved.resolve() == written.resolve()) == again
         assert (saved / "state.pt").is_file()
     assert (written / "state.pt").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("outliers", "forget_rate", "usual", "said"),
+    [(1.0, 0.0, 0.2, True), (0.9, 0.8, 0.0, False), (0.3, 0.0, 0.15, False), (0.3, 0.0, 0.05, True)],
+)
+def test_rubble_is_said(outliers, forget_rate, usual, said):
+    """What shows the forgotten content is no rubble, nor what the base draws anyhow."""
+    sentence = rubble_in({"outliers_forget": outliers, "forget_rate": forget_rate}, {"outliers_retain": usual})
+    assert (sentence is not None) == said
+    assert rubble_in({}, {}) is None, "not measured"

@@ -1,6 +1,7 @@
 """The comparison of all runs that were found: tables, tests, what stands apart and what is to be said of it."""
 
 from collections import Counter
+from statistics import mean
 from typing import NamedTuple
 
 from unlearn_runner.comparison.columns import HEADLINES, choose, key_of, shown
@@ -10,6 +11,7 @@ from unlearn_runner.comparison.tables import (
     Cell,
     Row,
     cells_of,
+    draws_rubble,
     groups_of,
     in_order,
     newest,
@@ -17,6 +19,7 @@ from unlearn_runner.comparison.tables import (
     rows_of,
     tests_of,
     told_apart,
+    usual_outliers,
     what_differs,
 )
 from unlearn_runner.comparison.verdicts import QUESTIONS
@@ -86,7 +89,7 @@ def table_of(
     keys = keys_of(runs)
     if by is None:
         by = "forget_rate" if key_of("forget_rate") in keys else "label"
-    answers = [column for names in QUESTIONS.values() for column in names]
+    answers = [*(column for names in QUESTIONS.values() for column in names), *RUBBLE_BY]
     read = [column for column in dict.fromkeys([*columns, *answers, by]) if key_of(column) in keys]
     columns = [column for column in columns if column in read]
     asked = [column for column in columns if column in asked]
@@ -96,7 +99,8 @@ def table_of(
         cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
     has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
     tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
-    return Table(title, runs, rows, columns, cells, asked, tests, [*differing_environments(runs), *single_seeds(rows)])
+    remarks = [*differing_environments(runs), *single_seeds(rows), *rubble(rows)]
+    return Table(title, runs, rows, columns, cells, asked, tests, remarks)
 
 
 def keys_of(runs: list[Run]) -> set[str]:
@@ -115,6 +119,21 @@ def differing_environments(runs: list[Run]) -> list[str]:
         several = ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common(3))
         named.append(f"{len(counts)} git commits" if key == "git_commit" else f"{name} {several}")
     return [f"made by different software or machines, mind the seconds: {'; '.join(named)}."] if named else []
+
+
+RUBBLE_BY = ("forget_rate", "outliers_forget", "outliers_retain")
+
+
+def rubble(rows: list[Row]) -> list[str]:
+    """A sentence for methods that may not be called the best, for what they draw is like no real image."""
+    usual = usual_outliers(rows)
+    named = [
+        f"{row.label} ({mean(row.values['outliers_forget'].values()):.0%})"
+        for row in rows
+        if row.is_method and draws_rubble(row, usual)
+    ]
+    said = "never called the best, for much of what they draw under the forget condition is like no real image"
+    return [f"{said} (outliers_forget): {', '.join(named)}."] if named else []
 
 
 def single_seeds(rows: list[Row]) -> list[str]:

@@ -4,7 +4,7 @@ from collections import Counter
 from statistics import mean
 from typing import Any, NamedTuple
 
-from unlearn_runner.catalogue import HIGH, LOW, ORACLE
+from unlearn_runner.catalogue import HIGH, LOW, ORACLE, RUBBLE
 from unlearn_runner.comparison.columns import better, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, half_width, holm, paired
@@ -215,9 +215,32 @@ def cells_of(rows: list[Row], columns: list[str]) -> list[dict[str, Cell]]:
 
 
 def eligible(rows: list[Row], column: str) -> list[Row]:
-    """Methods that may be called the best: with a value for all of their seeds, and more than one if any has more."""
-    whole = [row for row in rows if row.is_method and row.seeds and len(row.values.get(column, {})) == len(row.seeds)]
+    """Methods that may be called the best: with a value for all of their seeds, and more than one if any has more; none
+    that draws rubble.
+    """
+    usual = usual_outliers(rows)
+    methods = [row for row in rows if row.is_method and row.seeds and not draws_rubble(row, usual)]
+    whole = [row for row in methods if len(row.values.get(column, {})) == len(row.seeds)]
     return [row for row in whole if len(row.seeds) > 1] or whole
+
+
+def usual_outliers(rows: list[Row]) -> float:
+    """The share of samples that are like no real image in what the base draws under the retained conditions, or the
+    oracle under the forget condition, whichever is more.
+    """
+    base = [row.values.get("outliers_retain") for row in rows if not row.is_method and row.label == "base"]
+    found = [mean(values.values()) for values in base if values]
+    return max([*found, oracle_mean(rows, "outliers_forget") or 0.0])
+
+
+def draws_rubble(row: Row, usual: float) -> bool:
+    """Whether RUBBLE more than `usual` of what is drawn under the forget condition is like no real image, and not
+    because it shows the forgotten content.
+    """
+    outliers, kept = (row.values.get(key) for key in ("outliers_forget", "forget_rate"))
+    if not outliers:
+        return False
+    return mean(outliers.values()) - (mean(kept.values()) if kept else 0.0) - usual > RUBBLE
 
 
 def number(value: float) -> str:

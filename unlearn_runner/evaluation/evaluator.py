@@ -176,6 +176,7 @@ class Evaluator:
             before,
             lambda: self.references,
             clock,
+            self.cache_dir,
         )
 
     def measure(self, view: View, clock: Clock) -> dict[str, Rows]:

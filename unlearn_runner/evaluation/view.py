@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
@@ -134,6 +135,7 @@ class View:
         conditions: the sets, with the labels that their samples are drawn under.
         base_samples: the base model's samples by set, from the same noise; None for the base itself.
         references: real images by group, judged; called if a metric needs them.
+        cache_dir: where metrics keep what many runs share.
     """
 
     def __init__(
@@ -147,12 +149,14 @@ class View:
         base_samples: dict[str, Judged] | None = None,
         references: Callable[[], dict[str, Judged]] = dict,
         clock: Clock | None = None,
+        cache_dir: Path | None = None,
     ):
         self.model, self.data, self.judge, self.clip = model, data, judge, clip
         self.conditions: Conditions = conditions or {}
         self.base_samples = base_samples
         self.network_evaluations = 0  # that drawing the samples took
         self._draw, self._references = draw, references
+        self.cache_dir = cache_dir
         self._clock: Callable[[str], Any] = clock or nullcontext
 
     @cached_property

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
+from unlearn_runner.catalogue import RUBBLE
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
 from unlearn_runner.models.model import GenerativeModel
@@ -100,6 +101,8 @@ class RunRecorder:
         with _named("the unlearned model"):
             after = self.evaluator(model, self.before.judged)
         record.evaluation(clock.step, "eval", after, "after")
+        if (sentence := rubble_in(after.scores, self.before.scores)) is not None:
+            self.say(sentence, soft_wrap=True)
         record.score(clock.step, {f"eval/{key}": float(value) for key, value in self.deletion_steps.items()})
         record.scores |= self.reached
         record.averages(clock.step, since=clock.step - clock.run_step)  # not of rehearsals
@@ -150,6 +153,19 @@ class RunRecorder:
         self.record.progress.forget_rate = state_dict["forget_rate"]
         self.record.not_finite = dict.fromkeys(state_dict["not_finite"])
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
+
+
+def rubble_in(scores: dict[str, float], base: dict[str, float]) -> str | None:
+    """A sentence where much of what is drawn instead of the forgotten content is like no real image: more than the base
+    draws anyhow.
+    """
+    outliers, forget_rate = scores.get("outliers_forget", 0.0), scores.get("forget_rate", 0.0)
+    if outliers - forget_rate - base.get("outliers_retain", 0.0) <= RUBBLE:
+        return None
+    return (
+        f"WARNING: {outliers:.0%} of the samples under the forget condition are like no real retained image, and the "
+        f"judge takes {forget_rate:.0%} for the forgotten content: look at samples/after.png, the rest may be rubble."
+    )
 
 
 @contextmanager
