@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 LOW, HIGH = "low", "high"
 ORACLE = "oracle"  # best is what the model has that never saw the forget set
-# Share of forget samples that may be outliers, beyond those taken for the forgotten content and what the base draws so
-# anyhow: its outliers_retain.
-RUBBLE = 0.2
+RUBBLE = 0.2  # see `is_rubble`
 SHARE, POSITIVE, ANY = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)  # bounds
 FORGETTING, RETENTION, COST = "forgetting", "retention", "cost"
 
@@ -153,6 +151,13 @@ ENTRIES = (
 )
 # fmt: on
 _BY_KEY = {entry.key: entry for entry in ENTRIES}
+
+
+def is_rubble(outliers_forget: float, forget_rate: float, usual: float) -> bool:
+    """Whether more than RUBBLE of the forget samples are outliers, beyond those that show the forgotten content and
+    beyond the `usual` share of outliers.
+    """
+    return outliers_forget - forget_rate - usual > RUBBLE
 
 
 def entry_of(key: str) -> Entry | None:

@@ -4,7 +4,7 @@ from collections import Counter
 from statistics import mean
 from typing import Any, NamedTuple
 
-from unlearn_runner.catalogue import HIGH, LOW, ORACLE, RUBBLE
+from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble
 from unlearn_runner.comparison.columns import better, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, half_width, holm, paired
@@ -234,13 +234,11 @@ def usual_outliers(rows: list[Row]) -> float:
 
 
 def draws_rubble(row: Row, usual: float) -> bool:
-    """Whether RUBBLE more than `usual` of what is drawn under the forget condition is like no real image, and not
-    because it shows the forgotten content.
-    """
+    """`is_rubble` of a row's means; where outliers were not measured, not."""
     outliers, kept = (row.values.get(key) for key in ("outliers_forget", "forget_rate"))
     if not outliers:
         return False
-    return mean(outliers.values()) - (mean(kept.values()) if kept else 0.0) - usual > RUBBLE
+    return is_rubble(mean(outliers.values()), mean(kept.values()) if kept else 0.0, usual)
 
 
 def number(value: float) -> str:

@@ -43,10 +43,10 @@ class NoveltyRecipe:
         abstain: share of held-out real images that are taken for outliers; it sets the threshold.
     """
 
-    max_images: int = 4000
-    neighbours: int = 10
-    abstain: float = 0.05
-    seed: int = 0
+    max_images: int
+    neighbours: int
+    abstain: float
+    seed: int
 
 
 @final
@@ -102,12 +102,7 @@ class Outliers(Metric):
 
     outliers_forget: of those under the forget condition: what is drawn instead of the forgotten content is nothing
     real. outliers_retain: of the others. Of held-out real images it is `abstain`; of the base's forget samples it is
-    high where what is to be forgotten looks like no retained image.
-
-    Args:
-        max_images: real images that samples are compared with.
-        neighbours: k of the local outlier factor.
-        abstain: share of held-out real images that may be taken for outliers.
+    high where what is to be forgotten looks like no retained image. Arguments are those of `NoveltyRecipe`.
     """
 
     version = 1
@@ -121,12 +116,16 @@ class Outliers(Metric):
         seed: Seed = 0,
     ):
         self.recipe = NoveltyRecipe(max_images, neighbours, abstain, seed)
+        self._fitted: dict[str, Novelty] = {}  # by the data's fingerprint: base, result and oracle share one
 
     def measure(self, view: View) -> Rows:
         """The outlier factor of each sample over the threshold, set by set."""
         data = view.data
-        key = {"data": data.fingerprint, "images": "retain"}
-        detector = fitted_novelty(data.retain, data.retain_test, self.recipe, key, view.cache_dir)
+        if data.fingerprint not in self._fitted:
+            key = {"data": data.fingerprint, "images": "retain"}
+            fitted = fitted_novelty(data.retain, data.retain_test, self.recipe, key, view.cache_dir)
+            self._fitted[data.fingerprint] = fitted
+        detector = self._fitted[data.fingerprint]
         return {name: detector(judged.images) for name, judged in view.judged.items()}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
@@ -146,8 +145,7 @@ def appearance(images: UInt8[Tensor, "n c h w"], batch_size: int = 64) -> Float[
     the last and a middle layer of EfficientNet-Lite0 (ImageNet), the latter in 4 x 4 places; each of unit length.
     """
     make = _of_small if max(images.shape[-2:]) <= SMALL else _of_large
-    parts = [make(to_unit_range(part.cpu())) for part in images.split(batch_size)]
-    return torch.cat(parts) if parts else torch.zeros(0, 1)
+    return torch.cat([make(to_unit_range(part.cpu())) for part in images.split(batch_size)])
 
 
 def _of_small(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -112,24 +114,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not found:
             raise no_checkpoint(str(path))
         folder = found[-1]
-    try:
+    with reading_checkpoint(folder, OSError, ValueError):
         require_whole(folder)
-    except ConfigurationError:
-        raise
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from error
     return read_checkpoint(folder)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint that is known to be whole. Raises ConfigurationError if it holds what torch does not load."""
-    try:
+    with reading_checkpoint(folder, Exception):  # whatever it is that damaged files make torch raise
         manifest = read_manifest(folder)
         state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except ConfigurationError:
-        raise
-    except Exception as error:  # whatever it is that damaged files make torch raise
-        raise damaged(folder, error) from error
     return Checkpoint(folder, manifest["step"], manifest["identity"], state)
 
 
@@ -188,6 +182,19 @@ def put_aside(faults: dict[Path, str]) -> None:
     for folder, fault in faults.items():
         aside = set_aside(folder)
         print(f"the checkpoint {folder} is damaged ({fault}): set aside as {aside.name}", flush=True)
+
+
+@contextmanager
+def reading_checkpoint(folder: Path, *faults: type[Exception]) -> Iterator[None]:
+    """What is raised in here of these kinds says that the checkpoint is damaged; a ConfigurationError, which is a
+    ValueError, says itself what is wrong.
+    """
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except faults as error:
+        raise damaged(folder, error) from error
 
 
 def damaged(folder: Path, error: Exception) -> ConfigurationError:

@@ -1,4 +1,4 @@
-"""How far training is, and who is told of it."""
+"""Progress and cost of training, and the listeners that receive its events."""
 
 import copy
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Clock:
 
 
 class Listener(NamedTuple):
-    """Who is told of training, by the functions that it gives for the events that it wants to hear.
+    """Receives the events of training, by one function for each event that it needs.
 
     Functions instead of methods to be overridden: who hears one event writes one, nobody inherits those that do
     nothing, and a name that is no event is refused where it is written. The clock is the trainer's own, and goes on.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
-from unlearn_runner.catalogue import RUBBLE
+from unlearn_runner.catalogue import is_rubble
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
 from unlearn_runner.models.model import GenerativeModel
@@ -160,7 +160,7 @@ def rubble_in(scores: dict[str, float], base: dict[str, float]) -> str | None:
     draws anyhow.
     """
     outliers, forget_rate = scores.get("outliers_forget", 0.0), scores.get("forget_rate", 0.0)
-    if outliers - forget_rate - base.get("outliers_retain", 0.0) <= RUBBLE:
+    if not is_rubble(outliers, forget_rate, base.get("outliers_retain", 0.0)):
         return None
     return (
         f"WARNING: {outliers:.0%} of the samples under the forget condition are like no real retained image, and the "

@@ -28,6 +28,7 @@ from unlearn_runner.training.checkpoint import (
     put_aside,
     read_checkpoint,
     read_manifest,
+    reading_checkpoint,
     require_whole,
 )
 from unlearn_runner.trust import literal
@@ -323,12 +324,8 @@ def _given(wanted: str, identity: dict[str, Any]) -> Path:
         if folder is None:
             newest, fault = next(iter(faults.items()))
             raise damaged(newest, ValueError(fault))
-    try:
+    with reading_checkpoint(folder, OSError, ValueError):
         manifest = require_whole(folder) if folder == run else read_manifest(folder)
-    except ConfigurationError:
-        raise
-    except (OSError, ValueError) as error:
-        raise damaged(folder, error) from error
     continued(identity, Checkpoint(folder, manifest["step"], manifest["identity"], {}))
     require_no_owner(folder.parent.parent)
     put_aside(faults)

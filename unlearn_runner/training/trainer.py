@@ -12,12 +12,12 @@ import torch
 
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.streams import BatchStream
-from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+from unlearn_runner.errors import Interrupted, NonFiniteError
 from unlearn_runner.methods.method import Method
 from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
 from unlearn_runner.spec import DataSpec
-from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, damaged
+from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, reading_checkpoint
 from unlearn_runner.training.clock import COSTS, Clock, Listener
 from unlearn_runner.training.signals import Interrupts
 from unlearn_runner.types import Metrics
@@ -104,7 +104,7 @@ class Trainer:
         self._initial = copy.deepcopy(self._learner_state()) if resettable else None
 
     def listen(self, name: str, listener: Listener) -> None:
-        """From now on it is told, too: for one that itself calls `step`."""
+        """Add a listener that could not be there before the trainer: one that itself calls `step`."""
         self.listeners[name] = listener
 
     @property
@@ -193,13 +193,12 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, with the evaluation that was due when it was written."""
         checkpoint.require(self.identity)
-        try:
-            with self.interrupts.shield():
-                self.load_state_dict(checkpoint.state)
-        except ConfigurationError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # it is whole, and not what it should be
-            raise damaged(checkpoint.folder, error) from error
+        # it is whole, and may not be what it should be
+        with (
+            reading_checkpoint(checkpoint.folder, KeyError, TypeError, ValueError, RuntimeError),
+            self.interrupts.shield(),
+        ):
+            self.load_state_dict(checkpoint.state)
         if checkpoint.folder.parent == self.checkpoints.folder.resolve():  # else it is that of a shorter run
             self._saved_at = (self.clock.step, checkpoint.folder)
         self._evaluate_or_finish()
