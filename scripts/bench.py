@@ -357,6 +357,7 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     """Seconds to draw 1,000 samples with 25 steps, and to score them by all metrics of `evaluation=quick`."""
     from unlearn_runner.assembly import build_network, make
     from unlearn_runner.evaluation.evaluator import Evaluator
+    from unlearn_runner.evaluation.novelty import abstaining
 
     cfg = composed(["dataset=digits_trousers", f"dataset.image_size={arguments.image_size}",
                     f"dataset.conditional={arguments.conditional}", f"hardware={arguments.hardware}",
@@ -368,6 +369,7 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
     network = hardware.prepare(build_network(cfg, data.spec, 0))
     with tempfile.TemporaryDirectory() as cache:
         judge = recipe.judge(data, Path(cache), hardware.device)
+        judge = abstaining(judge, data, evaluation.novelty, Path(cache))
         evaluator = Evaluator(data, judge, evaluation.metrics, evaluation.sampling, Path(cache))
         found = evaluator(network)
     scoring = sum(seconds for part, seconds in found.seconds.items() if part != "sampling")

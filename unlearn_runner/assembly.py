@@ -272,6 +272,7 @@ def evaluators_of(
 
 def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, console: Any) -> "Judge":
     """The run's judge, and before it CLIP where that is trained here; each from the cache if it is there."""
+    from unlearn_runner.evaluation.novelty import abstaining
     from unlearn_runner.training.clip import trained_clip
     from unlearn_runner.training.progress import ProgressBar
 
@@ -281,4 +282,5 @@ def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, consol
             network = parts.cfg["clip"]["network"]
             parts.clip.load(trained_clip(parts.clip, clip_training, network, cache_dir, progress.update))
     with closing(ProgressBar("training the judge", parts.judge.max_steps, console)) as progress:
-        return parts.judge.judge(data, cache_dir, parts.hardware.device, progress.update)
+        judge = parts.judge.judge(data, cache_dir, parts.hardware.device, progress.update)
+    return abstaining(judge, data, parts.evaluation.novelty, cache_dir)

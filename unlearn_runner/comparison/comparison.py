@@ -121,19 +121,19 @@ def differing_environments(runs: list[Run]) -> list[str]:
     return [f"made by different software or machines, mind the seconds: {'; '.join(named)}."] if named else []
 
 
-RUBBLE_BY = ("forget_rate", "outliers_forget", "outliers_retain")
+RUBBLE_BY = ("nothing_rate", "outliers_retain")
 
 
 def rubble(rows: list[Row]) -> list[str]:
     """A sentence for methods that may not be called the best, for what they draw is like no real image."""
     usual = usual_outliers(rows)
     named = [
-        f"{row.label} ({mean(row.values['outliers_forget'].values()):.0%})"
+        f"{row.label} ({mean(row.values['nothing_rate'].values()):.0%})"
         for row in rows
         if row.is_method and draws_rubble(row, usual)
     ]
     said = "never called the best, for much of what they draw under the forget condition is like no real image"
-    return [f"{said} (outliers_forget): {', '.join(named)}."] if named else []
+    return [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
 
 
 def single_seeds(rows: list[Row]) -> list[str]:

@@ -230,15 +230,13 @@ def usual_outliers(rows: list[Row]) -> float:
     """
     base = [row.values.get("outliers_retain") for row in rows if not row.is_method and row.label == "base"]
     found = [mean(values.values()) for values in base if values]
-    return max([*found, oracle_mean(rows, "outliers_forget") or 0.0])
+    return max([*found, oracle_mean(rows, "nothing_rate") or 0.0])
 
 
 def draws_rubble(row: Row, usual: float) -> bool:
-    """`is_rubble` of a row's means; where outliers were not measured, not."""
-    outliers, kept = (row.values.get(key) for key in ("outliers_forget", "forget_rate"))
-    if not outliers:
-        return False
-    return is_rubble(mean(outliers.values()), mean(kept.values()) if kept else 0.0, usual)
+    """`is_rubble` of a row's means; where the judge could not abstain, not."""
+    nothing = row.values.get("nothing_rate")
+    return bool(nothing) and is_rubble(mean(nothing.values()), usual)
 
 
 def number(value: float) -> str:

