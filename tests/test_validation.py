@@ -116,6 +116,10 @@ WRONG = [
     (["method._partial_=false"], "method._partial_ must be true, got false"),
     (["model=vae", "method=sfd"], "method=sfd needs a diffusion model; take model=ddpm_tiny"),
     (["model=vae", "method=erase_diff"], "method=erase_diff needs a diffusion model; take model=ddpm_tiny"),
+    (
+        ["method=erase_diff", "method.variant=released", "dataset.conditional=false"],
+        "method=erase_diff method.variant=released needs a dataset with labels or prompts",
+    ),
     (["model=vae", "method=ddpo"], "method=ddpo needs a diffusion model; take model=ddpm_tiny"),
     (["dataset.conditional=false", "method=hybrid"], "method=hybrid needs a dataset with labels or prompts; take"),
     (["dataset.conditional=false", "method=sfd"], "method=sfd needs a dataset with labels or prompts; take"),

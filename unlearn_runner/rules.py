@@ -437,7 +437,10 @@ def require_of_methods(cfg: Mapping[str, Any], there: Container[str]) -> None:
     """`require` for the method of a configuration, and for each that it holds."""
     for _, node in parts(cfg["method"]):
         if makes(node["_target_"], "methods.method.Method"):
-            require(constructor_of(node["_target_"]).requires, there, f"method={cfg['choices']['method']}")
+            name = f"method={cfg['choices']['method']}"
+            require(constructor_of(node["_target_"]).requires, there, name)
+            if _name(node) == "EraseDiff" and node.get("variant") == "released":
+                require(("labels",), there, f"{name} method.variant=released")
 
 
 def _is_diffusion(cfg: Mapping[str, Any]) -> bool:

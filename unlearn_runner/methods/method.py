@@ -178,21 +178,41 @@ class Update:
     def apply(self, gradient: Float[Tensor, "p"]) -> None:
         """Move the weights against `gradient`."""
         ema = self.ema  # begins with the weights before the first step
-        for transform in self.transforms:
-            gradient = transform(gradient)
+        gradient = self._transformed(gradient)
         if self.max_grad_value is not None:
             gradient = gradient.clamp(-self.max_grad_value, self.max_grad_value)
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        for weight, part in zip(self.weights, in_parts(gradient, self.weights), strict=True):
-            weight.grad = part
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._descend(gradient)
         if self.lr_schedule is not None:
             with _explained(f"the learning rate schedule {_name(self.lr_schedule)} cannot take another step"):
                 self.lr_schedule.step()
         if ema is not None:
             ema.step(self.trained.parameters())
+
+    @contextmanager
+    def trial(self) -> Iterator[Callable[[Float[Tensor, "p"]], None]]:
+        """Steps of the optimizer that are taken back: the weights are put back in the end, its moments are not.
+
+        Yields what to call with each gradient. It is neither cut nor followed by schedule or EMA.
+        """
+        before = [weight.detach().clone() for weight in self.weights]
+        yield lambda gradient: self._descend(self._transformed(gradient))
+        with torch.no_grad():
+            for weight, kept in zip(self.weights, before, strict=True):
+                weight.copy_(kept)
+
+    def _transformed(self, gradient: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        for transform in self.transforms:
+            gradient = transform(gradient)
+        return gradient
+
+    def _descend(self, gradient: Float[Tensor, "p"]) -> None:
+        """One step of the optimizer."""
+        for weight, part in zip(self.weights, in_parts(gradient, self.weights), strict=True):
+            weight.grad = part
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _as_vector(self, parts: Sequence[Tensor]) -> Float[Tensor, "p"]:
         """The gradients over each weight as one, of all processes together."""
