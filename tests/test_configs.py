@@ -32,7 +32,7 @@ LAMBDAS = [
     for name in options("method/lambd")
     for more in ((), ("method.lambd.per_sample=true", "method/timesteps=second_moment"))
     if not (more and name == "constant")
-]
+] + [("adaptive_siss", "method/lambd=pathwise", "method.lambd.context=current")]
 DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
 ASKING_A_DIFFUSION_MODEL = ("erase_diff", *DISTILLING, *ROLLING_OUT)

@@ -37,6 +37,14 @@ def variance_of_gradients(norm_every: int, gradient_variance: bool) -> None:
         )
 
 
+def context_of_lambda(objective: str, context: str) -> None:
+    if objective == "variance" and context == "current":
+        raise ConfigurationError(
+            "method.lambd.context must be previous with objective=variance, whose gradient this step's noise would "
+            "bias; got current: take method/lambd=pathwise, or leave it out."
+        )
+
+
 def range_of_lambda(low: float, high: float, lambd: float) -> None:
     if not low < high:
         raise ConfigurationError(f"method.low must be below method.high, got {low} and {high}.")
@@ -237,6 +245,7 @@ def known_colour(background: str) -> None:
 OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.siss.SISS": (tau_or_rho, variance_of_gradients),
     "methods.siss.SISSNoIS": (tau_or_rho,),
+    "methods.lambdas.Inferred": (context_of_lambda,),
     "methods.rl_lambda.RLLambda": (tau_or_rho, variance_of_gradients, range_of_lambda, whole_episodes),
     "methods.sfd.NoiseRange": (range_of_noise,),
     "methods.sfd.SFD": (something_to_forget,),

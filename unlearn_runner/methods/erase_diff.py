@@ -34,9 +34,7 @@ from unlearn_runner.options import NonNegativeFloat, NonNegativeInt, PositiveFlo
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
-def erase_diff_loss(
-    prediction_forget: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]
-) -> Float[Tensor, ""]:
+def erase_diff_loss(prediction_forget: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """f(theta): on forget images the network shall predict `target` instead of what it learnt there.
 
     "siss": its noise is compared with uniform noise from [0, 1); "released": its prediction under the forget label with

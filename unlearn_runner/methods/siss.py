@@ -22,7 +22,7 @@ from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
-from unlearn_runner.models.model import GenerativeModel, Noising
+from unlearn_runner.models.model import GenerativeModel, Noising, denoising_loss
 from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -340,6 +340,8 @@ class SISS(Method):
         eps = draw_eps(model, batch.x0_retain, self.generator)
         coin = torch.rand((b,), generator=self.generator, device=eps.device)
         level = timesteps / model.num_train_timesteps
+        if self.lambd.looks:
+            self.lambd.look(self.terms_apart(batch, timesteps, eps))
         lambd, scale_retain, scale_forget = self.lambd.next(level)
 
         # 2. the sample m, its weights, and the noise that leads to it from x and from a
@@ -404,6 +406,21 @@ class SISS(Method):
         """What the two terms are multiplied by: N/(N-K) and (1 + s) K/(N-K), or 1 and 1 + s for x from X without A."""
         share = batch.forget_share if self.reads.retain == "all" else 0.0
         return 1 / (1 - share), (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+
+    def terms_apart(
+        self, batch: Batch, timesteps: Int64[Tensor, "b"], eps: Float[Tensor, "b ..."], norms: bool = True
+    ) -> Float[Tensor, "n"]:
+        """L_x at the noisy x and L_a at the noisy a, means over pixels and batch, without weights; and with `norms` the
+        norms of the gradients of their sums over pixels. Two forward passes, and as many backward for the norms.
+        """
+        losses, lengths = [], []
+        for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget)):
+            with torch.set_grad_enabled(norms):
+                loss = denoising_loss(self.trained, x0, cond, timesteps, eps).mean()
+            losses.append(loss.detach() / self.trained.num_entries)
+            if norms:
+                lengths.append(self.update.gradient(loss).norm())
+        return torch.stack([*losses, *lengths])
 
     def _gradients(
         self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]
