@@ -52,6 +52,22 @@ def range_of_lambda(low: float, high: float, lambd: float) -> None:
         raise ConfigurationError(f"method.lambd must lie in [method.low, method.high], got {lambd}.")
 
 
+def policy_of_lambda(
+    on_policy: bool, ent_coef: float | str, use_sde: bool, state_dependent_std: bool, kl_weight: float
+) -> None:
+    """What of a policy's Gaussian can be had together; ent_coef and use_sde are the agent's."""
+    if kl_weight > 0 and not (on_policy and ent_coef):
+        raise ConfigurationError(
+            f"method.kl_weight={kl_weight} needs method/agent=ppo with method.agent.ent_coef above 0, through which "
+            "Stable-Baselines3 takes it; add these, or leave it at 0."
+        )
+    if on_policy and use_sde and (state_dependent_std or kl_weight > 0):
+        raise ConfigurationError(
+            "method.agent.use_sde=true has a standard deviation of its own; add method.state_dependent_std=false and "
+            "leave method.kl_weight at 0."
+        )
+
+
 def whole_episodes(training: str, episodes: int, episodes_per_update: int, policy: str | None = None) -> None:
     if training == "episodic" and policy is None and episodes % episodes_per_update:
         raise ConfigurationError(
@@ -522,6 +538,11 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     if _name(cfg["driver"]) == "LambdaDriver":
         if _name(method) != "RLLambda":
             raise ConfigurationError(f"driver: this one is for method=rl_lambda, got {_name(method)}.")
+        agent = method["agent"]
+        policy_of_lambda(
+            _name(agent) == "PPO", agent.get("ent_coef", 0.0), agent.get("use_sde", False),
+            method["state_dependent_std"], method["kl_weight"],
+        )  # fmt: skip
         whole_rollouts(method, trainer["max_steps"])
     if cfg["hardware"].get("compile") and not (_is_diffusion(cfg)):
         raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
