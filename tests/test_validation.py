@@ -66,6 +66,7 @@ WRONG = [
     (["method.lambd.beta=0"], "method.lambd.beta must be a number above 0"),
     (["method.lambd.objective=elbo"], "method.lambd.objective must be one of pathwise, variance, blend"),
     (["method=adaptive_siss", "method.lambd.context=current"], "method.lambd.context must be previous with objective"),
+    (["method=sfd", "method.second_teacher=fake_score"], "second_teacher=fake_score needs method.distil_share above 0"),
     (["method=erase_diff", "method.eta=0"], "method.eta must be a number above 0, got 0"),
     (["method=sfd", "method.forget_samples=2"], r"method.forget_samples must be a number in \(0, 1\]"),
     (["method=hybrid", "method.variant=none"], "method.variant must be one of multi_class"),

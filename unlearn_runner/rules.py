@@ -115,6 +115,14 @@ def something_to_forget(distil_share: float, max_steps: int) -> None:
         )
 
 
+def second_stage(distil_share: float, second_teacher: str) -> None:
+    if second_teacher == "fake_score" and distil_share == 0:
+        raise ConfigurationError(
+            "method.second_teacher=fake_score needs method.distil_share above 0, got 0: there is no second stage; take "
+            "method=sfd_two_stage, or leave it at base."
+        )
+
+
 def something_distilled(distil_share: float, max_steps: int, variant: str = "siss_sfd_student") -> None:
     if variant == "siss_sfd_student" and round(distil_share * max_steps) == 0:
         raise ConfigurationError(
@@ -264,7 +272,7 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.lambdas.Inferred": (context_of_lambda,),
     "methods.rl_lambda.RLLambda": (tau_or_rho, variance_of_gradients, range_of_lambda, whole_episodes),
     "methods.sfd.NoiseRange": (range_of_noise,),
-    "methods.sfd.SFD": (something_to_forget,),
+    "methods.sfd.SFD": (something_to_forget, second_stage),
     "methods.hybrid.hybrid": (something_to_forget, something_distilled, shares_that_sum_to_one),
     "methods.critic_guided.CriticGuided": (enough_steps_to_learn_from, prompts_of_both_kinds, history_of_rewards),
     "evaluation.metrics.KID": (size_of_subsets,),

@@ -216,6 +216,37 @@ def test_update_clips_steps_and_averages(tiny_network):
     assert shipped[0].item() == pytest.approx((decay * start + (1 - decay) * moved)[0].item(), rel=1e-5)
 
 
+def averaged_over(steps, **settings):
+    """How much the weights before the first step and after each one weigh in what ships."""
+    weight = torch.nn.Linear(steps + 1, 1, bias=False)
+    weight.weight.data.zero_()
+    weight.weight.data[0, 0] = 1
+    update = Update(weight, partial(torch.optim.SGD, lr=1.0), **settings)
+    for step in range(1, steps + 1):
+        gradient = torch.zeros(steps + 1)
+        gradient[step - 1], gradient[step] = 1, -1  # the weights after step n are the n-th unit vector
+        update.apply(gradient)
+    return update.model.weight.detach().flatten().double()
+
+
+def test_what_the_average_of_a_run_spans():
+    """The figures of conf/method/update/adamw.yaml and docs/add_a_method.md."""
+    shares = averaged_over(250, ema_decay=0.98)
+    ages = torch.arange(250, -1, -1, dtype=torch.float64)
+    assert shares.sum().item() == pytest.approx(1)
+    assert shares[0] == 0, "nothing of the base"
+    assert (shares @ ages).item() == pytest.approx(25, abs=0.1)
+    assert 1 / shares.square().sum().item() == pytest.approx(53.5, abs=0.2)
+    assert torch.equal(averaged_over(250, ema_decay=0.9999), shares), "the warm-up is not over"
+    assert torch.equal(averaged_over(250, ema_decay=0.966), shares)
+    assert not torch.equal(averaged_over(250, ema_decay=0.96), shares)
+    at_once = averaged_over(250, ema_decay=0.9999, ema_warmup=False)
+    assert at_once[0].item() == pytest.approx(0.9999**250, rel=1e-4)
+    assert at_once[0] > 0.975
+    torch.testing.assert_close(at_once[1:], 1e-4 * 0.9999 ** ages[1:], rtol=1e-3, atol=0)
+    assert averaged_over(250, ema_decay=0.98, ema_warmup=False)[0].item() == pytest.approx(0.98**250, rel=1e-4)
+
+
 def test_gradient_is_that_of_autograd(tiny_network):
     network = tiny_network()
     loss = sum(weight.square().sum() for weight in network.parameters())
