@@ -35,10 +35,10 @@ def siss_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The two terms of SISS (2503.01034, equation 9): L_retain to descend, L_forget to ascend.
 
-    losses_retain: l_x = ||eps_theta(m) - eps_x||^2, the answer at the mixture's sample m compared with the noise
-    that would have made m from x; losses_forget: l_a, with the noise that would have made it from a. Each is
-    weighted and averaged over the batch. With all of X as retain stream, N/(N-K) L_retain - K/(N-K) L_forget is
-    naive deletion's loss in expectation, for every lambda.
+    losses_retain: l_x = ||eps_theta(m) - eps_x||^2, the prediction at the mixture's sample m compared with the noise
+    that would have made m from x; losses_forget: l_a, with the noise that would have made it from a; where the network
+    predicts v or a velocity, the same of that. Each is weighted and averaged over the batch. With all of X as retain
+    stream, N/(N-K) L_retain - K/(N-K) L_forget is naive deletion's loss in expectation, for every lambda.
     """
     return (w_retain * losses_retain).mean(), (w_forget * losses_forget).mean()
 
@@ -184,9 +184,10 @@ def shared_passes(
 class NormFix:
     """Rescales every forget gradient to norm tau (2503.01034, section 4), up or down.
 
-    tau is absolute, or `rho` times a moving average of the retain gradient's norm, which needs no tuning to the
-    size of images and network. With neither, the factor is 1. The rescaling is at most `max_scale`, so that a
-    batch that holds next to nothing to forget is not blown up. Stays on the device: no host sync.
+    tau is absolute, as in the released code, or, which is ours, `rho` times a moving average of the retain gradient's
+    norm, which needs no tuning to the size of images and network. With neither, the factor is 1. The rescaling is at
+    most `max_scale`, ours too, so that a batch that holds next to nothing to forget is not blown up. Stays on the
+    device: no host sync.
     """
 
     def __init__(
@@ -489,7 +490,8 @@ class SISS(Method):
 class SISSNoIS(Method):
     """SISS without importance sampling (2503.01034, section 4): x and a are noised and denoised on their own.
 
-    The same two terms and norm fix; a forward pass for each image, each with its own t and eps.
+    The same two terms and norm fix; a forward pass for each image, each with its own t and eps. (In the released code
+    the two of a pair have t and eps in common, as in SISS itself: the same expectation.)
     """
 
     def __init__(
