@@ -72,8 +72,8 @@ SUBJECTS = {
     "erase_diff": ["method=erase_diff", PLAIN[0]],
     "sfd": ["method=sfd", PLAIN[0]],
     "multi_class": ["method=hybrid", "method.variant=multi_class", PLAIN[0]],
-    "rl_ppo": ["method=rl_lambda", "method.split=false", *PLAIN],
-    "rl_sac": ["method=rl_lambda", "method/agent=sac", "method.split=false", *PLAIN],
+    "rl_ppo": ["method=rl_lambda", "method.fresh_state=false", "method.split=false", *PLAIN],  # what the agent costs
+    "rl_sac": ["method=rl_lambda", "method/agent=sac", "method.fresh_state=false", "method.split=false", *PLAIN],
 }
 COMPARED = {  # whose ratio to whom is worth a line; to a plain loop, also to its tuned one
     "siss": "reference", "siss_stale": "reference", "siss_default": "reference", "siss_no_is": "reference_no_is",

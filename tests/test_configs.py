@@ -32,7 +32,7 @@ LAMBDAS = [
     for name in options("method/lambd")
     for more in ((), ("method.lambd.per_sample=true", "method/timesteps=second_moment"))
     if not (more and name == "constant")
-]
+] + [("adaptive_siss", "method/lambd=pathwise", "method.lambd.context=current")]
 DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
 ASKING_A_DIFFUSION_MODEL = ("erase_diff", *DISTILLING, *ROLLING_OUT)
@@ -52,9 +52,10 @@ OVERRIDES = [
     ("sfd", f"method/override={name}", *(["method.override.label=2"] * (name == "fixed")))
     for name in options("method/override")
 ]
-VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS
+RELEASED = ("erase_diff", "method.variant=released", "method.inner_steps=2", "method.outer_steps=2")
+VARIANTS = LAMBDAS + VAES + HYBRIDS + OVERRIDES + CRITICS + [RELEASED]
 SLOW = {*VARIANTS, ("ddpo",), ("sfd_two_stage",)} - {
-    *LAMBDAS, ("siss", "model=vae"), ("retrain", "model=vae"), HYBRIDS[-1],
+    *LAMBDAS, ("siss", "model=vae"), ("retrain", "model=vae"), HYBRIDS[-1], RELEASED,
 }  # fmt: skip
 METHODS = [(method,) for method in COMPLETE if method not in ASKING_PROMPTS] + VARIANTS
 

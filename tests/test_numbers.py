@@ -106,12 +106,13 @@ def test_choosing_lambda_costs_at_most_three_percent_of_a_step(composed, digits,
 def test_an_agent_costs_at_most_five_or_ten_percent_of_a_step(composed, tmp_path, agent, share):
     """Medians over rollouts of 25 steps, the policy's training included, in turns with static SISS at 28x28.
 
-    Nothing else may run on the machine. Without split batches, for those make a step's cost depend on lambda itself.
+    Nothing else may run on the machine. Without split batches, for those make a step's cost depend on lambda itself,
+    and without a fresh state, whose network evaluations are counted.
     """
     data = DigitsTrousers(image_size=28).load()
     same = ("dataset.image_size=28", "model=ddpm_small", "method.split=false", "trainer.max_steps=1000")
     static = build_trainer(composed("method=siss", *same, debug=False), data, tmp_path / "static")
-    cfg = composed("method=rl_lambda", f"method/agent={agent}", *same, debug=False)
+    cfg = composed("method=rl_lambda", "method.fresh_state=false", f"method/agent={agent}", *same, debug=False)
     chosen, driven = build_driven(cfg, data, tmp_path / "chosen")
     seconds: dict[str, list[float]] = {"static": [], "chosen": []}
     for rollout in range(6):

@@ -37,11 +37,35 @@ def variance_of_gradients(norm_every: int, gradient_variance: bool) -> None:
         )
 
 
+def context_of_lambda(objective: str, context: str) -> None:
+    if objective == "variance" and context == "current":
+        raise ConfigurationError(
+            "method.lambd.context must be previous with objective=variance, whose gradient this step's noise would "
+            "bias; got current: take method/lambd=pathwise, or leave it out."
+        )
+
+
 def range_of_lambda(low: float, high: float, lambd: float) -> None:
     if not low < high:
         raise ConfigurationError(f"method.low must be below method.high, got {low} and {high}.")
     if not low <= lambd <= high:
         raise ConfigurationError(f"method.lambd must lie in [method.low, method.high], got {lambd}.")
+
+
+def policy_of_lambda(
+    on_policy: bool, ent_coef: float | str, use_sde: bool, state_dependent_std: bool, kl_weight: float
+) -> None:
+    """What of a policy's Gaussian can be had together; ent_coef and use_sde are the agent's."""
+    if kl_weight > 0 and not (on_policy and ent_coef):
+        raise ConfigurationError(
+            f"method.kl_weight={kl_weight} needs method/agent=ppo with method.agent.ent_coef above 0, through which "
+            "Stable-Baselines3 takes it; add these, or leave it at 0."
+        )
+    if on_policy and use_sde and (state_dependent_std or kl_weight > 0):
+        raise ConfigurationError(
+            "method.agent.use_sde=true has a standard deviation of its own; add method.state_dependent_std=false and "
+            "leave method.kl_weight at 0."
+        )
 
 
 def whole_episodes(training: str, episodes: int, episodes_per_update: int, policy: str | None = None) -> None:
@@ -88,6 +112,14 @@ def something_to_forget(distil_share: float, max_steps: int) -> None:
         raise ConfigurationError(
             f"method.distil_share={distil_share} leaves none of {max_steps} steps to forget in; give less of it, or "
             "more trainer.max_steps."
+        )
+
+
+def second_stage(distil_share: float, second_teacher: str) -> None:
+    if second_teacher == "fake_score" and distil_share == 0:
+        raise ConfigurationError(
+            "method.second_teacher=fake_score needs method.distil_share above 0, got 0: there is no second stage; take "
+            "method=sfd_two_stage, or leave it at base."
         )
 
 
@@ -237,9 +269,10 @@ def known_colour(background: str) -> None:
 OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.siss.SISS": (tau_or_rho, variance_of_gradients),
     "methods.siss.SISSNoIS": (tau_or_rho,),
+    "methods.lambdas.Inferred": (context_of_lambda,),
     "methods.rl_lambda.RLLambda": (tau_or_rho, variance_of_gradients, range_of_lambda, whole_episodes),
     "methods.sfd.NoiseRange": (range_of_noise,),
-    "methods.sfd.SFD": (something_to_forget,),
+    "methods.sfd.SFD": (something_to_forget, second_stage),
     "methods.hybrid.hybrid": (something_to_forget, something_distilled, shares_that_sum_to_one),
     "methods.critic_guided.CriticGuided": (enough_steps_to_learn_from, prompts_of_both_kinds, history_of_rewards),
     "evaluation.metrics.KID": (size_of_subsets,),
@@ -437,7 +470,10 @@ def require_of_methods(cfg: Mapping[str, Any], there: Container[str]) -> None:
     """`require` for the method of a configuration, and for each that it holds."""
     for _, node in parts(cfg["method"]):
         if makes(node["_target_"], "methods.method.Method"):
-            require(constructor_of(node["_target_"]).requires, there, f"method={cfg['choices']['method']}")
+            name = f"method={cfg['choices']['method']}"
+            require(constructor_of(node["_target_"]).requires, there, name)
+            if _name(node) == "EraseDiff" and node.get("variant") == "released":
+                require(("labels",), there, f"{name} method.variant=released")
 
 
 def _is_diffusion(cfg: Mapping[str, Any]) -> bool:
@@ -510,6 +546,11 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     if _name(cfg["driver"]) == "LambdaDriver":
         if _name(method) != "RLLambda":
             raise ConfigurationError(f"driver: this one is for method=rl_lambda, got {_name(method)}.")
+        agent = method["agent"]
+        policy_of_lambda(
+            _name(agent) == "PPO", agent.get("ent_coef", 0.0), agent.get("use_sde", False),
+            method["state_dependent_std"], method["kl_weight"],
+        )  # fmt: skip
         whole_rollouts(method, trainer["max_steps"])
     if cfg["hardware"].get("compile") and not (_is_diffusion(cfg)):
         raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")

@@ -1,6 +1,7 @@
 """RL-lambda: the environment, its agents, and that nothing of it is lost or counted wrongly."""
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 from trainers import build_driven, build_trainer, flat, flat_state
 
 from unlearn_runner.drivers.lambda_env import LambdaEnv, squash
-from unlearn_runner.drivers.sb3 import LambdaDriver
+from unlearn_runner.drivers.sb3 import NEWER, LambdaDriver
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
+from unlearn_runner.methods.rl_lambda import TERMS
+from unlearn_runner.models.model import denoising_loss
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.clock import Listener
+from unlearn_runner.types import make_generator
 
 PPO = (
     "method=rl_lambda", "method.agent.batch_size=2", "+method.agent.n_epochs=2", "method.update_every=4",
@@ -27,11 +31,14 @@ SAC = (
     "method.agent.batch_size=4", "trainer.max_steps=8",
 )  # fmt: skip
 EPISODIC = ("method.training=episodic", "method.episodes=4", "method.episodes_per_update=2", "trainer.max_steps=4")
+SB3S = ("method.fresh_state=false", "method.state_dependent_std=false")  # state and policy of older run folders
 SETUPS = {
     "ppo online": PPO,
+    "ppo online stale": (*PPO, *SB3S),
+    "ppo online to the prior": (*PPO, "method.kl_weight=0.1", "method.observe_gradient_norms=false"),
     "ppo episodic probe": (*PPO, *EPISODIC, "method.reward=probe"),
     "sac online": (*SAC, "method.reward=probe"),
-    "sac episodic": (*SAC, *EPISODIC, "method.agent.train_freq=2"),
+    "sac episodic": (*SAC, *EPISODIC, *SB3S[:1], "method.agent.train_freq=2"),
 }
 
 
@@ -109,6 +116,46 @@ def test_what_the_agent_sees_and_gets(driven):
     assert metrics["lambda/value"] == pytest.approx(lambd)
 
 
+@pytest.mark.parametrize("norms", [True, False])
+def test_the_fresh_state_is_that_of_the_new_weights(driven, norms):
+    """Losses and gradient norms at the step's own images under the weights after it, each term apart, at timesteps and
+    noise that are not the step's; they are counted, and change nothing of the step.
+    """
+    more = f"method.observe_gradient_norms={str(norms).lower()}"
+    env, stale = environment(driven, *PPO, more), environment(driven, *PPO, more, SB3S[0])
+    assert (stale.seen == TERMS) if norms else (stale.seen == TERMS[:2])
+    shown, batches = [], []
+    tell = Listener(stepped=lambda clock, metrics: shown.append([metrics[name].item() for name in env.seen]))
+    env.trainer.listen("test", tell)
+    draw = env.trainer.stream.next
+    env.trainer.stream.next = lambda: (batches.append(draw()), batches[-1])[1]
+    network, g = env.method.siss.trained, make_generator(env.method.seed, "state")
+    for number in range(2):
+        for other in (env, stale):
+            other.step(np.float32([0.5]))
+        batch = batches[number]
+        timesteps = torch.randint(network.num_train_timesteps, (len(batch.x0_retain),), generator=g)
+        eps = torch.randn(batch.x0_retain.shape, generator=g)
+        losses, lengths = [], []
+        for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget)):
+            loss = denoising_loss(network, x0, cond, timesteps, eps).mean()
+            losses.append(loss.item() / network.num_entries)
+            parts = torch.autograd.grad(loss, list(network.parameters()))
+            lengths.append(torch.cat([part.flatten() for part in parts]).norm().item())
+        assert shown[number] == pytest.approx(losses + lengths * norms, rel=1e-4)
+    evaluations = [other.trainer.clock.network_evaluations for other in (env, stale)]
+    assert evaluations[0] - evaluations[1] == 2 * 2 * len(batch.x0_retain)
+    weights = [dict(other.method.siss.trained.state_dict()) for other in (env, stale)]
+    assert_same_bits(*weights)
+
+
+def test_a_state_that_is_not_finite_stops_with_its_step(driven):
+    env = environment(driven, *PPO)
+    env.method.siss.terms_apart = lambda *_, **__: torch.tensor([1.0, torch.nan, 1.0, 1.0])
+    with pytest.raises(NonFiniteError, match="the state after step 1"):
+        env.step(np.float32([0.0]))
+
+
 @pytest.mark.parametrize("setup", ["ppo online", "sac online"])
 def test_actions_at_the_bounds(driven, setup):
     env = environment(driven, *SETUPS[setup])
@@ -119,6 +166,51 @@ def test_actions_at_the_bounds(driven, setup):
         assert 0.01 <= env.method.lambd.value <= 0.99
         assert np.isfinite(seen).all() and np.isfinite(reward)
         assert env.observation_space.contains(seen)
+
+
+def test_the_policy_is_a_gaussian_whose_both_moments_come_from_the_state(driven):
+    """Its densities by hand. In the beginning it is Stable-Baselines3's: a standard deviation of 1 for all states."""
+    _, agent = driven(*PPO)
+    policy = agent.model.policy
+    states = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(policy.get_distribution(states).distribution.stddev, torch.ones(5, 1))
+    agent()
+    gaussian = policy.get_distribution(states).distribution
+    assert len(set(gaussian.stddev.flatten().tolist())) == 5, "learnt, and another for each state"
+    latent = policy.mlp_extractor.forward_actor(states)
+    mean, std = policy.action_net(latent), policy.log_std_net(latent).exp()
+    z = torch.linspace(-2, 2, 5)[:, None]
+    wanted = -(((z - mean) / std) ** 2) / 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    _, log_prob, entropy = policy.evaluate_actions(states, z)
+    torch.testing.assert_close(log_prob, wanted.squeeze(1))
+    torch.testing.assert_close(entropy, 0.5 * math.log(2 * math.pi * math.e) + std.log().squeeze(1))
+    trained = {id(weight) for group in policy.optimizer.param_groups for weight in group["params"]}
+    assert trained == {id(weight) for weight in policy.parameters()}
+
+
+def test_kl_to_the_prior_is_part_of_ppos_loss(driven):
+    """ent_coef (H - kl_weight / ent_coef KL) = ent_coef H - kl_weight KL. A strong one makes the policy the prior."""
+    _, agent = driven(*PPO, "method.kl_weight=0.25", "method.agent.ent_coef=0.05", folder="a")
+    policy = agent.model.policy
+    states = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy.action_net.bias += 1.5
+        policy.log_std_net.bias -= 0.7
+    _, _, entropy = policy.evaluate_actions(states, torch.zeros(5, 1))
+    gaussian = policy.get_distribution(states).distribution
+    prior = torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(gaussian, prior).sum(1)
+    assert kl.min() > 0.5
+    torch.testing.assert_close(0.05 * entropy, 0.05 * gaussian.entropy().sum(1) - 0.25 * kl)
+    strong = "method.kl_weight=100", "+method.agent.learning_rate=0.02", "+method.agent.n_epochs=40"
+    for more, held in ((strong, True), (strong[1:], False)):
+        _, agent = driven(*(part for part in PPO if "n_epochs" not in part), *more, folder=f"held {held}")
+        with torch.no_grad():
+            agent.model.policy.action_net.bias += 1.5
+        agent()
+        seen = torch.from_numpy(agent.model.rollout_buffer.observations.reshape(-1, 6))
+        means = agent.model.policy.get_distribution(seen).distribution.mean
+        assert bool(means.abs().mean() < 0.3) == held
 
 
 def test_squash():
@@ -137,6 +229,7 @@ def test_an_agent_frozen_at_one_half_is_static_siss(composed, digits, tmp_path, 
     agent.trained = True
     agent()
     found, wanted = flat_state(trainer), flat_state(static)
+    found.pop("/method/state/state")  # what the agent is shown has its own noise
     chosen = {"/method/lambd/value", "/method/lambd/previous"}  # a constant has no state
     assert {found.pop(name).item() for name in chosen} == {0.5}
     assert_same_bits(found, wanted)
@@ -185,7 +278,7 @@ def test_online_learns_within_the_one_run(driven, setup):
     assert not [key for _, values in recorder.notes for key in values if not key.startswith("agent/")]
 
 
-@pytest.mark.parametrize(("setup",), marked([(setup,) for setup in SETUPS], {("sac episodic",)}))
+@pytest.mark.parametrize(("setup",), marked([(setup,) for setup in SETUPS], {("sac episodic",), ("ppo online stale",)}))
 def test_same_seed_same_bits_and_the_global_generators_are_left_alone(driven, setup):
     ends = []
     for folder, disturbance in (("a", 1), ("b", 2)):
@@ -217,7 +310,10 @@ def left_by(trainer, agent, recorder) -> tuple:
     ("setup", "at"),
     marked(
         [(setup, at) for setup in SETUPS for at in ((3, 8, 9, 18) if "episodic" in setup else (1, 4, 7, 8))],
-        {(setup, 8) for setup in SETUPS} | {("ppo episodic probe", 3), ("sac episodic", 3), ("sac episodic", 18)},
+        {(setup, 8) for setup in SETUPS}
+        | {("ppo episodic probe", 3), ("sac episodic", 3), ("sac episodic", 18)}
+        | {("ppo online stale", at) for at in (4, 7)}
+        | {("ppo online to the prior", at) for at in (4, 7)},
     ),
 )
 def test_interrupted_and_resumed_is_not_interrupted(driven, wholes, setup, at):
@@ -326,6 +422,11 @@ def test_runs_leave_a_policy_that_another_run_can_take(run, tmp_path):
         ((*SAC,), "trained with method/agent=ppo, this run has sac"),
         ((*PPO, "method.low=0.1"), "trained with method.low=0.01, this run has 0.1"),
         ((*PPO, "method.observe_gradient_norms=false"), "trained with method.observe_gradient_norms=True"),
+        (
+            (*PPO, "method.state_dependent_std=false"),
+            "trained with method.state_dependent_std=True, this run has False",
+        ),
+        ((*PPO, "method.fresh_state=false"), "trained with method.fresh_state=True, this run has False"),
     ],
 )
 def test_a_policy_for_something_else_is_refused(driven, tmp_path, overrides, sentence):
@@ -338,6 +439,19 @@ def test_a_policy_for_something_else_is_refused(driven, tmp_path, overrides, sen
         driven(*PPO, f"method.policy={tmp_path / 'trained'}", folder="taken")
     with pytest.raises(ConfigurationError, match="is not there"):
         driven(*PPO, "method.policy=nowhere", folder="taken")
+
+
+def test_a_policy_from_before_the_fresh_state_is_taken_as_what_it_is(driven, tmp_path):
+    _, agent = driven(*PPO, *SB3S, folder="trained")
+    agent()
+    path = tmp_path / "trained" / "policy" / "policy.json"
+    content = json.loads(path.read_text())
+    older = {key: value for key, value in content.items() if key not in NEWER}
+    assert len(older) == len(content) - 2
+    path.write_text(json.dumps(older))
+    driven(*PPO, *SB3S, f"method.policy={path.parent}", folder="taken")
+    with pytest.raises(ConfigurationError, match=r"trained with method.state_dependent_std=False, this run has True"):
+        driven(*PPO, f"method.policy={path.parent}", folder="refused")
 
 
 def test_resuming_a_run_of_another_method_is_refused(driven, composed, digits, tmp_path):

@@ -1,8 +1,10 @@
 """The reverse process as a policy: its densities, its gradient, what it is rewarded for, and what it remembers."""
 
+from collections import deque
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -199,6 +201,37 @@ def test_statistics_of_a_prompt_or_of_its_kind():
     mean, std = statistics.of(torch.tensor([0, 1, 2]), kinds)
     assert mean.tolist() == pytest.approx([2.0, 11 / 4, 7.0]), "the newest three; 1 has too few: 0's and its own"
     assert std[0].item() == pytest.approx((2 / 3) ** 0.5)
+
+
+def test_advantages_of_ddpo_are_those_of_its_released_code(composed, clip):
+    """Five rounds of rewards under six prompts: per prompt over a queue, of the round until enough, and cut."""
+    cfg = composed("method=ddpo", "model=sd_tiny", "dataset=sd_concepts", debug=False)["method"]
+    assert (cfg["history"], cfg["least_history"], cfg["max_advantage"], cfg["other_history"]) == (32, 16, 5.0, "round")
+    names = tuple(f"prompt {number}" for number in range(6))
+    settings = {name: cfg[name] for name in ("history", "least_history", "other_history", "min_std", "max_advantage")}
+    model, prompts = gaussian_model([0.0] * 6, [1.0] * 6), Labels((0, 1, 2, 3), (4, 5), names, (0,) * 6)
+    method = CriticGuided(Setting(model, make_generator(0, "m"), prompts, clip), sgd(), None, **settings)
+    g, queues, cut = np.random.default_rng(0), [deque(maxlen=32) for _ in names], 0
+    for _ in range(5):
+        labels = g.choice(6, 40, p=[0.35, 0.3, 0.2, 0.1, 0.03, 0.02])
+        rewards = g.normal(labels, 1 + labels).astype(np.float32)
+        rewards[-1] += 100
+        wanted = np.empty(40)
+        for label in np.unique(labels):
+            own = rewards[labels == label]
+            queues[label].extend(own)
+            known = rewards if len(queues[label]) < 16 else np.array(queues[label])
+            wanted[labels == label] = (own - np.mean(known)) / (np.std(known) + 1e-6)
+        drawn = torch.from_numpy(labels), torch.from_numpy(rewards)
+        method.statistics.add(*drawn)
+        found = method.advantages(Rollouts(drawn[0], torch.zeros(40, 5, 1), torch.zeros(40, 4), drawn[1]))
+        assert found.shape == (40, 4), "every step has its roll-out's"
+        np.testing.assert_allclose(found[:, 0], wanted.clip(-5, 5), rtol=1e-4, atol=1e-5)
+        assert torch.equal(found, found[:, :1].expand(-1, 4))
+        cut += int((np.abs(wanted) > 5).sum())
+    assert cut > 0
+    lengths = sorted(map(len, queues))
+    assert lengths[0] < 16 and lengths[-1] == 32, "both kinds of statistics, and a full queue"
 
 
 def test_memory_forgets_what_is_stale():

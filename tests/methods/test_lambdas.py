@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from test_siss import method, unit_batch
 
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.lambdas import (
     LEAST,
     LEVELS,
@@ -24,6 +25,7 @@ from unlearn_runner.methods.lambdas import (
     variance_slope,
 )
 from unlearn_runner.methods.siss import SISS, importance_weights
+from unlearn_runner.models.model import denoising_loss
 
 F64 = torch.float64
 adam = partial(torch.optim.Adam, lr=3e-2)
@@ -219,6 +221,49 @@ def test_closed_form_tracks_the_norms(per_sample):
     assert train(ClosedForm(per_sample), rms=(1.0, 0.0)) == pytest.approx(2 / 64)
 
 
+def gaussian_batch(lambd, g, b=256, d=400, mean=0.0, std=1.0):
+    """Means over a batch with one-hot weights of its retain and forget samples' gradients, each N(mean, std^2 I_d)."""
+    from_forget = torch.rand(b, generator=g) < lambd
+    samples = mean + std * torch.randn(b, d, generator=g)
+    w_retain, w_forget = (~from_forget) / (1 - lambd), from_forget / lambd
+    squares = samples.square().sum(1)
+    seen = seen_of(w_retain, w_forget, w_retain**2 * squares, w_forget**2 * squares)
+    return seen, *((w[:, None] * samples).mean(0) for w in (w_retain, w_forget))
+
+
+def test_closed_form_under_a_norm_fix_ends_at_rho_squared():
+    """As docs/adaptive_lambda.md derives where noise rules: lambda / (1 - lambda) = rho^2, though R_x = R_a."""
+    controller, g, rho, found = ClosedForm(least_samples=0), torch.Generator().manual_seed(0), 0.5, []
+    for _ in range(300):
+        lambd = controller.next(torch.zeros(256)).lambd
+        seen, grad_retain, grad_forget = gaussian_batch(lambd, g)
+        tau = rho * grad_retain.norm()
+        norms = {"norm_retain": grad_retain.norm(), "norm_forget": grad_forget.norm()}
+        controller.learn(seen._replace(**norms, c_forget=tau / grad_forget.norm()))
+        found.append(lambd)
+    assert torch.cat(found[-150:]).mean().item() == pytest.approx(rho**2 / (1 + rho**2), abs=0.02)
+
+
+def test_forget_part_under_a_norm_fix_has_its_mean_from_lambda_but_not_its_second_moment():
+    b, d, tau, g = 64, 400, 3.0, torch.Generator().manual_seed(0)
+    wanted, means, surrogates = [], [], []
+    for lambd in (0.1, 0.8):
+        parts, frozen = [], []
+        for _ in range(200):
+            seen, _, grad_forget = gaussian_batch(lambd, g, b, d, mean=0.15)
+            parts.append(tau * grad_forget / grad_forget.norm())
+            frozen.append(seen.square_forget.mean())
+        parts = torch.stack(parts)
+        assert parts.square().sum(1).mean().item() == pytest.approx(tau**2)
+        square = d * 0.15**2
+        wanted.append(tau * math.sqrt(square / (square + d / (lambd * b))))
+        means.append(parts.mean(0).norm().item())
+        surrogates.append(torch.stack(frozen).mean().item())
+    assert means == pytest.approx(wanted, rel=0.03)
+    assert wanted[1] > 1.5 * wanted[0]
+    assert surrogates[0] / surrogates[1] == pytest.approx(8, rel=0.1), "what M says of it falls with lambda"
+
+
 def test_closed_form_knows_levels_apart():
     controller, g = ClosedForm(per_sample=True, num_levels=2, least_samples=0), torch.Generator().manual_seed(0)
     for _ in range(60):
@@ -269,6 +314,38 @@ def test_gradients_over_the_answer_are_those_of_autograd(tiny_network, one_label
     torch.testing.assert_close(seen.square_forget, 4 * 64 * seen.w_forget * seen.losses_forget, rtol=1e-3, atol=1e-3)
     assert (seen.inner_product**2 <= seen.square_retain * seen.square_forget * 1.001 + 1e-6).all()
     assert (seen.square_norm() >= -1e-3).all()
+
+
+@pytest.mark.parametrize("objective", ["pathwise", "blend"])
+def test_the_current_context_is_this_batchs_losses_and_norms(tiny_network, objective):
+    """log1p of the losses at the noisy x and a, by the step's own t and eps, and of the norms of their gradients,
+    before lambda is drawn; nothing is kept of it.
+    """
+    controller = inferred(objective, context="current")
+    siss = method(tiny_network(), SISS, lambd=controller, rho=0.1)
+    posterior, contexts = controller.posterior, []
+    controller.posterior = lambda level: (contexts.append(controller.context.clone()), posterior(level))[1]
+    for step in range(2):
+        batch, network = unit_batch(seed=step), siss.trained
+        g = torch.Generator()
+        g.set_state(siss.generator.get_state())
+        timesteps = torch.randint(network.num_train_timesteps, (32,), generator=g)
+        eps = torch.randn(batch.x0_retain.shape, generator=g)
+        wanted = []
+        for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget)):
+            losses = denoising_loss(network, x0, cond, timesteps, eps)
+            wanted.append((losses.mean() / 64, siss.update.gradient(losses.mean()).norm()))
+        passes = network.network_evaluations
+        siss.step(batch)
+        assert network.network_evaluations - passes >= 3 * 32
+        (loss_x, norm_x), (loss_a, norm_a) = wanted
+        torch.testing.assert_close(contexts[step], torch.stack([loss_x, loss_a, norm_x, norm_a]).detach().log1p())
+    assert torch.equal(controller.context, contexts[1])
+
+
+def test_variance_refuses_the_current_context():
+    with pytest.raises(ConfigurationError, match="context must be previous with objective=variance"):
+        inferred("variance", context="current")
 
 
 @pytest.mark.parametrize("prior_mean", [-60.0, 60.0])

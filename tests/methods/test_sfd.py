@@ -252,6 +252,23 @@ def test_two_stages(tiny_network):
     assert rates == pytest.approx([1e-3, 1e-3, 3e-3, 3e-3])
 
 
+@pytest.mark.parametrize("second_teacher", ["base", "fake_score"])
+def test_who_teaches_in_the_second_stage(tiny_network, second_teacher):
+    """The base, or the fake score as it was when that began, whatever it learns later."""
+    settings = {"distil_share": 0.5, "max_steps": 4, "second_teacher": second_teacher}
+    method = sfd(tiny_network(), Labels((0, 1), (7,)), **settings)
+    base, fakes, teachers = flat(method.trio.teacher), [], []
+    for _ in range(4):
+        method.step(NOTHING)
+        fakes.append(flat(method.trio.fake))
+        teachers.append(flat(method.trio.teacher))
+    assert not torch.equal(fakes[1], base)
+    after = base if second_teacher == "base" else fakes[1]
+    for found, wanted in zip(teachers, (base, base, after, after), strict=True):
+        assert torch.equal(found, wanted)
+    assert not any(weight.requires_grad for weight in method.trio.teacher.parameters())
+
+
 class Untouchable(torch.Tensor):
     """Pixels of which only shape and type may be known."""
 
@@ -286,14 +303,15 @@ def test_no_image_is_read(composed, digits, tmp_path, method):
     assert trainer.clock.network_evaluations > 0
 
 
-def test_resume_brings_both_networks_and_both_optimizers_back(composed, digits, tmp_path):
-    cfg = composed("method=sfd_two_stage", "trainer.max_steps=6")
+@pytest.mark.parametrize("second_teacher", ["base", "fake_score"])
+def test_resume_brings_both_networks_and_both_optimizers_back(composed, digits, tmp_path, second_teacher):
+    cfg = composed("method=sfd_two_stage", "trainer.max_steps=6", f"method.second_teacher={second_teacher}")
     whole = build_trainer(cfg, digits, tmp_path / "a")
     for _ in range(4):
         whole.step()
     whole.save()
     resumed = build_trainer(cfg, digits, tmp_path / "a", resettable=False)
-    for network in resumed.method.networks[:2]:
+    for network in resumed.method.networks[: 2 if second_teacher == "base" else 3]:
         for weight in network.parameters():
             weight.data.normal_()
     resumed.resume(open_checkpoint(tmp_path / "a"))

@@ -1,7 +1,8 @@
 """The unlearning run as a Markov decision process (2512.01054, section 5.3): one step is one step of the Trainer.
 
 # Notation
-# observation -> [L_x, L_a, ||g_x||, ||g_a||, lambda_{k-1}, k / T];  action -> lambda_k, or its logit z_k
+# observation -> s_k = [L_x, L_a, ||g_x||, ||g_a||, lambda_{k-1}, k / T] (RLLambda says under which weights)
+# action -> lambda_k, or its logit z_k
 """
 
 import math
@@ -17,14 +18,12 @@ import torch
 from jaxtyping import Float32
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.methods.rl_lambda import RLLambda
 from unlearn_runner.training.clock import Clock
 from unlearn_runner.training.trainer import Trainer
 from unlearn_runner.types import Metrics
 
-LOSSES = ("loss/retain", "loss/forget")
-NORMS = ("grad_norm/retain", "grad_norm/forget")
 BOUND = 10.0  # of standardised features, and of the logit
 
 
@@ -95,7 +94,7 @@ class LambdaEnv(gymnasium.Env):
         outside: everything that is not the agent's runs in this context.
 
     Raises:
-        NonFiniteError: from `step`, when a loss, a norm or the reward is not finite.
+        NonFiniteError: from `step`, when a loss, a norm, what the agent sees or the reward is not finite.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012 - gymnasium's own way
@@ -112,7 +111,7 @@ class LambdaEnv(gymnasium.Env):
             )
         self.trainer, self.logits, self.outside = trainer, logits, outside
         self.method: RLLambda = trainer.method
-        self.seen = LOSSES + (NORMS if self.method.observe_gradient_norms else ())
+        self.seen = self.method.observed
         self.features = Standardised(len(self.seen))
         low, high = (-BOUND, BOUND) if logits else (self.method.low, self.method.high)
         self.action_space = gymnasium.spaces.Box(low, high, (1,), np.float32)
@@ -158,7 +157,7 @@ class LambdaEnv(gymnasium.Env):
         return squash(z, low, high) if self.logits else min(max(z, low), high)  # float32 may lie a rounding outside
 
     def first_observation(self) -> Float32[np.ndarray, "features"]:
-        """Before the first step nothing was seen: the mean of all that was."""
+        """Before the first step nothing was seen, of the base neither: the mean of all that was."""
         return self._observation(np.zeros(len(self.seen)), self.method.initial, 0.0)
 
     def charge(self) -> None:
@@ -179,7 +178,8 @@ class LambdaEnv(gymnasium.Env):
         """Told by the trainer after its update and before it writes: a checkpoint holds the step's transition."""
         *values, reward = torch.stack([metrics[key].double() for key in (*self.seen, "agent/reward")]).tolist()
         if not all(map(math.isfinite, (*values, reward))):
-            self.trainer.flush()  # names what is not finite
+            self.trainer.flush()  # names what of the step is not finite
+            raise NonFiniteError(f"the state after step {clock.step} holds values that are not finite numbers")
         self.observation = self._observation(
             self.features(np.array(values)),
             self.method.lambd.value,

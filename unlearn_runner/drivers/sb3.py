@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor, nn
 
 from unlearn_runner import rules
 from unlearn_runner.cache import atomic, write_json
@@ -27,6 +30,7 @@ from unlearn_runner.distributed import is_first
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.drivers.lambda_env import LambdaEnv
 from unlearn_runner.errors import ConfigurationError, first_line
+from unlearn_runner.methods.lambdas import kl_to_gaussian
 from unlearn_runner.methods.rl_lambda import RLLambda
 from unlearn_runner.training.clock import Listener
 from unlearn_runner.training.trainer import Plan, Trainer
@@ -44,6 +48,10 @@ class LambdaDriver(Driver):
     def total_steps(self, method: RLLambda, plan: Plan) -> int:
         if not isinstance(method, RLLambda):
             raise ConfigurationError(f"this driver is for method=rl_lambda, got {type(method).__name__}.")
+        settings = method.agent.keywords
+        on_policy, ent_coef = issubclass(method.agent.func, OnPolicyAlgorithm), settings.get("ent_coef", 0.0)
+        use_sde = settings.get("use_sde", False)
+        rules.policy_of_lambda(on_policy, ent_coef, use_sde, method.state_dependent_std, method.kl_weight)
         if method.policy is not None:
             load_policy(method)
         else:
@@ -94,6 +102,7 @@ class Agent:
         if on_policy:  # one that only plays makes no rollouts; its batch spares SB3's warning
             batch = self.method.agent.keywords.get("batch_size", 64)
             sizes = {"n_steps": batch if self.trained else rollout_steps(self.method, trainer.plan)}
+            sizes |= policy_of(self.method)
         else:
             sizes = {"buffer_size": self.steps_to_learn}
         with self.randomness.inside():
@@ -207,9 +216,63 @@ class Agent:
             self.randomness.kept = rollout["randomness"]
 
 
+@final
+class LambdaPolicy(ActorCriticPolicy):
+    """Stable-Baselines3's policy and value networks, with the paper's z ~ N(mu(s), s(s)^2) (2512.01054, appendix C).
+
+    Args:
+        state_dependent_std: log s(s) is a further output of mu's network, at its beginning log_std_init for all states;
+            false: one parameter, as Stable-Baselines3 has it.
+        kl_share: weight of KL(N(mu, s^2) || N(0, 1)) in units of the entropy's: what `evaluate_actions` gives as the
+            entropy, of which PPO's loss takes ent_coef, is less by it.
+    """
+
+    def __init__(self, *arguments: Any, state_dependent_std: bool, kl_share: float, **options: Any):
+        self.state_dependent_std, self.kl_share = state_dependent_std, kl_share  # before `_build`, which asks
+        super().__init__(*arguments, **options)
+
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        if self.state_dependent_std:
+            self.log_std_net = nn.Linear(self.mlp_extractor.latent_dim_pi, len(self.log_std))
+            nn.init.zeros_(self.log_std_net.weight)
+            nn.init.constant_(self.log_std_net.bias, self.log_std_init)
+            del self.log_std
+            self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Distribution:
+        if not self.state_dependent_std:
+            return super()._get_action_dist_from_latent(latent_pi)
+        return self.action_dist.proba_distribution(self.action_net(latent_pi), self.log_std_net(latent_pi))
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        gaussian = self.action_dist.distribution  # of these states
+        return (
+            values,
+            log_prob,
+            entropy - self.kl_share * kl_to_gaussian(gaussian.mean, gaussian.stddev, 0.0, 1.0).sum(1),
+        )
+
+
+def policy_of(method: RLLambda) -> dict[str, Any]:
+    """What PPO is given for the policy that the method asks for; nothing where that is Stable-Baselines3's own."""
+    if not method.state_dependent_std and not method.kl_weight:
+        return {}
+    settings = method.agent.keywords
+    kl_share = method.kl_weight / settings["ent_coef"] if method.kl_weight else 0.0
+    own = {"state_dependent_std": method.state_dependent_std, "kl_share": kl_share}
+    return {"policy": LambdaPolicy, "policy_kwargs": (settings.get("policy_kwargs") or {}) | own}
+
+
+NEWER = {"method.fresh_state": False, "method.state_dependent_std": False}  # of policies from before these options
+
+
 def purpose(method: RLLambda) -> dict[str, Any]:
     """What a policy is for: it fits another run only if all of this is the same."""
-    return {
+    std = {"method.state_dependent_std": method.state_dependent_std}
+    return (std if issubclass(method.agent.func, OnPolicyAlgorithm) else {}) | {
+        "method.fresh_state": method.fresh_state,
         "method/agent": method.agent.func.__name__.lower(),
         "method.agent.policy_kwargs": method.agent.keywords.get("policy_kwargs"),
         "method.observe_gradient_norms": method.observe_gradient_norms,
@@ -229,7 +292,7 @@ def load_policy(method: RLLambda) -> tuple[dict[str, torch.Tensor], dict[str, An
     if not (folder / "policy.json").is_file():
         folder = folder / "policy"
     try:
-        content = json.loads((folder / "policy.json").read_text())
+        content = NEWER | json.loads((folder / "policy.json").read_text())
         weights = load_file(folder / "policy.safetensors")
         found = {name: content[name] for name in purpose(method)}
         features = content["features"]

@@ -1,5 +1,11 @@
 """Critic-guided reinforcement unlearning (2601.03213), and DDPO (2305.13301), which is the same without a critic.
 
+DDPO as in its released code (github.com/kvablack/ddpo-pytorch): the log-prob as a mean over a latent's entries, the
+clip range on it, statistics of each prompt's rewards, advantages cut to 5, guidance also while training. Not as there:
+an update has steps of many roll-outs, not all steps of a few; prompts of both kinds come equally often instead of at
+random; the last step leads to the picture and has no density, where the code stops at t = 0 with a small deviation;
+rates, LoRA and batches are the configuration's.
+
 # Notation (variable -> paper)
 # states[:, k], actions -> s_k = (c, t_k, x_k), a_k = x_{k+1}: denoising from t_k to t_{k+1};  reward -> r(x_0, c)
 # ratio -> pi_theta(a|s) / pi_start(a|s), start being the policy at the beginning of a round
@@ -167,16 +173,19 @@ class Reward:
 
 @final
 class PromptStatistics:
-    """Mean and standard deviation of each prompt's `size` newest rewards; stateful.
+    """Mean and standard deviation of each prompt's `size` newest rewards, those just added among them; stateful.
 
-    Until a prompt has `least` of them, those of all prompts of its kind together stand for its own (DDPO's code).
+    Until a prompt has `least` of them, others stand for its own: "round", all that were added last, whatever their
+    prompts, as in DDPO's code; "kind", those kept of all prompts of its kind, to forget or to retain.
     """
 
-    def __init__(self, num_labels: int, size: int, least: int):
-        self.size, self.least = size, least
+    def __init__(self, num_labels: int, size: int, least: int, others: Literal["kind", "round"] = "kind"):
+        self.size, self.least, self.others = size, least, others
         self.rewards = torch.full((num_labels, size), torch.inf)  # where there is none yet
+        self.newest = torch.empty(0)  # of the round, which begins with `add`: no checkpoint falls in between
 
     def add(self, labels: Int64[Tensor, "b"], rewards: Float[Tensor, "b"]) -> None:
+        self.newest = rewards.cpu()
         for label, reward in zip(labels.tolist(), rewards.cpu(), strict=True):
             self.rewards[label] = torch.cat([self.rewards[label, 1:], reward[None]])
 
@@ -187,7 +196,7 @@ class PromptStatistics:
         for label in labels.unique().tolist():
             own = self.rewards[label]
             if own.isfinite().sum() < self.least:
-                own = self.rewards[kinds == kinds[label]]
+                own = self.newest if self.others == "round" else self.rewards[kinds == kinds[label]]
             known = own[own.isfinite()]
             means[label], stds[label] = known.mean(), known.std(correction=0)
         return means[labels.cpu()].to(labels.device), stds[labels.cpu()].to(labels.device)
@@ -236,7 +245,7 @@ class CriticGuided(Method):
         microbatch: steps passed through the network at once.
         clip_range: of the ratio of two log-probs divided by the number of entries of x, as DDPO's code has it.
         max_advantage: advantages are cut to it.
-        min_std: rewards of one prompt that vary less are divided by this.
+        min_std: rewards of one prompt that vary less are divided by this. (DDPO's code adds 1e-6 instead.)
         trace: see `generalised_advantages`.
         critic_sees: "noisy": x_t of every step, and t; "clean": the ablation that learns from pictures alone.
         critic_steps, critic_batch: updates of the critic in a round, and states in each.
@@ -246,7 +255,7 @@ class CriticGuided(Method):
             action, not for how often the state is met.
         kl_weight: of KL(pi_theta || pi_base) of each step under `kl_prompts`, "retain" or "all", divided by the number
             of entries.
-        history, least_history: see `PromptStatistics`.
+        history, least_history, other_history: size, least and others of `PromptStatistics`.
         reward, temperature, override: see `Reward`.
     """
 
@@ -279,6 +288,7 @@ class CriticGuided(Method):
         kl_prompts: Literal["retain", "all"] = "retain",
         history: Annotated[int, Gt(0), Le(100_000)] = 32,
         least_history: PositiveInt = 8,
+        other_history: Literal["kind", "round"] = "kind",
         reward: Literal["similarity", "probability"] = "similarity",
         temperature: PositiveFloat | None = None,
         override: str | None = None,
@@ -302,7 +312,7 @@ class CriticGuided(Method):
         self.critic_warmup = 0 if critic_update is None else critic_warmup
         self.reuse, self.max_weight = reuse, max_weight
         self.kl_weight, self.kl_prompts = kl_weight, kl_prompts
-        self.statistics = PromptStatistics(len(labels.names), history, least_history)
+        self.statistics = PromptStatistics(len(labels.names), history, least_history, other_history)
         self.memory = Memory(max_staleness)
         self.update = update(model)
         self.base = copy.deepcopy(model).requires_grad_(False) if kl_weight else None

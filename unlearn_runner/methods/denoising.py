@@ -1,7 +1,8 @@
 """The denoising loss of DDPM (2006.11239, equation 14): base training, naive deletion, the retrained oracle.
 
-Which of them it is depends only on the images and on where the weights start: all images from scratch, the
-retain images from the base, the retain images from scratch.
+Which of them it is depends only on the images and on where the weights start: all images from scratch, the retain
+images from the base, the retain images from scratch. The loss is a mean over pixels, too, so a gradient's norm is
+seldom cut at 1; SISS's released code sums over pixels when it deletes naively, and cuts at nearly every step.
 """
 
 from collections.abc import Callable

@@ -42,7 +42,9 @@ def esd_loss(
 class ESD(Method):
     """Under a forget prompt, the network learns to answer as the base does when it is guided away from that prompt.
 
-    Reads no image: x_t is what the network of today draws under the prompt, with its guidance, stopped on the way.
+    Reads no image: x_t is what the network of today draws under the prompt, with its guidance, stopped on the way. So
+    the paper; its code as it is released today (github.com/rohitgandikota/erasing, esd_sd.py) lets the base draw x_t,
+    with guidance 3, and its target begins at the base's prediction under the prompt instead of under none, with eta 2.
 
     Args:
         batch_size: pictures in a step, all stopped at the same timestep, which is drawn anew.

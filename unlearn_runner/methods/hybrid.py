@@ -4,7 +4,9 @@
 `siss_sfd_student`: SISS on a student of many steps, with images of a distilled generator instead of real ones.
 `siss_sfd_labels`: SFD on a batch of mixed labels, lambda of which are to be forgotten; a lambda controller chooses it.
 
-The paper has prose only for the latter two. The fake score is never pushed up its loss.
+The paper has prose only for the latter two. In `multi_class` it learns pi by its loss, whose sign is indefinite for
+alpha > 1; here pi is the exact minimiser of squared distances d_r and the KL. The fake score is never pushed up its
+loss.
 
 # Notation (variable -> paper)
 # costs -> d_r;  prior, mixture -> pi0, pi;  beta -> beta, weight of KL(pi || pi0)

@@ -7,6 +7,11 @@ and P + S = 0 at every m: the expected loss does not depend on lambda. What does
 G = c_x w_x grad l_x - c_a w_a grad l_a, and with it, since forget gradients are rescaled and Adam divides by its own
 second moment, how strongly a step forgets.
 
+A surrogate under a norm fix. `variance` and `closed_form` minimise M(lambda) = E||G||^2 for constants c_x and c_a. A
+norm fix makes c_a = tau / ||g_a|| of the very batch, whose norm depends on lambda: then M, with c_a as it was found, is
+not the second moment of the step, whose forget part has the norm tau whatever lambda is. docs/adaptive_lambda.md says
+how the two differ.
+
 # Notation (variable -> paper)
 # mean, std -> mu, sigma of q_phi(z|c);  lambd -> lambda = sigmoid(z);  beta -> weight of KL(q_phi || prior)
 # c_retain, c_forget -> the constants before the two terms;  slope -> d (objective at a sample) / d lambda
@@ -22,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.methods.timesteps import range_of
 from unlearn_runner.options import (
     Decay,
@@ -66,18 +72,21 @@ class Seen(NamedTuple):
 def pathwise_slope(seen: Seen) -> Float[Tensor, "b"]:
     """P = (w_x - w_a)(c_x w_x l_x - c_a w_a l_a): the paper's gradient, through the weights alone. BIASED.
 
-    The samples' own dependence on lambda (the score part, S = -P) is left out, as the paper's reparameterisation
-    leaves it out. Where weights are one-hot P is positive at every sample, so it pulls lambda to 0 whatever the model
-    does; the prior alone holds it. (Where losses are negative, as a VAE's nats may be, it pulls lambda to 1.)
+    As in section 5.1, but for losses that are means over pixels, without constants. The samples' own dependence on
+    lambda (the score part, S = -P) is left out, as the paper's reparameterisation leaves it out. Where weights are
+    one-hot P is positive at every sample, so it pulls lambda to 0 whatever the model does; the prior alone holds it.
+    (Where losses are negative, as a VAE's nats may be, it pulls lambda to 1.)
     """
     loss = seen.losses_retain - seen.losses_forget  # the paper's constants are 1
     return (seen.w_retain - seen.w_forget) * loss
 
 
 def variance_slope(seen: Seen) -> Float[Tensor, "b"]:
-    """d M / d lambda = -E[||G||^2 (w_a - w_x)], M = E||G||^2: UNBIASED for M, which is convex.
+    """d M / d lambda = -E[||G||^2 (w_a - w_x)], M = E||G||^2: UNBIASED for M, which is convex, if c_x and c_a are
+    constants.
 
-    In units of M itself, so that it does not depend on the size of network and images. ||G||^2 is `Seen.square_norm`.
+    Under a norm fix c_a is the batch's own and depends on lambda, which this leaves out: M is a surrogate then. In
+    units of M itself, so that it does not depend on the size of network and images. ||G||^2 is `Seen.square_norm`.
     """
     square = seen.square_norm()
     return -square * (seen.w_forget - seen.w_retain) / square.mean().clamp(min=torch.finfo(square.dtype).tiny)
@@ -93,8 +102,9 @@ def blend_slope(seen: Seen) -> Float[Tensor, "b"]:
 def closed_form(rms_retain: Float[Tensor, "..."], rms_forget: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """lambda* = c_a R_a / (c_x R_x + c_a R_a): the minimiser of M = (c_x R_x)^2 / (1 - lambda) + (c_a R_a)^2 / lambda.
 
-    That is E||G||^2 where weights are one-hot; R is the root mean square of a sample's gradient norm; the arguments
-    are c_x R_x and c_a R_a. One half where both are 0.
+    That is E||G||^2 where weights are one-hot and c_x, c_a constants; R is the root mean square of a sample's gradient
+    norm; the arguments are c_x R_x and c_a R_a. One half where both are 0. Under a norm fix, with c_a = tau / ||g_a||,
+    it minimises a surrogate: taken again and again it does not end at the least second moment of the step.
     """
     total = rms_retain + rms_forget
     return torch.where(total > 0, rms_forget / total, 0.5)
@@ -128,6 +138,11 @@ class Mixing(NamedTuple):
 
 class LambdaController(ABC):
     """Chooses lambda before a step and learns from what the step saw. Stateful: checkpoints store it."""
+
+    looks = False  # whether it is to be shown the batch's losses and norms before `next`
+
+    def look(self, terms: Float[Tensor, "4"]) -> None:  # noqa: B027 - most controllers do not look
+        """The batch's l_x, l_a, ||grad l_x||, ||grad l_a||, each term on its own (`SISS.terms_apart`); detached."""
 
     @abstractmethod
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
@@ -187,6 +202,12 @@ class Chosen(LambdaController):
         self.value, self.previous = state_dict["value"], state_dict["previous"]
 
 
+def as_features(terms: Float[Tensor, "4"]) -> Float[Tensor, "4"]:
+    """log1p, with the sign of negative ones: a VAE's nats may be negative."""
+    terms = terms.float()
+    return terms.sign() * terms.abs().log1p()
+
+
 OBJECTIVES = {"pathwise": pathwise_slope, "variance": variance_slope, "blend": blend_slope}
 
 
@@ -194,26 +215,30 @@ OBJECTIVES = {"pathwise": pathwise_slope, "variance": variance_slope, "blend": b
 class Inferred(LambdaController):
     """lambda = sigmoid(z), z ~ q_phi(z|c) = N(mean, std^2), by a small network phi that learns at every step.
 
-    phi minimises objective + beta KL(q_phi || prior). The context c is [l_x, l_a, ||g_x||, ||g_a||] of the steps before
-    (log1p, with the sign of negative ones; moving average), so it does not depend on this step's samples, which would
-    bias the gradient. Before the first step, q_phi is the prior.
+    phi minimises objective + beta KL(q_phi || prior). The context c is [l_x, l_a, ||g_x||, ||g_a||] (log1p, with the
+    sign of negative ones). At its beginning q_phi is the prior, whatever the context.
 
     Args:
-        objective: "pathwise", the paper to the letter; "variance"; or "blend", where the mixture keeps lambda 1/2 and
-            the terms are multiplied by 2 (1 - lambda) and 2 lambda, so that 1/2 is plain SISS. See their functions.
+        objective: "pathwise", the paper's; "variance"; or "blend", where the mixture keeps lambda 1/2 and the terms are
+            multiplied by 2 (1 - lambda) and 2 lambda, so that 1/2 is plain SISS. See their functions.
         optimizer: called with phi's weights.
+        context: "previous": moving averages of what the steps before saw, of weighted losses and of the gradients that
+            were added, at no cost; "current": the paper's, this batch's losses and norms at the noisy x and the noisy
+            a, before lambda is drawn, which takes two forward and two backward passes more. It depends on the step's
+            noise, so `variance`, whose score is that of the mixture over all noise, would be biased by it and refuses.
         beta: weight of the KL, > 0 [?].
         prior: "gaussian" on the logit, or "uniform" on lambda.
         prior_mean, prior_std: of the Gaussian, on the logit.
         per_sample: a lambda for each sample, which also sees the sample's t / T.
         hidden: width of the two hidden layers.
-        ema_decay: of the context.
+        ema_decay: of the previous context.
     """
 
     def __init__(
         self,
         objective: Literal["pathwise", "variance", "blend"],
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        context: Literal["previous", "current"] = "previous",
         beta: PositiveFloat = 0.1,
         prior: Literal["gaussian", "uniform"] = "gaussian",
         prior_mean: float = 0.0,
@@ -223,7 +248,9 @@ class Inferred(LambdaController):
         ema_decay: Decay = 0.9,
         seed: Seed = 0,
     ):
+        rules.context_of_lambda(objective, context)
         self.objective = objective
+        self.looks = context == "current"
         self.slope = OBJECTIVES[objective]
         self.beta = beta
         self.uniform_prior = prior == "uniform"
@@ -255,6 +282,10 @@ class Inferred(LambdaController):
         mean, log_std = self.network(context).unbind(1)
         return self.prior_mean + mean, self.prior_std * log_std.exp()
 
+    def look(self, terms: Float[Tensor, "4"]) -> None:
+        self._move(terms.device)
+        self.context = as_features(terms)
+
     def next(self, level: Float[Tensor, "b"]) -> Mixing:
         mean, std = self.posterior(level)
         e = moved(torch.randn(mean.shape, generator=self.generator), mean.device)
@@ -279,11 +310,11 @@ class Inferred(LambdaController):
         self._asked = None
 
         # 2. the context of the next step
-        found = torch.stack(
-            [seen.losses_retain.mean(), seen.losses_forget.mean(), seen.norm_retain, seen.norm_forget]
-        ).float()
-        found = found.sign() * found.abs().log1p()  # a VAE's nats may be negative
-        self.context = self.ema_decay * self.context + (1 - self.ema_decay) * found
+        if not self.looks:
+            found = torch.stack(
+                [seen.losses_retain.mean(), seen.losses_forget.mean(), seen.norm_retain, seen.norm_forget]
+            )
+            self.context = self.ema_decay * self.context + (1 - self.ema_decay) * as_features(found)
         return {
             "lambda/inferred": lambd.detach().mean(),
             "lambda/posterior_mean": mean.detach().mean(),
@@ -321,7 +352,7 @@ class Inferred(LambdaController):
 @final
 class ClosedForm(LambdaController):
     """lambda* of `closed_form`, from moving averages of what the steps before saw: the `variance` objective without a
-    network, exact where weights are one-hot.
+    network, exact where weights are one-hot and no norm fix is on. Under one it minimises the same surrogate.
 
     E[||grad l_x||^2] over q(.|x) is estimated without bias from the mixture's samples, as E[w_x ||grad l_x||^2].
 

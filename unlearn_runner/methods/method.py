@@ -112,8 +112,11 @@ class Update:
         max_grad_value: each of its entries is cut to [-this, this], before the norm; None leaves them.
         transforms: what else becomes of a gradient, in this order, before it is cut: a mask, for one.
         lr_schedule: called with `optimizer=`, e.g. diffusers' get_scheduler; None keeps the rate.
-        ema_decay: ship the exponential moving average of the weights with this decay (diffusers' EMAModel,
-            warmed up as min(decay, (1 + n) / (10 + n)) over the first steps); None ships the weights themselves.
+        ema_decay: ship the exponential moving average of the weights with this decay (diffusers' EMAModel); None ships
+            the weights themselves.
+        ema_warmup: the decay at step n is min(ema_decay, n / (n + 9)), and 0 at the first, so the average forgets where
+            it began and spans a share of the run so far: its weights are n / 10 steps old on average. 0.98 is reached
+            at step 441, 0.9999 at step 89,991. False: ema_decay from the first step on.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class Update:
         ema_decay: Decay | None = None,
         max_grad_value: PositiveFloat | None = None,
         transforms: Sequence[GradientTransform] = (),
+        ema_warmup: bool = True,
     ):
         self.trained = model
         self.transforms = tuple(transforms)
@@ -133,7 +137,7 @@ class Update:
         _try_a_step(optimizer, lr_schedule, self.weights)
         self.max_grad_norm = max_grad_norm
         self.max_grad_value = max_grad_value
-        self.ema_decay = ema_decay
+        self.ema_decay, self.ema_warmup = ema_decay, ema_warmup
 
     @cached_property
     def ema(self) -> Any:
@@ -144,7 +148,8 @@ class Update:
 
         self._averaged = copy.deepcopy(self.trained).requires_grad_(False)
         # On a GPU all weights by a few kernels; on a CPU that rounds otherwise and gains nothing.
-        return EMAModel(self.trained.parameters(), decay=self.ema_decay, foreach=self.weights[0].is_cuda)
+        at_once = {} if self.ema_warmup else {"min_decay": self.ema_decay, "update_after_step": -1}
+        return EMAModel(self.trained.parameters(), decay=self.ema_decay, foreach=self.weights[0].is_cuda, **at_once)
 
     @property
     def model(self) -> nn.Module:
@@ -178,21 +183,41 @@ class Update:
     def apply(self, gradient: Float[Tensor, "p"]) -> None:
         """Move the weights against `gradient`."""
         ema = self.ema  # begins with the weights before the first step
-        for transform in self.transforms:
-            gradient = transform(gradient)
+        gradient = self._transformed(gradient)
         if self.max_grad_value is not None:
             gradient = gradient.clamp(-self.max_grad_value, self.max_grad_value)
         if self.max_grad_norm is not None:
             gradient = gradient * (self.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
-        for weight, part in zip(self.weights, in_parts(gradient, self.weights), strict=True):
-            weight.grad = part
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._descend(gradient)
         if self.lr_schedule is not None:
             with _explained(f"the learning rate schedule {_name(self.lr_schedule)} cannot take another step"):
                 self.lr_schedule.step()
         if ema is not None:
             ema.step(self.trained.parameters())
+
+    @contextmanager
+    def trial(self) -> Iterator[Callable[[Float[Tensor, "p"]], None]]:
+        """Steps of the optimizer that are taken back: the weights are put back in the end, its moments are not.
+
+        Yields what to call with each gradient. It is neither cut nor followed by schedule or EMA.
+        """
+        before = [weight.detach().clone() for weight in self.weights]
+        yield lambda gradient: self._descend(self._transformed(gradient))
+        with torch.no_grad():
+            for weight, kept in zip(self.weights, before, strict=True):
+                weight.copy_(kept)
+
+    def _transformed(self, gradient: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+        for transform in self.transforms:
+            gradient = transform(gradient)
+        return gradient
+
+    def _descend(self, gradient: Float[Tensor, "p"]) -> None:
+        """One step of the optimizer."""
+        for weight, part in zip(self.weights, in_parts(gradient, self.weights), strict=True):
+            weight.grad = part
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _as_vector(self, parts: Sequence[Tensor]) -> Float[Tensor, "p"]:
         """The gradients over each weight as one, of all processes together."""

@@ -6,6 +6,7 @@ trains it `drivers/sb3.py`.
 # Notation (variable -> paper)
 # lambd, previous -> lambda_k, lambda_{k-1};  low, high -> lambda_min, lambda_max;  omega -> weight of the smoothness
 # loss -> L_SISS = c_x w_x l_x - c_a w_a l_a, means over pixels
+# observed -> L_x, L_a, ||g_x||, ||g_a|| of the state s_k
 """
 
 from collections.abc import Callable
@@ -17,17 +18,18 @@ from torch import Tensor
 
 from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
-from unlearn_runner.methods.denoising import denoising_loss, draw_eps
+from unlearn_runner.methods.denoising import denoising_loss, draw_eps, draw_noise
 from unlearn_runner.methods.lambdas import Chosen
 from unlearn_runner.methods.method import Method, Setting
 from unlearn_runner.methods.siss import SISS
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, NonNegativeFloat, OpenUnitInterval, PositiveInt, Seed
-from unlearn_runner.types import Batch, Metrics, Stateful, make_generator
+from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, make_generator
 
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
+TERMS = ("loss/retain", "loss/forget", "grad_norm/retain", "grad_norm/forget")
 FURTHER_OPTIONS = {"RLLambda": ("unlearn_runner.methods.siss.SISS",)}
 
 
@@ -101,12 +103,22 @@ class RLLambda(Method):
         reward: "paper" or "probe"; see their functions.
         omega: weight of the squared change of lambda, >= 0.
         observe_gradient_norms: the agent sees ||g_x|| and ||g_a||; false is the paper's ablation.
+        fresh_state: true: the losses and norms that the agent sees are those of the weights after the step, as the
+            paper's state s_k belongs to the weights that lambda_k is for: found anew on the step's images, at timesteps
+            and noise of their own, each term apart and without weights (two forward passes a step, and as many backward
+            for the norms). False: those that the step itself found, under the weights before it.
+        state_dependent_std: PPO's standard deviation comes from the state, as in the paper's N(mu(s), s(s)^2); false:
+            one for all states, Stable-Baselines3's. SAC's always comes from the state.
+        kl_weight: of KL(pi(.|s) || N(0, 1)) of the logit in PPO's loss, >= 0.
         update_every: steps between two updates of an on-policy agent's policy, online.
         episodes: to train for, episodic.
         episodes_per_update: of an on-policy agent's policy, episodic.
         probe_size: retain images, and as many forget images, of the probe.
         lambd: what the agent sees as lambda before the first step.
         siss: the other settings of SISS.
+
+    The defaults of fresh_state and state_dependent_std are those of run folders that do not name them; the YAML has the
+    paper's.
     """
 
     def __init__(
@@ -120,6 +132,9 @@ class RLLambda(Method):
         reward: Literal["paper", "probe"] = "paper",
         omega: NonNegativeFloat = 0.1,
         observe_gradient_norms: bool = True,
+        fresh_state: bool = False,
+        state_dependent_std: bool = False,
+        kl_weight: NonNegativeFloat = 0.0,
         update_every: PositiveInt = 25,
         episodes: PositiveInt = 8,
         episodes_per_update: PositiveInt = 2,
@@ -135,6 +150,9 @@ class RLLambda(Method):
         self.low, self.high = float(low), float(high)
         self.omega = omega
         self.observe_gradient_norms = observe_gradient_norms
+        self.fresh_state = fresh_state
+        self.state_dependent_std, self.kl_weight = state_dependent_std, kl_weight
+        self.state_generator = make_generator(seed, "state", setting.generator.device)
         self.update_every = update_every
         self.episodes, self.episodes_per_update = episodes, episodes_per_update
         self.seed = seed
@@ -154,6 +172,12 @@ class RLLambda(Method):
         """How many runs are made before the one that counts."""
         return self.episodes if self.training == "episodic" and self.policy is None else 0
 
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """The metrics of a step that are part of the next state, in its order."""
+        terms = TERMS if self.observe_gradient_norms else TERMS[:2]
+        return tuple(f"agent/{term.replace('/', '_')}" for term in terms) if self.fresh_state else terms
+
     def begin(self, images: Images | None) -> None:
         self.siss.begin(images)
 
@@ -165,7 +189,13 @@ class RLLambda(Method):
         # 2. one step of SISS with the agent's lambda
         metrics = self.siss.step(batch)
 
-        # 3. the reward
+        # 3. what the new weights' state is
+        if self.fresh_state:
+            timesteps, eps = draw_noise(self.siss.trained, batch.x0_retain, self.state_generator)
+            terms = self.siss.terms_apart(batch, timesteps, eps, norms=self.observe_gradient_norms)
+            metrics |= zip(self.observed, terms, strict=True)
+
+        # 4. the reward
         lambd, previous = self.lambd.value, self.lambd.previous
         if self.probe is None:
             c_retain, c_forget = self.siss.factors(batch)
@@ -179,4 +209,7 @@ class RLLambda(Method):
         }
 
     def stateful(self) -> dict[str, Stateful]:
-        return self.siss.stateful() | ({} if self.probe is None else {"probe": self.probe})
+        parts = self.siss.stateful()
+        if self.fresh_state:
+            parts["state"] = GeneratorState(self.state_generator)
+        return parts if self.probe is None else parts | {"probe": self.probe}

@@ -9,7 +9,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -206,6 +206,9 @@ class SFD(Method):
         forget_weight: of the forget term in both losses, the retain term having 1.
         alpha: of `generator_loss`.
         distil_share: share of the steps at the beginning in which nothing is forgotten (the two-stage variant).
+        second_teacher: who teaches after them: the "base"; or the "fake_score" as it is then, frozen, which knows the
+            pictures of the distilled generator instead of the base's: the released code's second stage, whose
+            optimizers begin anew, as they do not here.
         max_steps: of the run.
         noise: where the generator begins, and where the scores are compared.
     """
@@ -225,8 +228,10 @@ class SFD(Method):
         forget_weight: PositiveFloat = 0.01,
         alpha: float = 1.2,
         distil_share: Annotated[float, Ge(0), Lt(1)] = 0.0,  # at 1 nothing would be forgotten
+        second_teacher: Literal["base", "fake_score"] = "base",
     ):
         rules.something_to_forget(distil_share, max_steps)
+        rules.second_stage(distil_share, second_teacher)
         self.trio = Trio(setting.model, noise)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks
@@ -234,6 +239,7 @@ class SFD(Method):
         self.override = override(setting.labels)
         self.alpha = alpha
         self.distil_steps = distil_steps(distil_share, max_steps)
+        self.fake_teaches = second_teacher == "fake_score"
         self.taken = Counter()
         self.update = update(self.trio.generator)
         self.fake_update = fake_update(self.trio.fake)
@@ -247,6 +253,9 @@ class SFD(Method):
         self.trio.begin()
 
     def step(self, batch: Batch) -> Metrics:
+        if self.fake_teaches and self.taken.value == self.distil_steps:
+            copy_weights(self.trio.teacher, self.trio.fake)
+
         # 1. fake score: the generator's images under both kinds of labels are what it learns
         told = self.trio.teach_fake(self.fake_update, self._labels(), self.generator)
 
@@ -273,7 +282,8 @@ class SFD(Method):
         return self.labels.draw(self.generator, self.trio.device, self.taken.value >= self.distil_steps)
 
     def stateful(self) -> dict[str, Stateful]:
-        return {**distillation_state(self.update, self.fake_update, self.generator), "steps": self.taken}
+        teacher = {"teacher": self.trio.teacher} if self.fake_teaches else {}
+        return {**distillation_state(self.update, self.fake_update, self.generator), **teacher, "steps": self.taken}
 
 
 def distillation_state(update: Update, fake_update: Update, generator: torch.Generator) -> dict[str, Stateful]:

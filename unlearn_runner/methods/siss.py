@@ -22,7 +22,7 @@ from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
-from unlearn_runner.models.model import GenerativeModel, Noising
+from unlearn_runner.models.model import GenerativeModel, Noising, denoising_loss
 from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -35,10 +35,10 @@ def siss_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The two terms of SISS (2503.01034, equation 9): L_retain to descend, L_forget to ascend.
 
-    losses_retain: l_x = ||eps_theta(m) - eps_x||^2, the answer at the mixture's sample m compared with the noise
-    that would have made m from x; losses_forget: l_a, with the noise that would have made it from a. Each is
-    weighted and averaged over the batch. With all of X as retain stream, N/(N-K) L_retain - K/(N-K) L_forget is
-    naive deletion's loss in expectation, for every lambda.
+    losses_retain: l_x = ||eps_theta(m) - eps_x||^2, the prediction at the mixture's sample m compared with the noise
+    that would have made m from x; losses_forget: l_a, with the noise that would have made it from a; where the network
+    predicts v or a velocity, the same of that. Each is weighted and averaged over the batch. With all of X as retain
+    stream, N/(N-K) L_retain - K/(N-K) L_forget is naive deletion's loss in expectation, for every lambda.
     """
     return (w_retain * losses_retain).mean(), (w_forget * losses_forget).mean()
 
@@ -184,9 +184,10 @@ def shared_passes(
 class NormFix:
     """Rescales every forget gradient to norm tau (2503.01034, section 4), up or down.
 
-    tau is absolute, or `rho` times a moving average of the retain gradient's norm, which needs no tuning to the
-    size of images and network. With neither, the factor is 1. The rescaling is at most `max_scale`, so that a
-    batch that holds next to nothing to forget is not blown up. Stays on the device: no host sync.
+    tau is absolute, as in the released code, or, which is ours, `rho` times a moving average of the retain gradient's
+    norm, which needs no tuning to the size of images and network. With neither, the factor is 1. The rescaling is at
+    most `max_scale`, ours too, so that a batch that holds next to nothing to forget is not blown up. Stays on the
+    device: no host sync.
     """
 
     def __init__(
@@ -340,6 +341,8 @@ class SISS(Method):
         eps = draw_eps(model, batch.x0_retain, self.generator)
         coin = torch.rand((b,), generator=self.generator, device=eps.device)
         level = timesteps / model.num_train_timesteps
+        if self.lambd.looks:
+            self.lambd.look(self.terms_apart(batch, timesteps, eps))
         lambd, scale_retain, scale_forget = self.lambd.next(level)
 
         # 2. the sample m, its weights, and the noise that leads to it from x and from a
@@ -404,6 +407,21 @@ class SISS(Method):
         """What the two terms are multiplied by: N/(N-K) and (1 + s) K/(N-K), or 1 and 1 + s for x from X without A."""
         share = batch.forget_share if self.reads.retain == "all" else 0.0
         return 1 / (1 - share), (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+
+    def terms_apart(
+        self, batch: Batch, timesteps: Int64[Tensor, "b"], eps: Float[Tensor, "b ..."], norms: bool = True
+    ) -> Float[Tensor, "n"]:
+        """L_x at the noisy x and L_a at the noisy a, means over pixels and batch, without weights; and with `norms` the
+        norms of the gradients of their sums over pixels. Two forward passes, and as many backward for the norms.
+        """
+        losses, lengths = [], []
+        for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget)):
+            with torch.set_grad_enabled(norms):
+                loss = denoising_loss(self.trained, x0, cond, timesteps, eps).mean()
+            losses.append(loss.detach() / self.trained.num_entries)
+            if norms:
+                lengths.append(self.update.gradient(loss).norm())
+        return torch.stack([*losses, *lengths])
 
     def _gradients(
         self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]
@@ -472,7 +490,8 @@ class SISS(Method):
 class SISSNoIS(Method):
     """SISS without importance sampling (2503.01034, section 4): x and a are noised and denoised on their own.
 
-    The same two terms and norm fix; a forward pass for each image, each with its own t and eps.
+    The same two terms and norm fix; a forward pass for each image, each with its own t and eps. (In the released code
+    the two of a pair have t and eps in common, as in SISS itself: the same expectation.)
     """
 
     def __init__(

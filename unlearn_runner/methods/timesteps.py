@@ -38,7 +38,9 @@ class TimestepSampler(ABC):
 
 @final
 class Uniform(TimestepSampler):
-    """Every timestep of the schedule alike, as the papers have it."""
+    """Every timestep of the schedule alike, as the papers have it. (SISS's released code takes the last alone on CelebA
+    and on Stable Diffusion.)
+    """
 
     def draw(
         self, count: int, num_train_timesteps: int, generator: torch.Generator, device: torch.device
