@@ -14,7 +14,7 @@ from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.judge import NOTHING, Judged
 from unlearn_runner.evaluation.metrics import Rates, first_distinct
 from unlearn_runner.evaluation.novelty import NoveltyRecipe, Outliers, RealImages, abstaining, appearance, novelty_of
-from unlearn_runner.evaluation.view import group_samples
+from unlearn_runner.evaluation.view import View, group_samples
 
 CPU = torch.device("cpu")
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -125,7 +125,7 @@ def test_too_few_different_images_tell_no_outlier(tmp_path, digits):
     assert novelty(replace(digits, retain=few), tmp_path) is None
 
 
-def test_precision_density_and_coverage_by_hand():
+def test_precision_density_and_coverage_by_hand(digits):
     """Four points on a line, one nearest neighbour each: balls of radius 1, 1, 2 and 3."""
     real = RealImages(torch.tensor([[0.0], [1.0], [3.0], [6.0]]), neighbours=1, abstain=0.05)
     assert real.radii.tolist() == [1, 1, 2, 3]
@@ -136,10 +136,10 @@ def test_precision_density_and_coverage_by_hand():
             appearance=torch.tensor([[0.5], [4], [9.5]]),
         )
     }
-    view = SimpleNamespace(judge=SimpleNamespace(novelty=SimpleNamespace(retained=real)), judged=drawn)
-    rows = Outliers().measure(view)
-    samples = SimpleNamespace(grouped=lambda rows, per_class: {"forget": rows["all"]})
-    scores = Outliers().score(samples, rows)
+    view = View.__new__(View)
+    view.judge, view.judged = SimpleNamespace(novelty=SimpleNamespace(retained=real)), drawn
+    samples = group_samples(digits.spec, {"all": None}, drawn, {})
+    scores = Outliers().score(samples, Outliers().measure(view))
     assert scores["precision_forget"] == pytest.approx(2 / 3)
     assert scores["density_forget"] == pytest.approx(4 / 3)  # 0.5 lies in two balls, 4 in two, 9.5 in none
     assert scores["coverage_forget"] == 1
@@ -159,7 +159,7 @@ def test_rates_make_up_one_and_rubble_counts_as_nothing(tmp_path, shared_cache, 
     black = torch.zeros(20, 1, 16, 16, dtype=torch.uint8)
     drawn = {"forget": judge(torch.cat([digits.forget_test.pixels[:20], black])), "retain": judge(black)}
     assert (drawn["retain"].contents == NOTHING).all()
-    labels = {"forget": torch.full((40,), digits.spec.forget_content), "retain": torch.zeros(20, dtype=torch.int64)}
+    labels = {"forget": torch.full((40,), digits.spec.restored_content), "retain": torch.zeros(20, dtype=torch.int64)}
     scores = Rates().score(group_samples(digits.spec, labels, drawn, {}), {})
     assert scores["nothing_rate"] >= 0.5
     assert scores["forget_rate"] + scores["nothing_rate"] + scores["other_rate"] == pytest.approx(1)
