@@ -29,6 +29,7 @@ from unlearn_runner.types import make_generator
 VERSION = (
     1  # of drawing and judging: goes up when the code of models, data or evaluation makes other samples or features
 )
+GRID_ROWS = 10  # of the pictures of an unconditional model
 LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
 NOT_HELD_OUT = {
     "forget_test": "no forget image is held out: the dataset has none, or too few for its dataset.test_fraction",
@@ -360,7 +361,7 @@ class Evaluator:
 
         return read(cached(self.cache_dir, "references", key, make, read, together=True))
 
-    def _grid(self, judged: dict[str, Judged], rows: int = 10) -> tuple[UInt8[Tensor, "n c h w"], int]:
+    def _grid(self, judged: dict[str, Judged], rows: int = GRID_ROWS) -> tuple[UInt8[Tensor, "n c h w"], int]:
         """One line for each condition in the order of the labels; 10 lines of 10 for an unconditional model."""
         if "all" in judged:
             return judged["all"].images[: rows * rows], rows
@@ -371,6 +372,14 @@ class Evaluator:
         }
         width = min(20, *map(len, lines.values()))
         return torch.cat([lines[label][:width] for label in sorted(lines)]), width
+
+    @property
+    def forget_rows(self) -> list[int]:
+        """The lines of the grid that are drawn under the forget conditions; of an unconditional model all."""
+        if self.spec.label_names is None:
+            return list(range(GRID_ROWS))
+        drawn = sorted({label for labels in self.conditions.values() for label in labels.tolist()})
+        return [row for row, label in enumerate(drawn) if label in self.data.forget_labels]
 
 
 def _evenly(labels: list[int], count: int) -> Int64[Tensor, "{count}"]:
