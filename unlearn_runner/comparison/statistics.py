@@ -69,23 +69,30 @@ def paired(method: dict[int, float], baseline: dict[int, float], test: str) -> P
     differences = [method[seed] - baseline[seed] for seed in sorted(method.keys() & baseline.keys())]
     if not differences:
         return None
-    p = {"t": t_test, "permutation": permutation_test}[test](differences)
+    (p,) = p_values(np.array([differences]), test)
     return Paired(mean(differences), half_width(differences), len(differences), p, None)
 
 
-def t_test(differences: Sequence[float]) -> float | None:
-    """Two-sided p of a mean of 0; None where the t statistic is not defined."""
-    n = len(differences)
+def p_values(differences: np.ndarray, test: str) -> list[float | None]:
+    """Of each row of differences [m n] of n pairs, the p of `test` (a key of TESTS); None where it has none."""
+    if test == "t":
+        return t_test(differences)
+    return [permutation_test(row) for row in differences]
+
+
+def t_test(differences: np.ndarray) -> list[float | None]:
+    """Two-sided p of a mean of 0 for each row of differences [m n]; None where the t statistic is not defined."""
+    n = differences.shape[1]
     if n < 2:
-        return None
-    if all(difference == 0 for difference in differences):
-        return 1.0
-    spread = stdev(differences)
-    if spread <= 1e-12 * abs(mean(differences)):  # equal up to rounding
-        return None
+        return [None] * len(differences)
     from scipy.special import stdtr
 
-    return 2 * float(stdtr(n - 1, -abs(mean(differences)) / (spread / math.sqrt(n))))
+    centre, spread = np.abs(differences.mean(1)), differences.std(1, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stdtr(n - 1, -centre / (spread / math.sqrt(n)))
+    p[spread <= 1e-12 * centre] = math.nan  # equal up to rounding
+    p[(differences == 0).all(1)] = 1.0
+    return [None if math.isnan(value) else value for value in p.tolist()]
 
 
 def permutation_test(differences: Sequence[float], seed: int = 0) -> float | None:
@@ -116,25 +123,32 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def against_best(values: Mapping[str, dict[int, float]], best: str, test: str) -> dict[str, Paired | None]:
-    """Every other method against the one with the best mean, which was picked from these very values by seed.
+def against_best(
+    values: Mapping[str, Mapping[int, float]], best: str, test: str
+) -> dict[str, tuple[int, float | None]]:
+    """Of every method but the one with the best mean, which was picked from these very values by seed: how many seeds
+    both have, and the corrected p of their difference, None where the test has none.
 
-    p is corrected by Holm over ALL pairs of methods, whichever was picked: then a difference that is not there is
+    Holm's correction is over ALL pairs of methods, whichever was picked: then some difference that is not there is
     found with a probability of at most 0.05 even so, whatever the methods' variances and however their seeds go
-    together. Hsu's comparisons with the best (Ann. Stat. 9:1026, 1981) have the same aim with more power, but pool one
-    variance over all methods, which here differ by orders of magnitude. None: no common seed.
+    together. Hsu's comparisons with the best (Ann. Stat. 9:1026, 1981) have the same aim and more power, but pool one
+    variance over all methods, which here differ by orders of magnitude.
     """
-    results = {pair: paired(*(values[label] for label in pair), test) for pair in combinations(values, 2)}
-    # The same difference in every seed has no p, but does count: that there is none was seen in the data only.
-    p_values = [1.0 if found and found.n > 1 and found.p is None else found and found.p for found in results.values()]
-    corrected = dict(zip(results, holm(p_values), strict=True))
-    against = {}
-    for (one, two), found in results.items():
-        if best in (one, two):
-            other, sign = (one, 1) if two == best else (two, -1)
-            adjusted = None if found is None or found.p is None else corrected[one, two]
-            against[other] = found and found._replace(difference=sign * found.difference, adjusted=adjusted)
-    return against
+    together: dict[tuple[int, ...], list[tuple[str, str]]] = {}
+    for pair in combinations(values, 2):
+        together.setdefault(tuple(sorted(values[pair[0]].keys() & values[pair[1]].keys())), []).append(pair)
+    found: dict[tuple[str, str], tuple[int, float | None]] = {}
+    for seeds, pairs in together.items():
+        at = {label: np.array([values[label][seed] for seed in seeds]) for label in {*sum(pairs, ())}}
+        tested = p_values(np.array([at[one] - at[two] for one, two in pairs]), test)
+        found |= {pair: (len(seeds), p) for pair, p in zip(pairs, tested, strict=True)}
+    # Too few common seeds were so before anything was measured. That a difference is constant was seen in the data.
+    corrected = holm([1.0 if p is None and n > 1 else p for n, p in found.values()])
+    return {
+        two if one == best else one: (n, None if p is None else adjusted)
+        for ((one, two), (n, p)), adjusted in zip(found.items(), corrected, strict=True)
+        if best in (one, two)
+    }
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

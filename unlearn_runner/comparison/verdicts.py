@@ -58,13 +58,13 @@ def verdict_on(question: str, column: str, rows: list[Row], may_win: list[Row], 
     oracle = oracle_mean(rows, column) if way_of(rows, column) == ORACLE else None
     equal = [label for label in bad if label != best and means[label] == means[best]]
     verdict = Verdict(question, column, best, oracle, equal, [], [], [], [])
-    for label, result in against_best(bad, best, test).items():
+    for label, (n, p) in against_best(bad, best, test).items():
         if label in equal:
             continue
-        if result is not None and result.adjusted is not None:
-            (verdict.close if result.adjusted >= LEVEL else verdict.apart).append(label)
+        if p is None:
+            (verdict.constant if n > 1 else verdict.unknown).append(label)
         else:
-            (verdict.constant if result is not None and result.n > 1 else verdict.unknown).append(label)
+            (verdict.close if p >= LEVEL else verdict.apart).append(label)
     return verdict
 
 
