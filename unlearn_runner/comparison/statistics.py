@@ -77,7 +77,7 @@ def p_values(differences: np.ndarray, test: str) -> list[float | None]:
     """Of each row of differences [m n] of n pairs, the p of `test` (a key of TESTS); None where it has none."""
     if test == "t":
         return t_test(differences)
-    return [permutation_test(row) for row in differences]
+    return [permutation_test(row) for row in differences.tolist()]
 
 
 def t_test(differences: np.ndarray) -> list[float | None]:
