@@ -14,6 +14,7 @@ own. How the best is found and tested, and what the intervals are, is in docs/co
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -73,9 +74,10 @@ def parser() -> Parser:
 
 def share(said: str) -> float:
     """A number in [0, 1], for argparse."""
-    if 0 <= (value := float(said)) <= 1:
-        return value
-    raise ValueError
+    with suppress(ValueError):
+        if 0 <= (value := float(said)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {said}")
 
 
 def main() -> None:
