@@ -1,9 +1,12 @@
 """What a run measures of its models, when, and with which samples: the group `evaluation` of the configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
+from annotated_types import MinLen
+
+from unlearn_runner import rules
 from unlearn_runner.evaluation.evaluator import Sampling
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.options import (
@@ -14,6 +17,8 @@ from unlearn_runner.options import (
     PositiveInt,
     Sampler,
     Seed,
+    Seeds,
+    Text,
     UnitInterval,
 )
 from unlearn_runner.training.relearning import Relearning
@@ -43,7 +48,8 @@ class EvaluationPlan:
     batch_size: BatchSize
     seed: Seed
     bootstrap: Bootstrap | None
-    oracle: bool  # also score the model that never saw the forget set
+    oracle: bool | Text | Annotated[Sequence[Text], MinLen(1)]  # also score the model that never saw the forget set
+    oracle_seeds: Seeds | None  # of several such models; None: one, of the base's seed
     every: PositiveInt | None  # steps between two looks; None: none
     features: Literal["classifier", "inception", "open_clip"]  # for the judge
     sampling: Sampling
@@ -52,3 +58,15 @@ class EvaluationPlan:
     threshold: UnitInterval | None  # the first look with at most this forget_rate is recorded
     at_threshold: Look | None  # what is measured of the model then, besides
     probe: Look  # the looks on the way
+
+    def __post_init__(self) -> None:
+        rules.whose_oracles(self.oracle, self.oracle_seeds)
+
+    @property
+    def own_oracles(self) -> Sequence[str]:
+        """Folders or hub ids of models that never saw the forget set and that are not to be trained here."""
+        return rules.own_oracles(self.oracle)
+
+    def seeds_of_oracles(self, base: int) -> Sequence[int]:
+        """Of the models to train without the forget set; `base` is the seed that the base was trained with."""
+        return self.oracle_seeds or ([base] if self.oracle is True else [])
