@@ -240,6 +240,10 @@ def own_oracles(oracle: bool | str | Sequence[str]) -> Sequence[str]:
 
 
 def whose_oracles(oracle: bool | str | Sequence[str], oracle_seeds: Sequence[int] | None) -> None:
+    if not isinstance(oracle, bool) and not all(own_oracles(oracle) or [""]):
+        raise ConfigurationError(
+            f"evaluation.oracle must be true, false, or one or more folders of models, got {oracle!r}."
+        )
     if oracle_seeds is not None and own_oracles(oracle):
         raise ConfigurationError(
             f"evaluation.oracle={', '.join(own_oracles(oracle))} is of your own, and evaluation.oracle_seeds="
@@ -387,13 +391,13 @@ def retrainable(option: str, has_corpus: bool, weights: str, instead: str) -> No
     """Whether the base's recipe on the retained images makes a model that differs from the base by these alone."""
     if weights != "auto":
         raise ConfigurationError(
-            f"{option} trains a model by model.pretraining, and by which recipe model.weights={weights} was trained is "
-            f"not known: what the two differ by could be the recipe's doing; {instead}."
+            f"{option} retrains by model.pretraining, but how model.weights={weights} was trained is not known, so the "
+            f"two could differ by their recipes and not by the forget set; {instead}."
         )
     if has_corpus:
         raise ConfigurationError(
-            f"{option} trains a model on the dataset without the forget set, and this model's base does not learn from "
-            f"the dataset (model.pretraining.corpus): what the two differ by would be that; {instead}."
+            f"{option} retrains on the dataset without the forget set, but this model's base learns from "
+            f"model.pretraining.corpus and not from the dataset, so the two would differ by more; {instead}."
         )
 
 
@@ -494,15 +498,14 @@ def _folders(cfg: Mapping[str, Any]) -> None:
             value = cfg[group].get(name)
             if isinstance(value, str) and value not in WORDS:
                 require(value, option)
-    own = {}
+    weights = cfg["model"]["weights"]
+    models = {} if weights == "auto" else {weights_identity(weights): f"model.weights={weights}"}
     for source in own_oracles(cfg["evaluation"]["oracle"]):
         if "/" not in source:  # a hub id has one
             existing_folder(source, "evaluation.oracle")
         located(source, "evaluation.oracle")
-        if (same := own.setdefault(weights_identity(source), source)) is not source:
-            raise ConfigurationError(
-                f"evaluation.oracle: {same} and {source} hold the same model, which would be counted twice."
-            )
+        if (same := models.setdefault(weights_identity(source), source)) is not source:
+            raise ConfigurationError(f"evaluation.oracle={source} holds the same model as {same}; give another.")
     wanted = cfg["resume_from_checkpoint"]
     if wanted not in (None, "latest") and not Path(wanted).expanduser().is_dir():
         raise no_checkpoint(wanted)

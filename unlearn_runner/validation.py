@@ -19,7 +19,7 @@ import pydantic
 from unlearn_runner import rules
 from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package, with_defaults
 from unlearn_runner.errors import ConfigurationError, near
-from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed, Text
+from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
 
 TRUSTED = ("unlearn_runner.", "torch.optim.", "diffusers.optimization.", "stable_baselines3.")
 GIVEN = {"model.network": ("image_shape", "label_names", "seed")}  # by the dataset and the run
@@ -335,6 +335,7 @@ def _one_folder(name: str) -> bool:
     return bool(name.strip()) and name not in (".", "..") and not set(name) & set("/\\\0\n\r")
 
 
+Text = Annotated[str, annotated_types.MinLen(1)]
 FolderName = Annotated[str, annotated_types.Predicate(_one_folder)]
 
 

@@ -17,6 +17,7 @@ from unlearn_runner.comparison.tables import (
     newest,
     require_baseline,
     rows_of,
+    spread_of_oracles,
     tests_of,
     told_apart,
     usual_outliers,
@@ -99,7 +100,7 @@ def table_of(
         cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
     has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
     tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
-    remarks = [*differing_environments(runs), *single_seeds(rows), *rubble(rows)]
+    remarks = [*differing_environments(runs), *single_seeds(rows), *spread_of_oracles(rows), *rubble(rows)]
     return Table(title, runs, rows, columns, cells, asked, tests, remarks)
 
 

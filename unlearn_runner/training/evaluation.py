@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, final
-
-from annotated_types import MinLen
+from typing import Literal, final
 
 from unlearn_runner import rules
 from unlearn_runner.evaluation.evaluator import Sampling
@@ -18,7 +16,6 @@ from unlearn_runner.options import (
     Sampler,
     Seed,
     Seeds,
-    Text,
     UnitInterval,
 )
 from unlearn_runner.training.relearning import Relearning
@@ -48,7 +45,7 @@ class EvaluationPlan:
     batch_size: BatchSize
     seed: Seed
     bootstrap: Bootstrap | None
-    oracle: bool | Text | Annotated[Sequence[Text], MinLen(1)]  # also score the model that never saw the forget set
+    oracle: bool | str | Sequence[str]  # also score the model that never saw the forget set
     oracle_seeds: Seeds | None  # of several such models; None: one, of the base's seed
     every: PositiveInt | None  # steps between two looks; None: none
     features: Literal["classifier", "inception", "open_clip"]  # for the judge
