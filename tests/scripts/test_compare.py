@@ -76,8 +76,7 @@ def test_markdown(two_methods):
     table = {line.split("|")[1].strip(): line for line in lines}
     assert table[""] == "| | base | oracle | neg_grad | siss |"
     assert table["forget_rate"] == (
-        "| forget_rate | 0.500 [0.404, 0.596] | 0.000 [0.000, 0.037] | **0.000 [0.000, 0.037]** "
-        "| 0.200 [0.000, 0.448] |"
+        "| forget_rate | 0.500 ± 0.096 | 0.000 [0.000, 0.037] | **0.000 [0.000, 0.037]** | 0.200 [0.000, 0.448] |"
     )
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
     assert table["deletion_steps"] == "| deletion_steps |  |  |  | 50.0 (1 of 3) |"

@@ -192,7 +192,7 @@ def tests_of(table: Table) -> dict[str, Any] | None:
                 None
                 if result is None
                 else {
-                    "difference": difference(result),
+                    "difference": difference(result).split(" ", 1),
                     "p": p_value(result),
                     "n": result.n,
                     "real": result.adjusted is not None and result.adjusted < 0.05,

@@ -93,8 +93,6 @@ def sentence(verdict: Verdict) -> str:
     ):
         if names:
             said.append(f"{words}: {listed(names)}")
-    if verdict.apart and len(said) == 1:
-        return "told apart from all others (p < 0.05)"
     return "; ".join(said)
 
 

@@ -244,11 +244,11 @@
       plot.root.append(svg("text", { x: spot.left, y: spot.base, class: "name" }, each.label));
     }
     const said = [];
-    const [volume] = pair.hypervolume;
+    const [volume, low, high] = pair.hypervolume;
     if (volume !== null) {
       const to = [xKey, yKey].map((key, place) => `${nameOf(key)} ${say(pair.worst[place])}`).join(" and ");
-      const made = pair.hypervolume.length > 1 ? ", the interval that of the seeds’ own" : "";
-      said.push(`Hypervolume of all methods: ${interval(pair.hypervolume)} of the rectangle from the ideal to ${to}${made}. `);
+      const ofSeeds = low === undefined ? "" : ` (95 % interval of single seeds’: ${say(low)} to ${say(high)})`;
+      said.push(`Hypervolume of all methods: ${say(volume)} of the rectangle from the ideal to ${to}${ofSeeds}. `);
     } else said.push("No hypervolume: there is neither a bound nor a base to measure it against. ");
     said.push(`On the front: ${pair.front.slice(0, 12).map((place) => data.methods[place].label).join(", ")}${pair.front.length > 12 ? ` and ${pair.front.length - 12} more` : ""}.`);
     if (outside.length) said.push(` Outside the picture: ${outside.slice(0, 6).join(", ")}${outside.length > 6 ? ` and ${outside.length - 6} more` : ""}.`);
