@@ -68,17 +68,18 @@ ENTRIES = (
     Entry("restored_rate", "Rates", HIGH, SHARE, FORGETTING, RUN | LONG | SHORT | PLOT,
           "share of the same samples that it takes for the clean class. Forgetting that leaves rubble is not enough. "
           "Absent where the whole class is forgotten"),
-    Entry("retain_accuracy", "Rates", HIGH, SHARE, RETENTION, RUN | LONG | SHORT | PLOT,
-          "share of samples under the other labels taken for what their label names"),
     Entry("other_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
           "share of the same samples that it takes for something else that is real"),
     Entry("nothing_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
           "share of the same samples on which the judge abstains, for they are like no real image of any content: "
           "rubble. `forget_rate`, `restored_rate`, `other_rate` and `nothing_rate` make up 1"),
+    Entry("retain_accuracy", "Rates", HIGH, SHARE, RETENTION, RUN | LONG | SHORT | PLOT,
+          "share of samples under the other labels taken for what their label names"),
     Entry("outliers_forget", "Outliers", ORACLE, SHARE, FORGETTING, LONG,
           "share of samples under the forget condition that are outliers of all real retained images, by an outlier "
           "detector in which no classifier has a say: rubble has 1, real images 0.05. High for the base where what is "
           "to be forgotten looks like no retained image"),
+    Entry("outliers_retain", "Outliers", LOW, SHARE, RETENTION, LONG, "the same of samples under the other labels"),
     Entry("precision_forget", "Outliers", ORACLE, SHARE, FORGETTING, RUN | LONG,
           "share of samples under the forget condition that lie among real retained images (5 nearest neighbours, "
           "[1904.06991](https://arxiv.org/abs/1904.06991)), in the outlier detector's features: rubble has 0"),
@@ -86,7 +87,6 @@ ENTRIES = (
           "among how many of them each lies ([2002.09797](https://arxiv.org/abs/2002.09797)): 1 for real images"),
     Entry("coverage_forget", "Outliers", ORACLE, SHARE, FORGETTING, LONG,
           "share of the real retained images that have such a sample near: low where one content is drawn only"),
-    Entry("outliers_retain", "Outliers", LOW, SHARE, RETENTION, LONG, "the same of samples under the other labels"),
     Entry("fid_forget", "FID", ORACLE, POSITIVE, FORGETTING, LONG, _TO_FORGET),
     Entry("fid_retain", "FID", LOW, POSITIVE, RETENTION, RUN | LONG | SHORT | PLOT, _TO_IMAGES),
     Entry("kid_forget", "KID", ORACLE, ANY, FORGETTING, LONG, _TO_FORGET),

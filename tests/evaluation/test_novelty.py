@@ -127,7 +127,7 @@ def test_too_few_different_images_tell_no_outlier(tmp_path, digits):
 
 def test_precision_density_and_coverage_by_hand(digits):
     """Four points on a line, one nearest neighbour each: balls of radius 1, 1, 2 and 3."""
-    real = RealImages(torch.tensor([[0.0], [1.0], [3.0], [6.0]]), neighbours=1, abstain=0.05)
+    real = RealImages.fitted(torch.tensor([[0.0], [1.0], [3.0], [6.0]]), neighbours=1, abstain=0.05)
     assert real.radii.tolist() == [1, 1, 2, 3]
     drawn = {
         "all": Judged(

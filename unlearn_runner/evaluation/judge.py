@@ -47,6 +47,7 @@ class Judge(ABC):
     """Names what is on pictures and supplies the features that distances are computed in."""
 
     device: torch.device  # where pictures are drawn for it
+    novelty: Any = None  # the real images (novelty.Novelty) by which it abstains; None: it never does
 
     @abstractmethod
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:

@@ -96,9 +96,9 @@ class Rates(Metric):
     forget_rate: samples under the forget condition taken for the forgotten content. restored_rate: the same
     samples taken for the clean content of that condition (absent where there is none). nothing_rate: those on which it
     abstains, for they are like no real image of any content. other_rate: all others of them; these four make up 1.
-    retain_accuracy: samples
-    under the other conditions taken for what their condition names, and per_class/accuracy/<class>. An
-    unconditional model has no condition to be right about: then only forget_rate, over all samples.
+    retain_accuracy: samples under the other conditions taken for what their condition names, and
+    per_class/accuracy/<class>. An unconditional model has no condition to be right about: then forget_rate,
+    nothing_rate and other_rate, over all samples.
     """
 
     version = 2

@@ -5,10 +5,10 @@ compared with its nearest real images, in features that do not depend on the cla
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ class NoveltyRecipe:
 
 
 @final
+@dataclass(frozen=True)
 class RealImages:
     """Balls around the features of real images, each as far as to the image's k-th nearest other one.
 
@@ -61,54 +62,71 @@ class RealImages:
     others, has a ball that takes in noise.
     """
 
-    def __init__(self, features: Float[Tensor, "n d"], neighbours: int, abstain: float):
-        self.features = features
-        self.neighbours = min(neighbours, len(features) - 1)
+    features: Float[Tensor, "n d"]
+    radii: Float[Tensor, "n"]  # without cap and scale
+    threshold: Float[Tensor, ""]  # the scale
+    neighbours: int
+
+    @classmethod
+    def fitted(cls, features: Float[Tensor, "n d"], neighbours: int, abstain: float) -> "RealImages":
+        neighbours = min(neighbours, len(features) - 1)
         between = torch.cdist(features, features).fill_diagonal_(math.inf)
-        self.radii = between.kthvalue(self.neighbours, dim=1).values
-        self._capped = self.radii.clamp(max=float(self.radii.quantile(0.5)))
-        self.threshold = float((between / self._capped).amin(1).quantile(1 - abstain))
+        radii = between.kthvalue(neighbours, dim=1).values
+        return cls(features, radii, (between / _capped(radii)).amin(1).quantile(1 - abstain), neighbours)
 
     def outlying(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
         """How far each lies from real images, in units of the threshold: above 1 it is an outlier."""
-        return (torch.cdist(features, self.features) / self._capped).amin(1) / self.threshold
+        return (torch.cdist(features, self.features) / _capped(self.radii)).amin(1) / self.threshold
 
     def holding(self, features: Float[Tensor, "m d"]) -> Bool[Tensor, "m n"]:
         """Which of the balls, without cap and scale, hold which picture."""
         return torch.cdist(features, self.features) <= self.radii
 
 
-@final
-class Novelty:
+def _capped(radii: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    return radii.clamp(max=float(radii.quantile(0.5)))
+
+
+class Novelty(NamedTuple):
     """Real images of a dataset: those that are kept, and those of all contents, the forgotten one among them."""
 
-    def __init__(self, retain: Float[Tensor, "n d"], forget: Float[Tensor, "m d"], recipe: NoveltyRecipe):
-        self.recipe = recipe
-        self.retained = RealImages(retain, recipe.neighbours, recipe.abstain)
-        self.contents = RealImages(torch.cat([retain, forget]), recipe.neighbours, recipe.abstain)
+    retained: RealImages
+    contents: RealImages
+    recipe: NoveltyRecipe
 
 
 def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> Novelty | None:
     """The outlier detector of a dataset, each picture once; None where too few different images are kept.
 
-    Their features are kept in the cache.
+    It is kept in the cache: to find the balls takes a comparison of all real images with each other.
     """
 
     def make(folder: Path) -> None:
         forget = data.forget if data.forget_alike is None else data.forget_alike
-        chosen = {
-            "retain": first_distinct(data.retain, recipe.max_images, recipe.seed),
-            "forget": first_distinct(forget, max(1, recipe.max_images // 4), recipe.seed),
-        }
-        save_file({name: appearance(part.pixels) for name, part in chosen.items()}, folder / "appearance.safetensors")
+        retain = appearance(first_distinct(data.retain, recipe.max_images, recipe.seed).pixels)
+        forget = appearance(first_distinct(forget, max(1, recipe.max_images // 4), recipe.seed).pixels)
+        tensors = {"retain": retain, "forget": forget}
+        if len(retain) >= LEAST:
+            for name, features in (("retained", retain), ("contents", torch.cat([retain, forget]))):
+                found = RealImages.fitted(features, recipe.neighbours, recipe.abstain)
+                tensors |= {f"{name}/radii": found.radii, f"{name}/threshold": found.threshold}
+        save_file(tensors, folder / "real.safetensors")
 
-    key = {"data": data.fingerprint, "version": VERSION, "max_images": recipe.max_images, "seed": recipe.seed}
+    def read(folder: Path) -> Novelty | None:
+        tensors = load_file(folder / "real.safetensors")
+        retain = tensors["retain"]
+        if len(retain) < LEAST:
+            return None
 
-    def read(folder: Path) -> dict[str, Tensor]:
-        return load_file(folder / "appearance.safetensors")
+        def of(name: str, features: Float[Tensor, "n d"]) -> RealImages:
+            neighbours = min(recipe.neighbours, len(features) - 1)
+            return RealImages(features, tensors[f"{name}/radii"], tensors[f"{name}/threshold"], neighbours)
 
-    features = read(cached(cache_dir, "novelty", key, make, read, together=True))
-    return Novelty(**features, recipe=recipe) if len(features["retain"]) >= LEAST else None
+        contents = torch.cat([retain, tensors["forget"]])
+        return Novelty(of("retained", retain), of("contents", contents), recipe)
+
+    key = {"data": data.fingerprint, "version": VERSION, "recipe": asdict(recipe)}
+    return read(cached(cache_dir, "novelty", key, make, read, together=True))
 
 
 def abstaining(judge: Judge, data: ForgetRetain, recipe: NoveltyRecipe | None, cache_dir: Path) -> Judge:
@@ -141,13 +159,13 @@ class AbstainingJudge(Judge):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint([self.judge.fingerprint, VERSION, vars(self.novelty.recipe)])
+        return fingerprint([self.judge.fingerprint, VERSION, asdict(self.novelty.recipe)])
 
     def doubts(self) -> list[str]:
         return self.judge.doubts()
 
     def provenance(self) -> dict[str, Any]:
-        return {**self.judge.provenance(), "abstains": {"version": VERSION, **vars(self.novelty.recipe)}}
+        return {**self.judge.provenance(), "abstains": {"version": VERSION, **asdict(self.novelty.recipe)}}
 
 
 @final

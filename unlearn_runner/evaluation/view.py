@@ -196,6 +196,6 @@ class View:
             "prompts": self.model.prompts is not None,
             "denoising": self.model.is_diffusion,
             "clip": self.clip is not None,
-            "novelty": getattr(self.judge, "novelty", None) is not None,
+            "novelty": self.judge is not None and self.judge.novelty is not None,
         }
         return [need for need in needs if not there[need]]
