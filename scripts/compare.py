@@ -5,14 +5,16 @@
     python scripts/compare.py FOLDER --sort fid_retain --baseline siss
     python scripts/compare.py FOLDER --csv | --latex | --markdown     # a table for elsewhere
 
-A row is the runs of one `label` (the method's name, if it was not set): mean ± half the 95 % interval over seeds,
-Student's t. ★ is the best of a column. Rows "base" and "oracle" are the same runs' scores before unlearning and of the
-model that never saw the forget set. Runs that were not measured alike come in tables of their own.
+A row is the runs of one `label` (the method's name, if it was not set). Rows "base" and "oracle" are the same runs'
+scores before unlearning and of the model that never saw the forget set. ★ is the best of a column: of a metric of
+forgetting the nearest to the oracle's, where there is one. Runs that were not measured alike come in tables of their
+own. How the best is found and tested, and what the intervals are, is in docs/comparing.md.
 """
 
 import argparse
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +22,9 @@ from rich.console import Console
 from unlearn_runner.comparison.choices import Parser
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted, compare
 from unlearn_runner.comparison.render import (
+    INTERVALS,
+    MEANS,
+    WAYS,
     Plain,
     csv_text,
     latex,
@@ -31,7 +36,8 @@ from unlearn_runner.comparison.render import (
 )
 from unlearn_runner.comparison.runs import Found, read_runs
 from unlearn_runner.comparison.statistics import TESTS
-from unlearn_runner.comparison.verdicts import sentence, verdicts_of
+from unlearn_runner.comparison.tables import FLOOR
+from unlearn_runner.comparison.verdicts import measured_by, rules_of, sentence
 from unlearn_runner.errors import ConfigurationError, near, plain
 
 BROKEN_PIPE = 141  # what a shell says of a command that SIGPIPE ended
@@ -47,6 +53,11 @@ def parser() -> Parser:
     add("--no-marks", action="store_true", help="mark no best")
     add("--baseline", metavar="LABEL", help="test every method against this one on the same seeds")
     add("--test", choices=TESTS, default="t", help="which test; p is corrected by Holm (default: t)")
+    add(
+        "--floor", type=share, default=FLOOR, metavar="SHARE",
+        help="who keeps less than this share of the base's retain_accuracy is never called the best; 0: no floor "
+        f"(default: {FLOOR})",
+    )  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print a line for each table, row and metric")
     form.add_argument("--latex", action="store_true", help="print tables for booktabs")
@@ -61,6 +72,14 @@ def parser() -> Parser:
     return parser
 
 
+def share(said: str) -> float:
+    """A number in [0, 1], for argparse."""
+    with suppress(ValueError):
+        if 0 <= (value := float(said)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {said}")
+
+
 def main() -> None:
     arguments = parser().parse_args()
     try:
@@ -73,8 +92,9 @@ def main() -> None:
         exported = arguments.csv or arguments.latex or arguments.markdown
         short = not (arguments.all or arguments.csv or arguments.markdown)
         wanted = Wanted(
-            arguments.metrics or [], short, arguments.sort, arguments.baseline, arguments.test, not arguments.no_marks
-        )
+            arguments.metrics or [], short, arguments.sort, arguments.baseline, arguments.test, not arguments.no_marks,
+            floor=arguments.floor,
+        )  # fmt: skip
         comparison = compare(found, wanted)
         console, aside = terminal(), Plain(stderr=True, soft_wrap=True)
         rest = aside if exported else console
@@ -85,6 +105,8 @@ def main() -> None:
             elif exported:
                 for table in comparison.tables:
                     print(latex_of(table) if arguments.latex else markdown_of(table))
+                if arguments.markdown:
+                    print(f"{INTERVALS}{'' if arguments.no_marks else '; **bold**: best'}.")
             else:
                 show(comparison, arguments, console)
             say(comparison, rest)
@@ -125,16 +147,16 @@ def markdown_of(table: Table) -> str:
 
 
 def latex_of(table: Table) -> str:
-    return latex(table.rows, table.columns, table.cells, ". ".join(filter(None, [table.title, how(table)])))
+    return latex(
+        table.rows, table.columns, table.cells, ". ".join(filter(None, [table.title, f"{how(table)}; {MEANS}"]))
+    )
 
 
 def how(table: Table) -> str:
-    """What the numbers of a table are."""
+    """Of how many runs a table is."""
     seeds = sorted({run.seed for run in table.runs})
     named = ", ".join(map(str, seeds)) if len(seeds) <= 10 else f"{seeds[0]} to {seeds[-1]}"
-    return (
-        f"{len(table.runs)} run{'s' * (len(table.runs) != 1)}, seeds {named}; mean ± half the 95 % interval over seeds"
-    )
+    return f"{len(table.runs)} run{'s' * (len(table.runs) != 1)}, seed{'s' * (len(seeds) != 1)} {named}"
 
 
 def show(comparison: Comparison, arguments: argparse.Namespace, console: Console) -> None:
@@ -144,17 +166,19 @@ def show(comparison: Comparison, arguments: argparse.Namespace, console: Console
             console.print(f"Table {number}: {table.title}", style="bold")
         for drawn in terminal_tables(table.rows, table.columns, table.cells, console.width):
             console.print(drawn)
-        console.print(f"{how(table)}; ★ best, ↓ less is better, ↑ more is.")
-        for verdict in verdicts_of(table.rows, arguments.test):
-            console.print(
-                f"  {verdict.question}: {verdict.label} ({verdict.column}); {sentence(verdict)}.", markup=False
-            )
+        console.print(f"{how(table)}.")
+        for verdict in table.verdicts:
+            console.print(f"  {verdict.question}: {verdict.label} ({measured_by(verdict)}); {sentence(verdict)}.")
         if table.tests:
             what = f"{TESTS[arguments.test]}, p after Holm's correction over the methods of each metric"
             console.print(f"\nAgainst {arguments.baseline}, on the same seeds: difference, {what}.")
             for drawn in terminal_tests(table.tests, table.asked, console.width):
                 console.print(drawn)
         console.print()
+    console.print(f"{INTERVALS}. {WAYS}{'' if arguments.no_marks else ', ★ best'}.")
+    if judged := [table for table in comparison.tables if table.verdicts]:
+        console.print(rules_of(judged[0].rows, arguments.test, arguments.floor))
+    console.print()
 
 
 def say(comparison: Comparison, console: Console) -> None:

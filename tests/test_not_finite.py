@@ -162,7 +162,7 @@ def test_scores_that_are_not_finite_are_left_out_and_said(run, tmp_path, monkeyp
     lost = ["fid_forget", "fid_retain", "kid_forget"] if headline else ["kid_forget"]
     assert content["not_finite"] == [f"{prefix}/{key}" for prefix in ("base", "eval") for key in lost]
     scored = content["metrics"].keys() & content["intervals"].keys()
-    assert {"eval/kid_retain", "eval/forget_rate"} <= scored
+    assert {"eval/is_retain", "eval/forget_rate"} <= scored
     assert not scored & set(content["not_finite"])
     assert capsys.readouterr().out.count(f"{', '.join(content['not_finite'][len(lost) :])}: not a finite number") == 1
     strict_lines(folder)

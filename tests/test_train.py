@@ -348,7 +348,7 @@ def test_the_whole_evaluation(run, tmp_path):
     for prefix in ("eval", "oracle", "oracle_gap"):
         assert f"{prefix}/relearn_steps" in content["metrics"]
     for prefix in ("base", "eval", "oracle"):
-        for name in wanted:
+        for name in wanted - {"kid_forget", "kid_retain", "recall_retain"}:
             low, high = content["intervals"][f"{prefix}/{name}"]
             assert low <= high
     assert content["metrics"]["cost/evaluation_seconds"] > content["metrics"]["cost/sampling_seconds"] > 0

@@ -41,11 +41,12 @@ def changed(**evaluation) -> dict:
     return {"evaluation": PROVENANCE["evaluation"] | evaluation}
 
 
-def save_grid(folder: Path, name: str, shade: int, rows: int = 3, columns: int = 10) -> None:
-    """A grid of one shade, as RunFolder.save_grid draws them."""
-    grid = np.full((rows * 50 + 2, columns * 50 + 2, 3), 128, dtype=np.uint8)
-    for row in range(rows):
+def save_grid(folder: Path, name: str, shade: int | list[int], columns: int = 10) -> None:
+    """A grid of three rows, of one shade or each of its own, as RunFolder.save_grid draws them."""
+    shades = [shade] * 3 if isinstance(shade, int) else shade
+    grid = np.full((len(shades) * 50 + 2, columns * 50 + 2, 3), 128, dtype=np.uint8)
+    for row, of_row in enumerate(shades):
         for column in range(columns):
-            grid[row * 50 + 2 : row * 50 + 50, column * 50 + 2 : column * 50 + 50] = shade
+            grid[row * 50 + 2 : row * 50 + 50, column * 50 + 2 : column * 50 + 50] = of_row
     (folder / "samples").mkdir(exist_ok=True)
     Image.fromarray(grid).save(folder / "samples" / f"{name}.png")

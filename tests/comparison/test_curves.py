@@ -15,17 +15,25 @@ def points(*pairs):
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def test_the_final_evaluation_is_no_look_and_steps_are(tmp_path):
-    lines = [
-        {"step": 0, "version": 2}, {"step": 0, "base/forget_rate": 0.5},
-        {"step": 1, "lambda/value": 0.5, "loss/retain": 1.0}, {"step": 2, "lambda/value": 0.4},
-        {"step": 2, "eval/forget_rate": 0.3}, {"step": 2, "eval/forget_rate": 0.1, "eval/fid_retain": 2.0},
-    ]  # fmt: skip
-    make_run(tmp_path, "siss", 0, {}, lines=lines)
-    curves, remarks = curves_by_label(read_runs([tmp_path]).runs, 100, {"eval/forget_rate", "lambda/value"})
-    assert set(curves["siss"]) == {"eval/forget_rate", "lambda/value"}
-    assert (curves["siss"]["eval/forget_rate"].steps, curves["siss"]["eval/forget_rate"].mean) == ([2.0], [0.3])
-    assert (curves["siss"]["lambda/value"].steps, curves["siss"]["lambda/value"].mean) == ([1.0, 2.0], [0.5, 0.4])
+LINES = [
+    {"step": 0, "version": 2}, {"step": 0, "base/forget_rate": 0.5, "base/fid_retain": 1.0},
+    {"step": 1, "lambda/value": 0.5, "loss/retain": 1.0}, {"step": 1, "eval/forget_rate": 0.4, "eval/fid_retain": 1.5},
+    {"step": 2, "lambda/value": 0.4}, {"step": 2, "eval/forget_rate": 0.3, "eval/fid_retain": 1.7},
+    {"step": 2, "eval/forget_rate": 0.1, "eval/fid_retain": 1.2, "eval/kid_retain": 2.0},
+]  # fmt: skip
+
+
+def test_curves_of_shares_go_from_the_base_to_the_final_evaluation(tmp_path):
+    """All of them are of the same mean, whatever the number of samples; a FID of other samples is no look."""
+    make_run(tmp_path, "siss", 0, {}, lines=LINES)
+    keys = {"eval/forget_rate", "eval/fid_retain", "lambda/value"}
+    curves, remarks = curves_by_label(read_runs([tmp_path]).runs, 100, keys)
+    found = {key: (curve.steps, curve.mean) for key, curve in curves["siss"].items()}
+    assert found == {
+        "eval/forget_rate": ([0.0, 1.0, 2.0], [0.5, 0.4, 0.1]),
+        "eval/fid_retain": ([1.0, 2.0], [1.5, 1.7]),
+        "lambda/value": ([1.0, 2.0], [0.5, 0.4]),
+    }
     assert remarks == []
 
 

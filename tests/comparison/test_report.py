@@ -1,5 +1,7 @@
 """The page as text: what is in it, and that it needs nothing else."""
 
+import base64
+import io
 import json
 import re
 import shlex
@@ -7,6 +9,7 @@ import shlex
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 from run_folders import changed, make_run, save_grid
 
 from unlearn_runner.comparison.comparison import Wanted, compare
@@ -101,11 +104,68 @@ def test_the_samples_are_those_of_one_seed(runs):
     assert samples_of(table, 10**6)[1] == ["siss"]
 
 
+def strips(page):
+    """Sources of the strips in the cards, and of those in the section of them."""
+    cards, drawn = (
+        re.search(r'<ul class="cards">(.*?)</ul>', page, re.S),
+        re.search(r'<ul class="drawn">(.*?)</ul>', page, re.S),
+    )
+    return [re.findall(r'<img class="strip" src="(.*?)"', found[1]) if found else [] for found in (cards, drawn)]
+
+
+def pixels_of(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("L"))
+
+
+def test_what_is_drawn_under_the_forget_condition_is_shown(tmp_path):
+    """In the card of the best, and of everyone: the rows of the grid that the run names."""
+    for method, rate, shade in (("siss", 0.1, 90), ("neg_grad", 0.3, 200)):
+        for seed in (0, 1):
+            scores = {"eval/forget_rate": rate + 0.01 * seed, "base/forget_rate": 0.5}
+            folder = make_run(tmp_path, method, seed, scores, provenance=changed(forget_rows=[1]))
+            for name, of_name in (("before", 40), ("after", shade)):
+                save_grid(folder, name, [10, of_name, 250])
+    page = page_of(tmp_path)
+    cards, drawn = strips(page)
+    assert [int(np.median(pixels_of(uri))) for uri in drawn] == [40, 90, 200], "before, then the methods in order"
+    assert pixels_of(drawn[0]).shape == (52, 402)
+    assert cards == [drawn[1]]
+    assert re.findall(r"</strong> (forget_rate .*?)</figcaption>", page) == [
+        "forget_rate 0.500", "forget_rate 0.105", "forget_rate 0.305",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "rows, has_pictures, said",
+    [
+        (None, True, "do not tell which of their pictures were drawn under the forget condition"),
+        ("1", True, "do not tell which of their pictures were drawn under the forget condition"),
+        ([1], False, "have no pictures (samples/after.png), so what is drawn instead cannot be seen"),
+    ],
+)
+def test_why_nothing_of_it_is_shown_is_said(tmp_path, rows, has_pictures, said):
+    folder = make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1}, provenance=changed(forget_rows=rows))
+    if has_pictures:
+        save_grid(folder, "after", 90)
+    page = page_of(tmp_path)
+    assert said in page
+    assert strips(page) == [[], []]
+
+
+def test_rows_that_are_not_in_the_picture_are_left_out(tmp_path):
+    """A pool of few samples has fewer rows than a run may name."""
+    folder = make_run(tmp_path, "siss", 0, {"eval/forget_rate": 0.1}, provenance=changed(forget_rows=[2, 3]))
+    save_grid(folder, "after", [10, 20, 30])
+    (sample,), left_out = samples_of(compared(tmp_path).tables[0], 10**6)
+    assert np.median(pixels_of(sample["strip"])) == 30
+    assert left_out == []
+
+
 def test_what_is_plotted(runs):
     table = compared(runs).tables[0]
     data = plotted(table, curves_by_label(table.runs, 5)[0])
     assert [method["label"] for method in data["methods"]] == ["siss", "neg_grad"]
-    assert data["methods"][0]["cells"]["forget_rate"] == [0.11, pytest.approx(12.706 * 0.01, rel=1e-3)]
+    assert data["methods"][0]["cells"]["forget_rate"] == [0.11, 0, pytest.approx(0.11 + 12.706 * 0.01, rel=1e-3)]
     assert data["keys"] == ["eval/forget_rate", "loss/retain", "lambda/value"]
     curves = data["curves"][0]
     axis, mean = curves["series"]["loss/retain"]
@@ -113,6 +173,28 @@ def test_what_is_plotted(runs):
     assert curves["axes"][axis]["seconds"] == [1.75, 4.75, 7.75, 10.75, 13.75]
     assert mean == pytest.approx([np.mean(1 / np.arange(6 * n + 1, 6 * n + 7)) for n in range(5)], rel=1e-3)
     assert data["tradeoffs"][0]["front"] == [0]
+    assert data["tradeoffs"][0]["worst"] == [1, 0]
+
+
+def test_forgetting_is_plotted_as_the_distance_from_the_oracle(tmp_path):
+    for method, rate in (("less", 0.0), ("near", 0.3)):
+        scores = {"eval/forget_rate": rate, "oracle/forget_rate": 0.25, "eval/retain_accuracy": 0.9}
+        make_run(tmp_path, method, 0, scores | {"base/forget_rate": 1.0})
+    table = compared(tmp_path).tables[0]
+    data = plotted(table, {})
+    found = {each["label"]: each["cells"]["forget_rate"] for each in [*data["references"], *data["methods"]]}
+    assert found == {"base": [0.75], "oracle": [0], "near": [0.05], "less": [0.25]}
+    assert data["names"] == {"forget_rate": "forget_rate, distance to the oracle's"}
+    assert data["better"]["forget_rate"] == "low"
+    page = page_of(tmp_path)
+    assert 'data-better="oracle"' in page
+
+
+def test_curves_over_seconds_begin_at_none():
+    clock = Curve([5.0, 10.0], [50.0, 100.0], [50.0, 100.0], [50.0, 100.0])
+    curve = Curve([0.0, 5.0, 10.0], [1.0, 0.5, 0.1], [1.0, 0.5, 0.1], [1.0, 0.5, 0.1])
+    (axis,) = series_of({"seconds": clock, "eval/forget_rate": curve}, ["eval/forget_rate"])["axes"]
+    assert axis == {"steps": [0, 5, 10], "seconds": [0, 50, 100]}
 
 
 def test_a_band_is_kept_only_where_seeds_differ():

@@ -3,10 +3,12 @@
 import pytest
 from run_folders import PROVENANCE, changed, make_run
 
-from unlearn_runner.comparison.columns import better, choose
+from unlearn_runner.catalogue import ORACLE
+from unlearn_runner.comparison.columns import choose
 from unlearn_runner.comparison.comparison import Wanted, compare
 from unlearn_runner.comparison.runs import read_runs
-from unlearn_runner.comparison.tables import Cell, number, text
+from unlearn_runner.comparison.statistics import wilson
+from unlearn_runner.comparison.tables import Cell, badness, number, text, way_of
 from unlearn_runner.comparison.tradeoff import tradeoffs_of
 from unlearn_runner.comparison.verdicts import sentence, verdicts_of
 from unlearn_runner.errors import ConfigurationError
@@ -36,7 +38,7 @@ def test_base_and_oracle_are_counted_once_a_seed_and_never_best(tmp_path):
             make_run(tmp_path, method, seed, shared | {"eval/forget_rate": rate})
     table = only(tmp_path)
     assert [row.label for row in table.rows] == ["base", "oracle", "a", "b"]
-    assert table.cells[0]["forget_rate"] == Cell(1.0, pytest.approx(6.353, abs=1e-3), 2, 2, False)
+    assert table.cells[0]["forget_rate"] == Cell(1.0, (0.0, 1.0), 2, 2, False), "cut at what a share can be"
     assert best(table, "forget_rate") == ["a"]
 
 
@@ -51,9 +53,13 @@ def test_a_method_may_be_called_oracle(tmp_path):
     "column, winner",
     [
         ("forget_rate", "a"),
+        ("restored_rate", "c"),
         ("retain_accuracy", "c"),
         ("mia_auc", "b"),
-        ("nll_forget", "b"),
+        ("mia_tpr_at_1pct_fpr", "a"),
+        ("nll_forget", None),
+        ("fid_forget", None),
+        ("kid_forget", None),
         ("cost/seconds", "a"),
         ("reached/fid_retain", "a"),
         ("oracle_gap/retain_accuracy", "a"),
@@ -64,16 +70,50 @@ def test_a_method_may_be_called_oracle(tmp_path):
 def test_the_best_knows_its_direction(tmp_path, column, winner):
     key = column if "/" in column else f"eval/{column}"
     for method, value in (("a", 0.1), ("b", 0.45), ("c", 0.9)):
-        make_run(tmp_path, method, 0, {key: value, "oracle/nll_forget": 0.5})
+        make_run(tmp_path, method, 0, {key: value})
     table = only(tmp_path, metrics=[column])
     assert best(table, column) == ([winner] if winner else [])
-    assert (better(column) is None) == (winner is None)
+    assert (way_of(table.rows, column) is None) == (winner is None)
 
 
-def test_no_star_without_an_oracle_to_be_near(tmp_path):
-    for method, value in (("a", 0.1), ("b", 0.45)):
-        make_run(tmp_path, method, 0, {"eval/nll_forget": value})
-    assert best(only(tmp_path), "nll_forget") == []
+FORGETTING = [
+    "forget_rate", "restored_rate", "mia_auc", "mia_tpr_at_1pct_fpr", "nll_forget", "nll_bound_forget", "fid_forget",
+    "kid_forget", "outliers_forget", "relearn_steps", "attack_success", "forget_rate_paraphrases",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("column", FORGETTING)
+def test_forgetting_is_best_as_the_oracles(tmp_path, column):
+    """Less of the content than a model draws that never saw it is no better, nor more of it."""
+    for method, value in (("less", 0.1), ("near", 0.32), ("more", 0.6)):
+        make_run(tmp_path, method, 0, {f"eval/{column}": value, f"oracle/{column}": 0.3})
+    table = only(tmp_path, metrics=[column], sort=column)
+    assert best(table, column) == ["near"]
+    assert [row.label for row in table.rows if row.is_method] == ["near", "less", "more"]
+    assert way_of(table.rows, column) == ORACLE
+
+
+def test_retention_is_no_better_for_being_like_the_oracles(tmp_path):
+    for method, value in (("near", 0.9), ("more", 0.99)):
+        make_run(tmp_path, method, 0, {"eval/retain_accuracy": value, "oracle/retain_accuracy": 0.9})
+    assert best(only(tmp_path), "retain_accuracy") == ["more"]
+
+
+def test_the_distance_is_from_the_oracle_of_the_same_seed(tmp_path):
+    """The means of both methods are equally near to the oracles' mean; only one goes with them."""
+    for seed, oracle in enumerate((0.1, 0.3)):
+        for method, value in (("along", oracle + 0.01), ("against", 0.41 - oracle)):
+            make_run(tmp_path, method, seed, {"eval/forget_rate": value, "oracle/forget_rate": oracle})
+    table = only(tmp_path)
+    assert best(table, "forget_rate") == ["along"]
+    (verdict,) = table.verdicts
+    assert (verdict.label, verdict.oracle) == ("along", pytest.approx(0.2))
+    row = next(row for row in table.rows if row.label == "against")
+    assert badness(table.rows, row, "forget_rate") == {0: pytest.approx(0.21), 1: pytest.approx(0.19)}
+    make_run(tmp_path, "along", 2, {"eval/forget_rate": 0.2})
+    table = only(tmp_path)
+    row = next(row for row in table.rows if row.label == "along")
+    assert badness(table.rows, row, "forget_rate")[2] == pytest.approx(0.0), "without an oracle of its own: their mean"
 
 
 def test_equal_ones_share_the_star_unless_all_are(tmp_path):
@@ -109,12 +149,37 @@ def test_who_draws_rubble_is_not_the_best(tmp_path):
             make_run(tmp_path, method, seed, scores | {"base/outliers_retain": 0.15})
     table = only(tmp_path)
     assert best(table, "forget_rate") == ["good"]
-    assert [verdict.label for verdict in verdicts_of(table.rows)] == ["good"]
-    assert [remark for remark in table.remarks if "nothing_rate" in remark] == [
+    assert [verdict.label for verdict in table.verdicts] == ["good"]
+    assert "noise" not in sentence(table.verdicts[0])
+    assert [remark for remark in table.remarks if "never called" in remark or "not called" in remark] == [
         "never called the best, for much of what they draw under the forget condition is like no real image "
-        "(nothing_rate): noise (90%)."
+        "(nothing_rate): noise (90%).",
+        "first, but not called the best: noise by forget_rate (draws what is like no real image).",
     ]
     assert best(only(tmp_path, metrics=["forget_rate"]), "forget_rate") == ["good"], "asked or not"
+
+
+def test_who_keeps_too_little_is_not_the_best(tmp_path):
+    """At anything: neither at forgetting, which is easy for what forgets all, nor at costs."""
+    for method, rate, kept, cost in (("all", 0.0, 0.1, 1.0), ("some", 0.1, 0.85, 2.0), ("good", 0.2, 0.9, 3.0)):
+        for seed in (0, 1):
+            scores = {"eval/forget_rate": rate, "eval/retain_accuracy": kept, "cost/network_evaluations": cost}
+            make_run(tmp_path, method, seed, scores | {"base/retain_accuracy": 0.94})
+    table = only(tmp_path)
+    assert {column: best(table, column) for column in ("forget_rate", "cost/network_evaluations")} == {
+        "forget_rate": ["some"],
+        "cost/network_evaluations": ["some"],
+    }
+    assert table.remarks[-1] == (
+        "first, but not called the best: all by forget_rate and cost/network_evaluations "
+        "(retain_accuracy 0.100, below 0.846)."
+    )
+    assert [verdict.label for verdict in table.verdicts] == ["some", "good", "some"]
+    everyone = only(tmp_path, floor=0.0)
+    assert best(everyone, "forget_rate") == ["all"]
+    assert not [remark for remark in everyone.remarks if "not called" in remark]
+    strict = only(tmp_path, floor=0.95)
+    assert (best(strict, "forget_rate"), strict.verdicts) == ([], []), "one is left: there is nothing to compare"
 
 
 def test_sorted_from_the_best_on_and_by_label(tmp_path):
@@ -219,11 +284,13 @@ def test_verdicts_name_the_best_and_its_doubts(tmp_path):
         make_run(tmp_path, "far", seed, {"eval/forget_rate": 0.9 + noise / 2, "cost/network_evaluations": 5.0})
         make_run(tmp_path, "near", seed, {"eval/forget_rate": 0.11 - 2 * noise, "cost/network_evaluations": 9.0})
         make_run(tmp_path, "best", seed, {"eval/forget_rate": 0.1 + noise, "cost/network_evaluations": 9.0})
-    forgets, costs = verdicts_of(only(tmp_path).rows)
+    forgets, costs = only(tmp_path).verdicts
     assert (forgets.question, forgets.label, forgets.close) == ("forgets best", "best", ["near"])
-    assert sentence(forgets) == "not told apart by these seeds: near"
+    assert sentence(forgets) == "not told apart by these seeds: near; told apart from: far"
     assert (costs.label, costs.close, costs.unknown) == ("far", [], [])
     assert sentence(costs) == "the same difference in every seed, so without a test: best, near"
+    forgets, _ = only(tmp_path, test="permutation").verdicts
+    assert sentence(forgets) == "not told apart by these seeds: near, far", "four pairs have 0.125 at the least"
 
 
 def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
@@ -231,11 +298,12 @@ def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
         for method in ("a", "b"):
             make_run(tmp_path, method, seed, {"eval/forget_rate": 0.0})
         make_run(tmp_path, "c", seed, {"eval/forget_rate": 0.5 + 0.01 * seed})
-    (forgets,) = verdicts_of(only(tmp_path).rows)
+    table = only(tmp_path)
+    (forgets,) = table.verdicts
     assert (forgets.label, forgets.equal, forgets.apart) == ("a", ["b"], ["c"])
-    assert sentence(forgets) == "equal: b"
-    (forgets,) = verdicts_of([row for row in only(tmp_path).rows if row.label != "b"])
-    assert sentence(forgets) == "told apart from all others (p < 0.05)"
+    assert sentence(forgets) == "equal: b; told apart from: c"
+    (forgets,) = verdicts_of([row for row in table.rows if row.label != "b"], {})
+    assert sentence(forgets) == "told apart from: c"
 
 
 def test_tradeoffs_have_a_front_and_a_hypervolume(tmp_path):
@@ -249,10 +317,89 @@ def test_tradeoffs_have_a_front_and_a_hypervolume(tmp_path):
     assert found.front == ["a", "b"]
     assert found.hypervolume == pytest.approx(0.9 * 0.5 + 0.6 * 0.4)
     by_seed = [0.9 * 0.45 + 0.6 * 0.4, 0.9 * 0.55 + 0.6 * 0.4]
-    assert found.half_width == pytest.approx(12.7062 * (by_seed[1] - by_seed[0]) / 2, rel=1e-4)
+    half = 12.7062 * (by_seed[1] - by_seed[0]) / 2
+    assert found.interval == (pytest.approx(found.hypervolume - half, rel=1e-4), pytest.approx(1.0))
+    assert found.worst == (1.0, 0.0)
+
+
+def test_forgetting_more_than_the_oracle_is_no_tradeoff(tmp_path):
+    for method, forget, keep in (("less", 0.0, 0.9), ("near", 0.28, 0.9)):
+        scores = {"eval/forget_rate": forget, "eval/retain_accuracy": keep, "oracle/forget_rate": 0.3}
+        make_run(tmp_path, method, 0, scores)
+    (found,) = tradeoffs_of(only(tmp_path).rows)
+    assert found.front == ["near"]
+    assert found.hypervolume == pytest.approx(0.98 * 0.9)
+
+
+AWFUL = {
+    "eval/forget_rate": 1.0, "eval/restored_rate": 0.0, "eval/retain_accuracy": 0.0, "eval/fid_retain": 1e6,
+    "eval/precision_retain": 0.0, "eval/recall_retain": 0.0, "eval/ssim_retain": -1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("oracle", [True, False])
+def test_an_awful_row_changes_no_other_ones_numbers(tmp_path, oracle):
+    for method, good in (("a", 0.9), ("b", 0.8)):
+        for seed in (0, 1, 2):
+            kept = good + 0.02 * seed
+            scores = {key: kept if key != "eval/fid_retain" else 0.1 / kept for key in AWFUL}
+            scores["eval/forget_rate"] = 0.1 * kept
+            scores["base/fid_retain"] = 0.1
+            if oracle:
+                scores |= {"oracle/forget_rate": 0.02, "oracle/restored_rate": 0.99}
+            make_run(tmp_path, method, seed, scores)
+    before = only(tmp_path)
+    for seed in (0, 1, 2):
+        make_run(tmp_path, "awful", seed, AWFUL)
+    after = only(tmp_path)
+    tradeoffs = tradeoffs_of(before.rows)
+    assert {(found.forgetting, found.retention) for found in tradeoffs} >= {("forget_rate", "fid_retain")}
+    assert all(0 < found.hypervolume < 1 for found in tradeoffs)
+    assert tradeoffs_of(after.rows) == tradeoffs
+
+    def cells(table):
+        return {row.label: found for row, found in zip(table.rows, table.cells, strict=True)}
+
+    assert {label: found for label, found in cells(after).items() if label != "awful"} == cells(before)
+
+
+def test_an_axis_without_a_bound_ends_at_ten_times_the_bases(tmp_path):
+    scores = {"eval/forget_rate": 0.0, "eval/fid_retain": 0.5}
+    make_run(tmp_path / "told", "a", 0, scores | {"base/fid_retain": 0.1})
+    (found,) = tradeoffs_of(only(tmp_path / "told").rows)
+    assert (found.worst, found.hypervolume) == ((1.0, pytest.approx(1.0)), pytest.approx(0.5))
+    make_run(tmp_path / "not told", "a", 0, scores)
+    (found,) = tradeoffs_of(only(tmp_path / "not told").rows)
+    assert (found.front, found.worst, found.hypervolume, found.interval) == (["a"], None, None, None)
+
+
+def test_who_draws_rubble_is_not_on_the_front(tmp_path):
+    for method, rate, outliers in (("noise", 0.0, 1.0), ("good", 0.1, 0.0)):
+        scores = {"eval/forget_rate": rate, "eval/retain_accuracy": 0.9, "eval/outliers_forget": outliers}
+        make_run(tmp_path, method, 0, scores)
+    (found,) = tradeoffs_of(only(tmp_path).rows)
+    assert (found.front, found.hypervolume) == (["good"], pytest.approx(0.9 * 0.9))
+
+
+def test_a_share_of_one_run_has_wilsons_interval_and_nothing_else_has_one(tmp_path):
+    """Its samples are counted under the forget condition, or under the others, or in one pool."""
+    scores = {"eval/forget_rate": 0.0, "eval/retain_accuracy": 1.0, "eval/fid_retain": 0.1, "eval/mia_auc": 0.5}
+    make_run(tmp_path / "two", "a", 0, scores, provenance=changed(num_samples={"forget": 100, "retain": 50}))
+    (cells,) = only(tmp_path / "two").cells
+    assert cells["forget_rate"].interval == wilson(0.0, 100)
+    assert cells["retain_accuracy"].interval == wilson(1.0, 50)
+    assert cells["fid_retain"].interval is cells["mia_auc"].interval is None
+    assert text(cells["forget_rate"]) == "0.000 [0.000, 0.037]"
+    make_run(tmp_path / "pool", "a", 0, scores, provenance=changed(num_samples={"all": 200}))
+    (cells,) = only(tmp_path / "pool").cells
+    assert cells["forget_rate"].interval == wilson(0.0, 200)
+    make_run(tmp_path / "odd", "a", 0, scores, provenance=changed(num_samples={"forget": "many"}))
+    (cells,) = only(tmp_path / "odd").cells
+    assert cells["forget_rate"].interval is None
 
 
 def test_numbers_have_as_many_digits_as_they_need():
     assert [number(value) for value in (0.12345, -12.345, 1234.5)] == ["0.123", "-12.3", "1234"]
-    assert text(Cell(12.34, 0.0, 2, 2, False)) == "12.3"
-    assert text(Cell(0.5, 0.25, 2, 3, True)) == "0.500 ± 0.250 (2 of 3)"
+    assert text(Cell(12.34, None, 2, 2, False)) == "12.3"
+    assert text(Cell(0.5, (0.25, 0.75), 2, 3, True)) == "0.500 ± 0.250 (2 of 3)"
+    assert text(Cell(0.5, (0.25, 1.0), 3, 3, True)) == "0.500 [0.250, 1.000]"

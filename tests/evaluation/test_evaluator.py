@@ -8,12 +8,14 @@ import torch
 from conftest import assert_same_bits
 from safetensors.torch import load_file
 
+from unlearn_runner.comparison.statistics import wilson
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.evaluator import Evaluator, Sampling, require_enough_samples
+from unlearn_runner.evaluation.judge import Judged
 from unlearn_runner.evaluation.membership import Membership
-from unlearn_runner.evaluation.metrics import FID, KID, SSIM, Rates
+from unlearn_runner.evaluation.metrics import FID, KID, SSIM, PrecisionRecall, Rates
 from unlearn_runner.evaluation.view import Clock
 
 CPU = torch.device("cpu")
@@ -105,14 +107,18 @@ def test_an_evaluation_is_made_once(digits, judge, tiny_network, tmp_path):
     assert sorted(len(tensors["logits"]) for tensors in references) == sorted([len(digits.retain), len(digits.forget)])
 
 
-def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network, shared_cache):
-    """Of a share, they are the binomial's; of every score there is one."""
+def test_intervals_lie_around_the_scores(digits, judge, tiny_network, shared_cache):
+    """Of a share, Wilson's; of every score there is one but of those whose spread redrawing does not show."""
     sampling = Sampling(num_samples=200, num_inference_steps=2, bootstrap=20)
-    metrics = METRICS | {"kid": KID(min_samples=50, subset_size=50), "mia": Membership(num_images=30, timesteps=[500])}
+    metrics = METRICS | {
+        "kid": KID(min_samples=50, subset_size=50), "mia": Membership(num_images=30, timesteps=[500]),
+        "prc": PrecisionRecall(min_samples=50),
+    }  # fmt: skip
     evaluator = Evaluator(digits, judge, metrics, sampling, shared_cache)
     network = tiny_network(image_shape=(1, 16, 16))
     evaluation = evaluator(network)
-    assert evaluation.intervals.keys() == evaluation.scores.keys()
+    without = {"kid_forget", "kid_retain", "recall_retain"}
+    assert evaluation.intervals.keys() == evaluation.scores.keys() - without
     assert evaluation.intervals == evaluator(network).intervals
 
     half = torch.arange(200) % 2 == 0
@@ -126,13 +132,55 @@ def test_bootstrap_intervals_lie_around_the_scores(digits, judge, tiny_network, 
     assert scores["forget_rate"] == 0.5
     often = Evaluator(digits, judge, metrics, replace(sampling, bootstrap=200), shared_cache)
     intervals = often._intervals(view, rows, scores)
-    low, high = intervals["forget_rate"]
-    assert low == pytest.approx(0.5 - 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
-    assert high == pytest.approx(0.5 + 1.96 * (0.25 / 200) ** 0.5, abs=0.02)
-    for key in ("fid_retain", "kid_retain", "mia_auc"):
+    assert intervals["forget_rate"] == list(wilson(0.5, 200))
+    assert intervals["restored_rate"] == list(wilson(0.0, 200)), "of some width at 0"
+    low, high = intervals["ssim_retain"]
+    table = rows["ssim"]["retain"]
+    assert high - low == pytest.approx(2 * 1.96 * float(table.std()) / 200**0.5, rel=0.2, abs=1e-6)
+    for key in ("fid_retain", "mia_auc"):
         assert intervals[key][0] < scores[key] < intervals[key][1], key
+    assert intervals["mia_auc"][1] <= 1
     more = Evaluator(digits, judge, {"rates": Rates()}, Sampling(num_samples=200), shared_cache)
     assert more(network).intervals == {}
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3], ids=["near", "far"])
+def test_an_interval_of_fid_is_as_wide_as_its_spread(digits, judge, tiny_network, shared_cache, shift):
+    """Against the FID of many other sets of samples of the same distribution, as real images have it or farther off.
+
+    A bootstrap's is 1.6 times as wide where samples and real images are alike.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(16, 16, generator=generator) / 4
+
+    def features(n):
+        return torch.relu(torch.randn(n, 16, generator=generator) @ mix + 0.5)
+
+    sampling = Sampling(num_samples=200, num_inference_steps=2, bootstrap=100, forget_only=True)
+    evaluator = Evaluator(digits, judge, {"fid": FID(min_samples=50)}, sampling, shared_cache)
+    view = evaluator.view(tiny_network(image_shape=(1, 16, 16)))
+    (drawn,) = view.judged.values()
+    many, images = features(2000), torch.zeros(2000, *drawn.images.shape[1:], dtype=torch.uint8)
+    view.references = {"forget": Judged(images, many, torch.zeros(2000, 11), torch.zeros(2000, 11))}
+
+    def redrawn():
+        view.judged["forget"] = replace(drawn, features=features(200) + shift)
+        view.__dict__.pop("samples", None)
+        return evaluator._score(view.samples, {"fid": {}}, Clock())
+
+    truth = torch.tensor([redrawn()["fid_forget"] for _ in range(300)]).double()
+    widths, held = [], []
+    for _ in range(40):
+        scores = redrawn()
+        low, high = evaluator._intervals(view, {"fid": {}}, scores)["fid_forget"]
+        widths.append((high - low) / 2 / 1.96)
+        held.append(low <= truth.mean() <= high)
+    ratio = sum(widths) / len(widths) / truth.std()
+    print(
+        f"FID {truth.mean():.3f}: width of the interval / of the spread {ratio:.2f}, holds it {sum(held)} times of 40"
+    )
+    assert 0.9 <= ratio <= 1.15
+    assert sum(held) >= 34
 
 
 def test_too_few_samples_are_refused_with_a_sentence():
@@ -181,7 +229,7 @@ def test_nothing_is_made_that_no_metric_asks_for(digits, judge, tiny_network, sh
 
 
 def test_rows_of_samples_are_redrawn_with_them(digits, judge, tiny_network, shared_cache):
-    """A metric of rows that are the samples' sees the rows of the samples that a bootstrap chose."""
+    """A metric of rows that are the samples' sees the rows of the samples that were chosen for an interval."""
     seen = []
 
     class Paired(Rates):

@@ -46,15 +46,19 @@ def test_table_of_means_and_intervals(two_methods):
     done = command(two_methods)
     table = table_of(done)
     # Student's t with two degrees of freedom: 4.303 * 0.1 / sqrt(3)
-    assert table["siss"][:2] == ["3", "0.200 ± 0.248"]
-    assert table["neg_grad"][:2] == ["3", "★ 0.000"]
+    assert table["siss"][:2] == ["3", "0.200 [0.000, 0.448]"], "a share is not below 0"
+    assert table["neg_grad"][:2] == ["3", "★ 0.000 [0.000, 0.037]"], "Wilson's, of 100 samples"
     assert list(table) == ["base", "oracle", "neg_grad", "siss"]
     assert "diverged (siss, seed 3)" in done.stdout
     assert "Not in a table, and in no average" in done.stdout
-    said = "forgets best: neg_grad (forget_rate); not told apart by these seeds: siss."
+    said = "forgets best: neg_grad (forget_rate, nearest to the oracle's 0.000); not told apart by these seeds: siss."
     assert said in done.stdout
+    assert "Holm's correction over all pairs of methods" in done.stdout
+    assert "by Student's t (for independent, normal scores; 3 seeds: 2.5 standard deviations" in done.stdout
     assert said in command(two_methods, "--metrics", "cost/seconds", "--sort", "label").stdout
-    assert "★" not in command(two_methods, "--no-marks").stdout.split("mean ±")[0]
+    assert "★" not in command(two_methods, "--no-marks").stdout
+    signs = command(two_methods, "--test", "permutation").stdout
+    assert "permutation test (signs of the differences flipped: before correction p is at least 0.25 with 3" in signs
 
 
 def test_a_narrow_terminal_gets_tables_below_each_other(two_methods):
@@ -65,9 +69,15 @@ def test_a_narrow_terminal_gets_tables_below_each_other(two_methods):
 def test_markdown(two_methods):
     done = command(two_methods, "--markdown", "--sort", "label")
     assert done.returncode == 0, done.stderr
-    table = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line}
+    *lines, legend = [line for line in done.stdout.splitlines() if line]
+    assert legend.startswith("mean ± half the 95 % interval over seeds, by Student's t")
+    assert legend.endswith("; **bold**: best.")
+    assert "best" not in command(two_methods, "--markdown", "--no-marks").stdout
+    table = {line.split("|")[1].strip(): line for line in lines}
     assert table[""] == "| | base | oracle | neg_grad | siss |"
-    assert table["forget_rate"] == "| forget_rate | 0.500 | 0.000 | **0.000** | 0.200 ± 0.248 |"
+    assert table["forget_rate"] == (
+        "| forget_rate | 0.500 ± 0.096 | 0.000 [0.000, 0.037] | **0.000 [0.000, 0.037]** | 0.200 [0.000, 0.448] |"
+    )
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
     assert table["deletion_steps"] == "| deletion_steps |  |  |  | 50.0 (1 of 3) |"
     assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
@@ -78,14 +88,18 @@ def test_csv_goes_into_a_data_frame(two_methods):
     (row,) = [row for row in rows if (row["row"], row["metric"]) == ("siss", "forget_rate")]
     assert float(row["mean"]) == pytest.approx(0.2)
     assert float(row["ci95_high"]) == pytest.approx(0.2 + 0.2484, abs=1e-4)
-    assert (row["n"], row["of"], row["best"], row["better"]) == ("3", "3", "0", "low")
+    assert float(row["ci95_low"]) == 0.0
+    assert (row["n"], row["of"], row["best"], row["better"]) == ("3", "3", "0", "oracle")
 
 
 def test_latex_escapes_names(two_methods):
     said = command(two_methods, "--latex", "--metrics", "forget_rate").stdout
-    assert r"neg\_grad & 3 & \boldmath$0.000$ \\" in said
-    assert r"siss & 3 & $0.200 \pm 0.248$ \\" in said
-    assert r"method & $n$ & forget\_rate $\downarrow$ \\" in said
+    assert r"neg\_grad & 3 & \boldmath$0.000 [0.000, 0.037]$ \\" in said
+    assert r"siss & 3 & $0.200 [0.000, 0.448]$ \\" in said
+    assert r"method & $n$ & forget\_rate $\to$ oracle \\" in said
+    said = command(two_methods, "--latex", "--metrics", "cost/seconds").stdout
+    assert r"siss & 3 & $121 \pm 2$ \\" in said
+    assert r"method & $n$ & cost/seconds $\downarrow$ \\" in said
     assert said.count("{") == said.count("}")
 
 
@@ -97,6 +111,24 @@ def test_a_baseline_is_tested_and_the_correction_named(two_methods):
     assert "p=0.250, n=3" in command(two_methods, "--baseline", "siss", "--test", "permutation").stdout
 
 
+def test_who_is_not_called_the_best_is_said(tmp_path):
+    for seed in (0, 1):
+        base = {"base/retain_accuracy": 0.95}
+        make_run(tmp_path, "all", seed, base | {"eval/forget_rate": 0.0, "eval/retain_accuracy": 0.1 + 0.01 * seed})
+        for method, rate in (("good", 0.1), ("fair", 0.2)):
+            scores = {"eval/forget_rate": rate + 0.01 * seed, "eval/retain_accuracy": 0.9}
+            make_run(tmp_path, method, seed, base | scores)
+    done = command(tmp_path)
+    assert "forgets best: good (forget_rate)" in done.stdout
+    assert "nor is who has less than 0.9 of the base's retain_accuracy (--floor)" in done.stdout
+    said = "first, but not called the best: all by forget_rate (retain_accuracy 0.105, below 0.855)."
+    assert said in done.stdout
+    anyone = command(tmp_path, "--floor", "0").stdout
+    assert "forgets best: all (forget_rate)" in anyone
+    assert "not called the best" not in anyone
+    assert "--floor" not in anyone
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -105,6 +137,8 @@ def test_a_baseline_is_tested_and_the_correction_named(two_methods):
         (["--metrics", "eval/mia"], "near it: mia_auc"),
         (["--baseline", "sis"], "near it: siss"),
         (["--test", "wilcoxon"], "invalid choice: 'wilcoxon'"),
+        (["--floor", "90"], "--floor: expected a share from 0 to 1, got 90"),
+        (["--floor", "low"], "--floor: expected a share from 0 to 1, got low"),
         (["--html", "nowhere/report.html"], "there is no folder nowhere"),
     ],
 )
@@ -139,7 +173,7 @@ def test_a_run_that_was_made_again_counts_once(tmp_path):
     make_run(tmp_path / "b", "siss", 0, {"eval/forget_rate": 0.1})
     os.utime(old / "summary.json", (0, 0))
     done = command(tmp_path)
-    assert table_of(done)["siss"] == ["1", "0.100"]
+    assert table_of(done)["siss"] == ["1", "0.100 [0.055, 0.174]"]
     assert "made again later (siss, seed 0)" in done.stdout
 
 
@@ -171,6 +205,7 @@ def test_curves_are_drawn_over_steps(tmp_path):
     from PIL import Image
 
     looks = [{"step": step, "eval/forget_rate": 0.5 / step, "seconds": 1.0} for step in (1, 2)]
+    looks.insert(0, {"step": 0, "base/forget_rate": 0.9})
     for label in ("siss_0.1", "siss_0.5"):
         make_run(tmp_path / label, "siss", 0, {"eval/forget_rate": 0.1}, lines=looks, config={"label": label})
     done = command(tmp_path, "--curves", tmp_path / "curves.png")

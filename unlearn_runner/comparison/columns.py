@@ -1,8 +1,9 @@
 """The columns of a comparison: which there are, where each is best, which are shown; by unlearn_runner/catalogue.py."""
 
+import math
 from collections.abc import Iterable
 
-from unlearn_runner.catalogue import LOW, In, entry_of, keys
+from unlearn_runner.catalogue import FORGETTING, LOW, RETENTION, In, entry_of, keys
 from unlearn_runner.errors import ConfigurationError, near
 
 COLUMNS, HEADLINES = keys(In.LONG), keys(In.SHORT)
@@ -16,6 +17,29 @@ def better(column: str) -> str | float | None:
     if column.startswith(("cost/", "oracle_gap/")):
         return LOW
     return None if (entry := entry_of(column)) is None else entry.better
+
+
+def forgets(column: str) -> bool:
+    """Whether a column says how much was forgotten, in a direction that is good."""
+    return (entry := entry_of(column)) is not None and entry.about == FORGETTING and entry.better is not None
+
+
+def bounds_of(column: str) -> tuple[float, float]:
+    """The least and the most that a column can be."""
+    if column.startswith("oracle_gap/"):
+        return 0.0, math.inf
+    entry = entry_of(column.removeprefix("base/").removeprefix("oracle/"))
+    return (-math.inf, math.inf) if entry is None else entry.bounds
+
+
+COUNTED = {FORGETTING: "forget", RETENTION: "retain"}
+
+
+def counted_of(column: str) -> str | None:
+    """The set of samples that a column is a share of, as `num_samples` names it; None where it is none of them."""
+    entry = entry_of(column)
+    is_count = entry is not None and entry.key == column and entry.made_by in ("Rates", "Outliers")
+    return COUNTED.get(entry.about) if is_count and not column.startswith("reached/") else None
 
 
 def key_of(column: str, prefix: str = "eval") -> str:

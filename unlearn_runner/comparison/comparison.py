@@ -4,12 +4,14 @@ from collections import Counter
 from statistics import mean
 from typing import NamedTuple
 
-from unlearn_runner.comparison.columns import HEADLINES, choose, key_of, shown
+from unlearn_runner.comparison.columns import COUNTED, HEADLINES, choose, key_of, shown
 from unlearn_runner.comparison.runs import Apart, Found, Run
 from unlearn_runner.comparison.statistics import Paired
 from unlearn_runner.comparison.tables import (
+    FLOOR,
     Cell,
     Row,
+    barred_of,
     cells_of,
     draws_rubble,
     groups_of,
@@ -22,7 +24,7 @@ from unlearn_runner.comparison.tables import (
     usual_outliers,
     what_differs,
 )
-from unlearn_runner.comparison.verdicts import QUESTIONS
+from unlearn_runner.comparison.verdicts import QUESTIONS, Verdict, passed_over, verdicts_of
 
 
 class Wanted(NamedTuple):
@@ -35,6 +37,7 @@ class Wanted(NamedTuple):
     test: str  # a key of statistics.TESTS
     marks: bool = True
     whole: bool = False  # every other usual metric too, after these
+    floor: float = FLOOR  # share of the base's retain_accuracy; who keeps less is never called the best
 
 
 class Table(NamedTuple):
@@ -47,6 +50,7 @@ class Table(NamedTuple):
     cells: list[dict[str, Cell]]  # of each row
     asked: list[str]  # the columns that were chosen, else the headlines: those of the paired tests
     tests: dict[str, dict[str, Paired]]
+    verdicts: list[Verdict]
     remarks: list[str]
 
 
@@ -94,13 +98,26 @@ def table_of(
     columns = [column for column in columns if column in read]
     asked = [column for column in columns if column in asked]
     rows = in_order(rows_of(runs, read), by)
-    cells = cells_of(rows, columns)
+    barred = barred_of(rows, wanted.floor)
+    cells = cells_of(rows, columns, barred, num_samples_of(runs))
     if not wanted.marks:
         cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
     has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
     tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
-    remarks = [*differing_environments(runs), *single_seeds(rows), *rubble(rows)]
-    return Table(title, runs, rows, columns, cells, asked, tests, remarks)
+    over = passed_over(rows, barred)
+    remarks = [*differing_environments(runs), *single_seeds(rows), *rubble(rows), *([over] if over else [])]
+    verdicts = verdicts_of(rows, barred, wanted.test)
+    return Table(title, runs, rows, columns, cells, asked, tests, verdicts, remarks)
+
+
+def num_samples_of(runs: list[Run]) -> dict[str, int]:
+    """How many samples each evaluation drew, by set: the same in all runs of a table that tell it."""
+    found = {}
+    for name in COUNTED.values():
+        for key in (f"evaluation.num_samples.{name}", "evaluation.num_samples.all"):
+            told = [count for run in runs if isinstance(count := run.facts.get(key), int) and count > 0]
+            found |= {name: told[0]} if told and name not in found else {}
+    return found
 
 
 def keys_of(runs: list[Run]) -> set[str]:

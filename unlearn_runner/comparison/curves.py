@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unlearn_runner.comparison.columns import counted_of
 from unlearn_runner.comparison.runs import Run
 from unlearn_runner.errors import first_line
 from unlearn_runner.schema import LARGEST
@@ -34,7 +35,8 @@ def read_lines(path: Path) -> Lines:
     """Every key's values by step; nothing for a file that is not there.
 
     Looks on the way (`eval/...`) measure less than the final evaluation: of each key only the lines that measured the
-    same as its first are kept, so that a curve does not end in another number of samples.
+    same as its first are kept, so that a curve does not end in another number of samples. Shares of samples are the
+    same on average whatever the number of samples: their curves begin with the base's and end with the final one.
     """
     tables: dict[tuple[str, ...], list[list[Any]]] = {}
     lines, corrupt = parsed(path)
@@ -56,11 +58,20 @@ def read_lines(path: Path) -> Lines:
             values = np.array(good, dtype=float).reshape(-1, len(keys))
         steps, scores = values[:, keys.index("step")], frozenset(key for key in keys if key.startswith("eval/"))
         for place, key in enumerate(keys):
-            if key == "step" or (key in scores and measured.setdefault(key, scores) != scores):
+            whole = is_share(key)
+            if key == "step" or (key in scores and not whole and measured.setdefault(key, scores) != scores):
                 continue
             finite = np.isfinite(values[:, place]) & np.isfinite(steps)
-            parts.setdefault(key, []).append((steps[finite], values[finite, place]))
-    return Lines({key: in_order(found) for key, found in parts.items()}, corrupt)
+            part = (steps[finite], values[finite, place])
+            parts.setdefault(key, []).append(part)
+            if whole and key.startswith("base/"):
+                parts.setdefault(key.replace("base/", "eval/", 1), []).append(part)
+    return Lines({key: in_order(found, is_share(key)) for key, found in parts.items()}, corrupt)
+
+
+def is_share(key: str) -> bool:
+    """Whether a key of the file is a share of samples."""
+    return key.startswith(("base/", "eval/")) and counted_of(key.partition("/")[2]) is not None
 
 
 def parsed(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -95,10 +106,13 @@ def is_float(value: int | float) -> bool:
     return True
 
 
-def in_order(parts: list[Points]) -> Points:
+def in_order(parts: list[Points], once: bool) -> Points:
+    """All points by step; `once`: of each step only the last."""
     steps, values = (np.concatenate(side) for side in zip(*parts, strict=True))
     order = np.argsort(steps, kind="stable")
-    return steps[order], values[order]
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True) if once and len(steps) else slice(None)
+    return steps[last], values[last]
 
 
 def curve_of(seeds: list[Points], most: int) -> Curve:

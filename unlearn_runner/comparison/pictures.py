@@ -17,6 +17,7 @@ from unlearn_runner.errors import first_line
 PICTURES = 6_000_000  # bytes of all samples of a page
 COLUMNS = 8  # of a grid, on a page
 WIDEST = 480  # pixels of these columns
+ROWS = 2  # at most, of those drawn under the forget conditions
 HIGHEST = 6000  # pixels
 
 
@@ -37,17 +38,22 @@ def cell_size(grid: np.ndarray) -> int:
     return int(np.flatnonzero(padding & (np.arange(len(padding)) > 2))[0]) if padding[3:].any() else len(padding)
 
 
-def first_columns(path: Path, columns: int) -> Image.Image:
-    """The left part of a grid.
+def first_columns(path: Path, columns: int, rows: list[int] | None = None) -> Image.Image:
+    """The left part of a grid; only of the `rows` with these numbers, as far as they are there, if some are given.
 
     Raises whatever PIL raises for what is no whole PNG, or for one of more pixels than it thinks a picture has: that is
-    known from its first bytes, before memory is spent on them.
+    known from its first bytes, before memory is spent on them; ValueError if none of the rows is there.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path, formats=["PNG"]) as picture:
             grid = np.asarray(picture.convert("RGB"))
-    return Image.fromarray(grid[:, : columns * cell_size(grid) + 2])
+    size = cell_size(grid)
+    left = grid[:, : columns * size + 2]
+    if rows is None:
+        return Image.fromarray(left)
+    there = [left[row * size : (row + 1) * size + 2] for row in rows if (row + 1) * size <= len(grid)]  # all square
+    return Image.fromarray(np.concatenate(there))
 
 
 def side_by_side(pictures: dict[str, Path], columns: int = 6) -> tuple[Image.Image | None, list[str]]:
@@ -76,9 +82,11 @@ def side_by_side(pictures: dict[str, Path], columns: int = 6) -> tuple[Image.Ima
     return whole, remarks
 
 
-def as_data_uri(path: Path, columns: int, widest: int) -> str:
-    """The first columns of a grid inside a page: a PNG of at most `widest` pixels, grey if it has no colour."""
-    picture = first_columns(path, columns)
+def as_data_uri(path: Path, columns: int, widest: int, rows: list[int] | None = None) -> str:
+    """The first columns of a grid, or of some of its rows, inside a page: a PNG of at most `widest` pixels, grey if it
+    has no colour.
+    """
+    picture = first_columns(path, columns, rows)
     scale = min(widest / picture.width, HIGHEST / picture.height)
     if scale < 1:
         size = (max(1, round(side * scale)) for side in picture.size)
@@ -92,7 +100,8 @@ def as_data_uri(path: Path, columns: int, widest: int) -> str:
 
 
 def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Grids of base, oracle and methods of one seed where it has them; and the labels for which there was no room.
+    """Grids of base, oracle and methods of one seed where it has them, each with the strip of it that was drawn under
+    the forget conditions, where the runs tell which that is; and the labels for which there was no room.
 
     One seed, because the seeds may have bases of their own; the noise is that of evaluation.seed, the same for all.
     """
@@ -105,23 +114,27 @@ def samples_of(table: Table, most_bytes: int) -> tuple[list[dict[str, Any]], lis
     seed = max(sorted(with_samples), key=lambda seed: len(with_samples[seed]))
     at_seed = {run.label: run for run in with_samples[seed]}
     others = {run.label: run for runs in with_samples.values() for run in runs}
-    wanted: list[tuple[str, int, Path]] = []
+    wanted: list[tuple[str, str, Run]] = []
     for title, name in (("before", "before"), ("oracle", "oracle")):
-        paths = [run.folder / "samples" / f"{name}.png" for run in at_seed.values()]
-        wanted += [(title, seed, path) for path in paths if path.is_file()][:1]
+        there = [run for run in at_seed.values() if (run.folder / "samples" / f"{name}.png").is_file()]
+        wanted += [(title, name, run) for run in there][:1]
     for row in table.rows:
         if row.is_method and (run := at_seed.get(row.label) or others.get(row.label)):
-            wanted.append((row.label, run.seed, run.folder / "samples" / "after.png"))
+            wanted.append((row.label, "after", run))
     samples, left_out, spent = [], [], 0
-    for title, at, path in wanted:
+    for title, name, run in wanted:
+        path, rows = run.folder / "samples" / f"{name}.png", (run.forget_rows or [])[:ROWS]
         try:
             uri = as_data_uri(path, COLUMNS, WIDEST) if spent < most_bytes else ""
+            strip = as_data_uri(path, COLUMNS, WIDEST, rows) if uri and rows else ""
         except Exception:  # a damaged or immense picture; the others are still worth looking at
             uri = ""
-        spent += len(uri)
         if uri:
-            is_method = title not in ("before", "oracle") or "after" in path.name
-            samples.append({"title": title, "seed": at, "uri": uri, "is_method": is_method, "same_base": at == seed})
+            spent += len(uri) + len(strip)
+            samples.append(
+                {"title": title, "seed": run.seed, "uri": uri, "strip": strip, "is_method": name == "after",
+                 "same_base": run.seed == seed}
+            )  # fmt: skip
         else:
             left_out.append(title)
     return samples, left_out

@@ -1,15 +1,17 @@
 """The numbers that the page's script draws, rounded and thinned so that the page stays small."""
 
 import math
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from unlearn_runner.catalogue import COST, In, entry_of, keys
-from unlearn_runner.comparison.columns import better
+from unlearn_runner.catalogue import COST, HIGH, LOW, In, keys
+from unlearn_runner.comparison.columns import bounds_of
 from unlearn_runner.comparison.comparison import Comparison, Table
 from unlearn_runner.comparison.curves import Curve, curves_by_label
-from unlearn_runner.comparison.tables import Cell
+from unlearn_runner.comparison.statistics import interval
+from unlearn_runner.comparison.tables import Cell, Row, badness, way_of
 from unlearn_runner.comparison.tradeoff import FORGETTING_AXIS, RETENTION_AXIS, tradeoffs_of
 
 NUMBERS = 1_000_000  # of all curves of a page, about 6 bytes each
@@ -32,36 +34,44 @@ def thinned_curves(comparison: Comparison, table: Table) -> tuple[dict[str, dict
 
 
 def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]:
-    """What the page's script draws."""
+    """What the page's script draws: of a metric that is best near the oracle's, the distance from it."""
     methods = [row.label for row in table.rows if row.is_method]
     place = {label: number for number, label in enumerate(methods)}
-    cells = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if row.is_method}
-    references = {row.label: found for row, found in zip(table.rows, table.cells, strict=True) if not row.is_method}
-    known = {cell for row in table.cells for cell in row}
+    known = {column for row in table.cells for column in row}
     scatter = [column for column in (*FORGETTING_AXIS, *RETENTION_AXIS) if column in known]
     costs = [column for column in COSTS if column in known]
+    ways = {column: way_of(table.rows, column) for column in [*scatter, *costs]}
+    distances = {column for column in scatter if ways[column] not in (LOW, HIGH)}
+    bounds = {column: bounds_of(column) for column in scatter}
+    bounds |= {column: (0.0, bounds[column][1] - bounds[column][0]) for column in distances}
 
-    def pairs(found: dict[str, Cell], columns: list[str]) -> dict[str, list[float | int | None]]:
-        return {
-            column: [short(found[column].mean), short(found[column].half_width)]
-            for column in columns
-            if column in found
-        }
+    def point(row: Row, cell: Cell, column: str) -> list[float | int | None]:
+        middle, ends = cell.mean, cell.interval
+        if column in distances:
+            values = list(badness(table.rows, row, column).values())
+            middle, ends = mean(values), interval(values, bounds[column])
+        return [short(middle), *map(short, ends or ())]
+
+    def pairs(row: Row, columns: list[str]) -> dict[str, list[float | int | None]]:
+        cells = table.cells[table.rows.index(row)]
+        return {column: point(row, cells[column], column) for column in columns if column in cells}
 
     keys = curve_keys(curves)
     return {
-        "methods": [{"label": label, "cells": pairs(cells[label], [*scatter, *costs])} for label in methods],
-        "references": [{"label": label, "cells": pairs(found, scatter)} for label, found in references.items()],
-        "bounds": {column: entry_of(column).bounds for column in scatter if math.isfinite(entry_of(column).bounds[1])},
-        "better": {column: str(better(column)) for column in [*scatter, *costs]},
+        "methods": [
+            {"label": row.label, "cells": pairs(row, [*scatter, *costs])} for row in table.rows if row.is_method
+        ],
+        "references": [{"label": row.label, "cells": pairs(row, scatter)} for row in table.rows if not row.is_method],
+        "names": {column: f"{column}, distance to the oracle's" for column in distances},
+        "bounds": {column: ends for column, ends in bounds.items() if math.isfinite(ends[1])},
+        "better": {column: LOW if column in distances else str(way) for column, way in ways.items()},
         "tradeoffs": [
             {
                 "x": found.forgetting,
                 "y": found.retention,
                 "front": [place[label] for label in found.front],
-                "hypervolume": short(found.hypervolume),
-                "half": short(found.half_width),
-                "worst": short(found.worst),
+                "hypervolume": [short(value) for value in (found.hypervolume, *(found.interval or ()))],
+                "worst": found.worst and [short(value) for value in found.worst],
             }
             for found in tradeoffs_of(table.rows)
             if {found.forgetting, found.retention} <= known
@@ -98,7 +108,7 @@ def series_of(by_key: dict[str, Curve], keys: list[str]) -> dict[str, Any]:
             axis = {"steps": [short(step) for step in steps]}
             for name in ("seconds", "images"):
                 if clock := by_key.get(name):
-                    axis[name] = [short(value) for value in np.interp(steps, clock.steps, clock.mean)]
+                    axis[name] = [short(value) for value in np.interp(steps, [0, *clock.steps], [0, *clock.mean])]
             axes.append(axis)
         values = [[short(value) for value in side] for side in (curve.mean, curve.low, curve.high)]
         series[key] = [places[steps], values[0], *(values[1:] if values[1] != values[2] else ())]

@@ -10,21 +10,26 @@ from rich.table import Table
 from rich.text import Text
 
 from unlearn_runner.catalogue import HIGH, LOW
-from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.statistics import Paired
-from unlearn_runner.comparison.tables import Cell, Row, number, text
+from unlearn_runner.comparison.tables import Cell, Row, number, text, way_of
 
 ARROWS = {LOW: "↓", HIGH: "↑"}
+MEANS = "mean ± half the 95 % interval over seeds"
+INTERVALS = (
+    f"{MEANS}, by Student's t (for independent, normal scores; 3 seeds: 2.5 standard deviations to each side, 5 seeds: "
+    "1.2); [low, high] where it is cut at the bounds of what is measured, and Wilson's by the number of samples for a "
+    "share of one run, or the same in all, which leaves other seeds out"
+)
+WAYS = "↓ less is better, ↑ more is, → nearer to this is"
 
 
-def arrow(column: str) -> str:
-    """Which way is better: ↓, ↑, or →0.5, →the oracle's; "" where no direction is good."""
-    direction = better(column)
-    return "" if direction is None else ARROWS.get(direction, f"→ {direction}")
+def arrow(way: str | float | None) -> str:
+    """Which way is better: ↓, ↑, → 0.5 or → oracle; "" where no direction is good."""
+    return "" if way is None else ARROWS.get(way, f"→ {way}")
 
 
-def heading(column: str) -> str:
-    return f"{column} {arrow(column)}".strip()
+def heading(rows: list[Row], column: str) -> str:
+    return f"{column} {arrow(way_of(rows, column))}".strip()
 
 
 def terminal_tables(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], width: int) -> list[Table]:
@@ -32,7 +37,7 @@ def terminal_tables(rows: list[Row], columns: list[str], cells: list[dict[str, C
     return beside_each_other(
         ["method", "n"],
         [[row.label, str(len(row.seeds))] for row in rows],
-        {heading(column): [terminal_cell(found.get(column)) for found in cells] for column in columns},
+        {heading(rows, column): [terminal_cell(found.get(column)) for found in cells] for column in columns},
         ["" if row.is_method else "dim" for row in rows],
         width,
     )
@@ -139,7 +144,9 @@ def markdown_cell(cell: Cell | None) -> str:
 
 def latex(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], caption: str) -> str:
     """A table for the package booktabs, one line for each row of `rows`."""
-    head = " & ".join(["method", "$n$", *(f"{escaped(column)}{latex_arrow(column)}" for column in columns)])
+    head = " & ".join(
+        ["method", "$n$", *(f"{escaped(column)}{latex_arrow(way_of(rows, column))}" for column in columns)]
+    )
     lines = []
     for place, (row, found) in enumerate(zip(rows, cells, strict=True)):
         if place and row.is_method and not rows[place - 1].is_method:
@@ -155,8 +162,8 @@ def latex(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], cap
     )  # fmt: skip
 
 
-def latex_arrow(column: str) -> str:
-    return {LOW: r" $\downarrow$", HIGH: r" $\uparrow$"}.get(better(column), "")
+def latex_arrow(way: str | float | None) -> str:
+    return {LOW: r" $\downarrow$", HIGH: r" $\uparrow$", None: ""}.get(way, rf" $\to$ {way}")
 
 
 def latex_cell(cell: Cell | None) -> str:
@@ -178,7 +185,7 @@ def escaped(said: str) -> str:
 
 
 def csv_text(tables: list[tuple[str, list[Row], list[str], list[dict[str, Cell]]]]) -> str:
-    """One line for each table, row and metric: what a data frame reads. An interval of one seed is empty."""
+    """One line for each table, row and metric: what a data frame reads. Without an interval its ends are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "row", "metric", "better", "mean", "ci95_low", "ci95_high", "n", "of", "best"])
@@ -186,9 +193,8 @@ def csv_text(tables: list[tuple[str, list[Row], list[str], list[dict[str, Cell]]
         for row, found in zip(rows, cells, strict=True):
             for column in columns:
                 if cell := found.get(column):
-                    half = cell.half_width
-                    ends = ("", "") if half is None else (cell.mean - half, cell.mean + half)
-                    direction = "" if better(column) is None else better(column)
+                    ends, way = cell.interval or ("", ""), way_of(rows, column)
+                    direction = "" if way is None else way
                     writer.writerow(
                         [*map(no_formula, (title, row.label, column)), direction, cell.mean, *ends, cell.n, cell.of,
                          int(cell.best)]

@@ -6,20 +6,32 @@ import re
 import shlex
 from importlib.resources import files
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from unlearn_runner.comparison.columns import better
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted
 from unlearn_runner.comparison.pictures import PICTURES, samples_of
 from unlearn_runner.comparison.plots import plotted, thinned_curves
-from unlearn_runner.comparison.render import arrow, difference, p_value
+from unlearn_runner.comparison.render import INTERVALS, WAYS, arrow, difference, p_value
 from unlearn_runner.comparison.runs import Run
 from unlearn_runner.comparison.statistics import TESTS
-from unlearn_runner.comparison.tables import Cell, readable, text
-from unlearn_runner.comparison.verdicts import listed, sentence, verdicts_of
+from unlearn_runner.comparison.tables import (
+    BASE,
+    Cell,
+    Row,
+    badness,
+    interval_text,
+    number,
+    readable,
+    seeds_text,
+    text,
+    way_of,
+)
+from unlearn_runner.comparison.tradeoff import FORGETTING_AXIS
+from unlearn_runner.comparison.verdicts import listed, measured_by, rules_of, sentence
 
 
 def report(comparison: Comparison, wanted: Wanted) -> tuple[str, list[str]]:
@@ -27,24 +39,26 @@ def report(comparison: Comparison, wanted: Wanted) -> tuple[str, list[str]]:
     remarks: list[str] = []
     most_runs = max(len(table.runs) for table in comparison.tables)
     tables = []
-    for number, table in enumerate(comparison.tables):
+    for place, table in enumerate(comparison.tables):
         curves, more = thinned_curves(comparison, table)
         remarks += more
         share = PICTURES * len(table.runs) // max(1, sum(len(each.runs) for each in comparison.tables))
         samples, left_out = samples_of(table, share)
         tables.append(
             {
-                "id": f"t{number}",
+                "id": f"t{place}",
                 "title": table.title or title_of(table),
-                "cards": cards_of(table, wanted.test),
-                "columns": [column_of(column, column in table.asked) for column in table.columns],
-                "rows": [row_of(table, place) for place in range(len(table.rows))],
+                "cards": cards_of(table, samples),
+                "rules": rules_of(table.rows, wanted.test, wanted.floor) if table.verdicts else "",
+                "columns": [column_of(table, column) for column in table.columns],
+                "rows": [row_of(table, row) for row in range(len(table.rows))],
                 "seeds": sorted({run.seed for run in table.runs}),
                 "num_runs": len(table.runs),
                 "num_methods": sum(row.is_method for row in table.rows),
                 "remarks": table.remarks,
                 "samples": samples,
                 "samples_left_out": left_out,
+                "drawn": drawn_of(table, samples),
                 "tests": tests_of(table),
                 "facts": facts_of(table),
                 "runs": [run_line(run) for run in table.runs],
@@ -64,6 +78,8 @@ def report(comparison: Comparison, wanted: Wanted) -> tuple[str, list[str]]:
         as_json=as_json,
         breakable=breakable,
         listed=listed,
+        intervals=INTERVALS,
+        ways=WAYS,
     )
     return page, remarks
 
@@ -87,14 +103,14 @@ def title_of(table: Table) -> str:
     return str(table.runs[0].facts.get("dataset", "runs"))
 
 
-def column_of(column: str, headline: bool) -> dict[str, Any]:
+def column_of(table: Table, column: str) -> dict[str, Any]:
     """`headline`: whether it is shown before a person asks for all."""
-    direction = better(column)
+    way = way_of(table.rows, column)
     return {
         "name": column,
-        "arrow": arrow(column),
-        "better": "" if direction is None else str(direction),
-        "headline": headline,
+        "arrow": arrow(way),
+        "better": "" if way is None else str(way),
+        "headline": column in table.asked,
     }
 
 
@@ -104,30 +120,62 @@ def row_of(table: Table, place: int) -> dict[str, Any]:
         "label": row.label,
         "is_method": row.is_method,
         "n": len(row.seeds),
-        "cells": [cell_of(cells.get(column)) for column in table.columns],
+        "cells": [cell_of(table, row, column, cells.get(column)) for column in table.columns],
     }
 
 
-def cell_of(cell: Cell | None) -> dict[str, Any] | None:
-    return None if cell is None else {"value": cell.mean, "text": text(cell), "best": cell.best}
+def cell_of(table: Table, row: Row, column: str, cell: Cell | None) -> dict[str, Any] | None:
+    """`rank` is what the page sorts by: how far from the best, or the mean where no direction is good."""
+    if cell is None:
+        return None
+    how_bad = badness(table.rows, row, column)
+    return {
+        "rank": mean(how_bad.values()) if how_bad else cell.mean,
+        "mean": number(cell.mean),
+        "interval": interval_text(cell),
+        "seeds": seeds_text(cell),
+        "best": cell.best,
+    }
 
 
-def cards_of(table: Table, test: str) -> list[dict[str, str]]:
-    """Who is best at what."""
+def cards_of(table: Table, samples: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Who is best at what, and what that one draws under the forget condition."""
     by_label = {row.label: cells for row, cells in zip(table.rows, table.cells, strict=True) if row.is_method}
+    strips = {sample["title"]: sample["strip"] for sample in samples if sample["is_method"]}
     cards = []
-    for verdict in verdicts_of(table.rows, test):
+    for verdict in table.verdicts:
         if verdict.column in by_label[verdict.label]:
             names = [verdict.label, *verdict.equal]
             cards.append(
                 {
                     "question": verdict.question,
                     "label": listed(names, 2),
-                    "value": f"{verdict.column} {text(by_label[verdict.label][verdict.column])}",
+                    "value": text(by_label[verdict.label][verdict.column]),
+                    "measured": measured_by(verdict),
                     "sentence": sentence(verdict),
+                    "who": verdict.label,
+                    "strip": strips.get(verdict.label, ""),
                 }
             )
     return cards
+
+
+def drawn_of(table: Table, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The strips drawn under the forget condition, each with its shares, and why there are none if so."""
+    cells = {(row.label, row.is_method): found for row, found in zip(table.rows, table.cells, strict=True)}
+    strips = []
+    for sample in samples:
+        if sample["strip"]:
+            found = cells.get((BASE if sample["title"] == "before" else sample["title"], sample["is_method"]), {})
+            shares = [f"{column} {number(found[column].mean)}" for column in FORGETTING_AXIS if column in found]
+            strips.append({**sample, "shares": ", ".join(shares)})
+    if strips:
+        why = ""
+    elif samples:
+        why = "These runs do not tell which of their pictures were drawn under the forget condition: see all samples."
+    else:
+        why = "These runs have no pictures (samples/after.png), so what is drawn instead cannot be seen here."
+    return {"strips": strips, "why": why}
 
 
 def tests_of(table: Table) -> dict[str, Any] | None:
@@ -144,7 +192,7 @@ def tests_of(table: Table) -> dict[str, Any] | None:
                 None
                 if result is None
                 else {
-                    "difference": difference(result),
+                    "difference": difference(result).split(" ", 1),
                     "p": p_value(result),
                     "n": result.n,
                     "real": result.adjusted is not None and result.adjusted < 0.05,

@@ -13,8 +13,9 @@ from unlearn_runner.errors import first_line, plain
 from unlearn_runner.owner import owner_of
 from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, bounded_yaml
 
-# Of provenance.evaluation: what took how long, and how intervals within one run were made, change no score.
-NO_SCORE = ("seconds", "bootstrap")
+# Of provenance.evaluation: what took how long, how intervals within one run were made, which rows of the pictures are
+# which, change no score.
+NO_SCORE = ("seconds", "bootstrap", "forget_rows")
 
 
 class Run(NamedTuple):
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     environment: dict[str, Any]  # flat: versions, machine, commit
     version: int  # of its summary
     written: float  # when, in seconds since 1970
+    forget_rows: list[int] | None  # of its pictures, those drawn under the forget conditions; None: it does not tell
 
 
 class Apart(NamedTuple):
@@ -136,11 +138,18 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             environment=flat(provenance.get("environment") or {}),
             version=version if isinstance(version, int) else 1,
             written=written,
+            forget_rows=rows_named(provenance["evaluation"].get("forget_rows")),
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
         return Apart(folder, f"summary.json or config.yaml {what}")
     return run, [key for key, value in numbers.items() if value is None]
+
+
+def rows_named(told: Any) -> list[int] | None:
+    """A list of row numbers, or None."""
+    fine = isinstance(told, list) and all(type(row) is int and row >= 0 for row in told)
+    return told if fine and told else None
 
 
 def one_line(value: Any) -> str:

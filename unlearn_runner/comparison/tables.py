@@ -1,16 +1,20 @@
 """Runs become tables: those measured alike in one, a row for each label, a value for each seed."""
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any, NamedTuple
 
 from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble
-from unlearn_runner.comparison.columns import better, key_of
+from unlearn_runner.comparison.columns import better, bounds_of, counted_of, forgets, key_of
 from unlearn_runner.comparison.runs import Apart, Run
-from unlearn_runner.comparison.statistics import Paired, half_width, holm, paired
+from unlearn_runner.comparison.statistics import Paired, holm, interval, paired
 from unlearn_runner.errors import ConfigurationError, near
 
 BASE, REFERENCE = "base", "oracle"
+KEPT = "retain_accuracy"
+FLOOR = 0.9  # of the base's retain_accuracy, below which nobody is called the best
 
 
 class Group(NamedTuple):
@@ -33,7 +37,7 @@ class Cell(NamedTuple):
     """A row's mean over its seeds."""
 
     mean: float
-    half_width: float | None
+    interval: tuple[float, float] | None  # 95 %, see `interval` of statistics
     n: int  # seeds that have a value
     of: int  # seeds of the row
     best: bool
@@ -157,71 +161,107 @@ def in_order(rows: list[Row], by: str) -> list[Row]:
     references = [row for row in rows if not row.is_method]
     if by == "label":
         return references + sorted(methods, key=lambda row: row.label)
-    oracle = oracle_mean(rows, by)
 
     def place(row: Row) -> tuple[bool, float, str]:
-        values = list(row.values.get(by, {}).values())
-        if not values:
+        if not row.values.get(by):
             return True, 0.0, row.label
-        how_bad = badness(mean(values), better(by), oracle)
-        return False, mean(values) if how_bad is None else how_bad, row.label
+        how_bad = badness(rows, row, by) or row.values[by]
+        return False, mean(how_bad.values()), row.label
 
     return references + sorted(methods, key=place)
 
 
+def reference(rows: list[Row], label: str, column: str) -> dict[int, float]:
+    """What the base or the oracle has in a column, by seed; {} where that was not measured."""
+    found = [row.values[column] for row in rows if not row.is_method and row.label == label and column in row.values]
+    return found[0] if found else {}
+
+
 def oracle_mean(rows: list[Row], column: str) -> float | None:
-    found = [
-        row.values[column] for row in rows if not row.is_method and row.label == REFERENCE and column in row.values
-    ]
-    return mean(found[0].values()) if found else None
+    found = reference(rows, REFERENCE, column)
+    return mean(found.values()) if found else None
 
 
-def badness(value: float, direction: str | float | None, oracle: float | None) -> float | None:
-    """How far from the best, the less the better; None where no direction is good."""
-    if direction == LOW:
-        return value
-    if direction == HIGH:
-        return -value
-    if direction == ORACLE:
-        return None if oracle is None else abs(value - oracle)
-    return None if direction is None else abs(value - direction)
+def way_of(rows: list[Row], column: str) -> str | float | None:
+    """Where a column is best in this table: LOW, HIGH, ORACLE (nearest to the oracle's), a value, or None.
+
+    How much was forgotten is best as the oracle's wherever the oracle was measured: a method that shows the content
+    less often than a model that never saw it does is not better for that.
+    """
+    way = better(column)
+    if forgets(column) and reference(rows, REFERENCE, column):
+        return ORACLE
+    return None if way == ORACLE else way
 
 
-def cells_of(rows: list[Row], columns: list[str]) -> list[dict[str, Cell]]:
+def badness(rows: list[Row], row: Row, column: str) -> dict[int, float]:
+    """How far from the best a row is by seed, the less the better; {} where no direction is good.
+
+    The oracle's value is that of the same seed, or where that has none the mean over those that have one.
+    """
+    values, way = row.values.get(column, {}), way_of(rows, column)
+    if way is None:
+        return {}
+    if way in (LOW, HIGH):
+        return {seed: value if way == LOW else -value for seed, value in values.items()}
+    aims = reference(rows, REFERENCE, column) if way == ORACLE else {}
+    aim = oracle_mean(rows, column) if way == ORACLE else way
+    return {seed: abs(value - aims.get(seed, aim)) for seed, value in values.items()}
+
+
+def cells_of(
+    rows: list[Row], columns: list[str], barred: Mapping[str, str], num_samples: Mapping[str, int]
+) -> list[dict[str, Cell]]:
     """For each row its means by column. The best is marked among the `eligible` rows.
 
     Nothing is marked where no direction is good, where all methods are alike, or where there is only one.
+    `num_samples` are those of the sets "forget" and "retain".
     """
     cells: list[dict[str, Cell]] = [{} for _ in rows]
     for column in columns:
-        oracle = oracle_mean(rows, column)
-        may_win = {row.label for row in eligible(rows, column)}
+        may_win = {row.label for row in eligible(rows, column, barred)}
         bad: dict[int, float] = {}
         for place, row in enumerate(rows):
             if not (values := list(row.values.get(column, {}).values())):
                 continue
-            cell = Cell(mean(values), half_width(values), len(values), max(len(row.seeds), len(values)), False)
-            cells[place][column] = cell
-            how_bad = badness(cell.mean, better(column), oracle)
-            if row.is_method and row.label in may_win and how_bad is not None:
-                bad[place] = how_bad
+            ends = interval(values, bounds_of(column), num_samples.get(counted_of(column)))
+            cells[place][column] = Cell(mean(values), ends, len(values), max(len(row.seeds), len(values)), False)
+            if row.is_method and row.label in may_win and (how_bad := badness(rows, row, column)):
+                bad[place] = mean(how_bad.values())
         if len(bad) < 2:
             continue
-        winner = number(cells[min(bad, key=bad.__getitem__)][column].mean)
-        same = [place for place in bad if number(cells[place][column].mean) == winner]
+        least = number(min(bad.values()))
+        same = [place for place in bad if number(bad[place]) == least]
         for place in same if len(same) < len(bad) else ():
             cells[place][column] = cells[place][column]._replace(best=True)
     return cells
 
 
-def eligible(rows: list[Row], column: str) -> list[Row]:
+def eligible(rows: list[Row], column: str, barred: Mapping[str, str]) -> list[Row]:
     """Methods that may be called the best: with a value for all of their seeds, and more than one if any has more; none
-    that draws rubble.
+    of those that are `barred`.
     """
-    usual = usual_outliers(rows)
-    methods = [row for row in rows if row.is_method and row.seeds and not draws_rubble(row, usual)]
+    methods = [row for row in rows if row.is_method and row.seeds and row.label not in barred]
     whole = [row for row in methods if len(row.values.get(column, {})) == len(row.seeds)]
     return [row for row in whole if len(row.seeds) > 1] or whole
+
+
+def barred_of(rows: list[Row], floor: float) -> dict[str, str]:
+    """Why a method may not be called the best at anything, by label: it draws rubble, or keeps less than `floor` times
+    the base's retain_accuracy, where that was measured.
+    """
+    usual, found = usual_outliers(rows), {}
+    base = reference(rows, BASE, KEPT)
+    least = floor * mean(base.values()) if base else 0.0
+    for row in rows:
+        if not row.is_method:
+            continue
+        kept = row.values.get(KEPT)
+        if draws_rubble(row, usual):
+            found[row.label] = "draws what is like no real image"
+        elif kept and mean(kept.values()) < least:
+            found[row.label] = f"{KEPT} {number(mean(kept.values()))}, below {number(least)}"
+    return found
 
 
 def usual_outliers(rows: list[Row]) -> float:
@@ -249,11 +289,24 @@ def digits_of(value: float) -> int:
 
 
 def text(cell: Cell) -> str:
-    """The mean, the interval where the values differ at all, and how many of the row's seeds have one if not all."""
-    said = number(cell.mean)
-    if cell.half_width:
-        said += f" ± {cell.half_width:.{digits_of(cell.mean)}f}"
-    return said if cell.n == cell.of else f"{said} ({cell.n} of {cell.of})"
+    """The mean, the interval if there is one, and how many of the row's seeds have a value if not all."""
+    return " ".join(filter(None, (number(cell.mean), interval_text(cell), seeds_text(cell))))
+
+
+def seeds_text(cell: Cell) -> str:
+    return "" if cell.n == cell.of else f"({cell.n} of {cell.of})"
+
+
+def interval_text(cell: Cell) -> str:
+    """± half the interval, or [low, high] where it is not symmetric: Wilson's, or cut at a bound."""
+    if cell.interval is None:
+        return ""
+    digits = digits_of(cell.mean)
+    below, above = cell.mean - cell.interval[0], cell.interval[1] - cell.mean
+    if math.isclose(below, above, rel_tol=1e-6):
+        return f"± {above:.{digits}f}"
+    low, high = (f"{end:.{digits}f}" for end in cell.interval)
+    return f"[{low}, {high}]"
 
 
 def tests_of(rows: list[Row], columns: list[str], baseline: str, test: str) -> dict[str, dict[str, Paired]]:

@@ -29,14 +29,15 @@ class Metric(ABC):
     """Scores by key, without the prefix `eval/`, of one model; unlearn_runner/catalogue.py has a line for each.
 
     Where the values are a mean, a rate or any other number of single samples or images, `measure` returns these, so
-    that a bootstrap can redraw them; scores of whole sets of samples are made of the samples by `score` alone.
+    that they can be redrawn for intervals; scores of whole sets of samples are made of the samples by `score` alone.
     """
 
     version: ClassVar[int]  # goes up when the code makes other numbers: a part of cache keys and of the provenance
     needs: Sequence[Need] = ()  # where one is not met the scores are left out; a literal tuple, read without importing
     held_out: Mapping[str, str] = MappingProxyType({})  # by score, the set of images without which it is left out
     per_class: bool = False  # whether each condition is scored on its own, too
-    paired: bool = False  # whether rows are the samples', by set: a bootstrap redraws them together
+    paired: bool = False  # whether rows are the samples', by set: they are redrawn together for intervals
+    without_interval: Sequence[str] = ()  # patterns of its keys whose spread is not to be had by redrawing samples
 
     def least(self, num_features: int) -> int:
         """Fewer samples in a group are refused, and groups with fewer references left out."""
@@ -48,7 +49,7 @@ class Metric(ABC):
 
     @abstractmethod
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
-        """The scores of these samples and rows, or of a bootstrap's choice of them."""
+        """The scores of these samples and rows, or of a choice of them for intervals."""
 
     @abstractmethod
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
@@ -192,11 +193,13 @@ class FID(Metric):
 class KID(Metric):
     """Kernel distance (squared MMD, cubic kernel, 1801.01401) of the same features; unbiased, may be below 0.
 
-    The mean over `subsets` random subsets of `subset_size` features, drawn with a seed of their own.
+    The mean over `subsets` random subsets of `subset_size` features, drawn with a seed of their own: much of its spread
+    is theirs, so it has no interval.
     """
 
     version = 1
     needs = ("references",)
+    without_interval = ("kid_*", "per_class/kid/*")
 
     def __init__(
         self,
@@ -250,11 +253,13 @@ class PrecisionRecall(Metric):
     """Improved precision and recall (1904.06991), in [0, 1], of the samples under the retained conditions.
 
     precision_retain: samples that lie among real images, within the distance of one of them to its `neighbours`-th
-    nearest; recall_retain: real images that lie among samples. As many real images as samples, drawn with a seed.
+    nearest; recall_retain: real images that lie among samples. As many real images as samples, drawn with a seed. Where
+    samples are taken twice, their neighbours are nearer: recall has no interval.
     """
 
     version = 1
     needs = ("references",)
+    without_interval = ("recall_retain",)
 
     def __init__(self, min_samples: MinSamples = 100, neighbours: PositiveInt = 3, seed: Seed = 0):
         rules.number_of_neighbours(neighbours, min_samples)

@@ -176,11 +176,15 @@ class View:
     @cached_property
     def samples(self) -> Samples:
         """The samples in their groups, with the references of each, where there are some, and the base's samples."""
-        return self.grouped(self.judged)
+        return group_samples(self.data.spec, self.conditions, self.judged, self.references, self.base_samples)
 
-    def grouped(self, judged: dict[str, Judged]) -> Samples:
-        """The same of other samples of these sets, such as a bootstrap's choice of them."""
-        return group_samples(self.data.spec, self.conditions, judged, self.references, self.base_samples)
+    def chosen(self, rows: dict[str, Int64[Tensor, "n"]]) -> Samples:
+        """The same of these rows of each set, which have as many of each label, with the base's of the same noise."""
+        judged, base = (
+            None if of_sets is None else {name: of_sets[name].select(at) for name, at in rows.items()}
+            for of_sets in (self.judged, self.base_samples)
+        )
+        return group_samples(self.data.spec, self.conditions, judged, self.references, base)
 
     @cached_property
     def references(self) -> dict[str, Judged]:

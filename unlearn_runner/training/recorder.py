@@ -44,7 +44,7 @@ class RunRecorder:
         self.deletion_steps: dict[str, int] = {}
         self.reached: dict[str, float] = {}  # empty until a look finds at most `threshold`
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
-        record.provenance |= {"data": data, **evaluator.provenance(base)}
+        record.provenance |= {"data": data, "forget_rows": evaluator.forget_rows, **evaluator.provenance(base)}
         for sentence in (*evaluator.judge.doubts(), *evaluator.left_out()):
             self.say(sentence, soft_wrap=True)
         self.say("measuring the base model")

@@ -29,9 +29,14 @@
     if (size !== 0 && size < 1e-4) return value.toExponential(1);
     return String(Number(value.toPrecision(3)));
   }
-  function interval([mean, half]) {
+  // A mean, and its interval if there is one: [mean] or [mean, low, high].
+  function interval([mean, low, high]) {
+    if (low === undefined) return say(mean);
     const decimals = (say(mean).split(".")[1] || "").length;
-    return say(mean) + (half ? ` ± ${Math.abs(mean) < 1e4 ? half.toFixed(decimals) : say(half)}` : "");
+    const short = (value) => (Math.abs(mean) < 1e4 ? value.toFixed(decimals) : say(value));
+    const [below, above] = [mean - low, high - mean];
+    const same = Math.abs(below - above) <= 0.01 * Math.max(below, above) + 0.001 * Math.abs(mean); // they are rounded
+    return `${say(mean)} ${same ? `± ${short(above)}` : `[${short(low)}, ${short(high)}]`}`;
   }
   // A label that may be broken after each "_".
   const breakable = (label) => label.split("_").flatMap((part, place) => (place ? ["_", html("wbr"), part] : [part]));
@@ -126,14 +131,11 @@
         const order = before === first ? other : first;
         heads.forEach((each) => each.setAttribute("aria-sort", each === head ? order : "none"));
         const body = table.tBodies[0];
-        const oracle = oracleValue(table, column);
-        const target = head.dataset.better === "oracle" ? oracle : Number(head.dataset.better);
+        const turned = head.dataset.better === "high" ? -1 : 1; // ranks are least for the best
         const rank = (row) => {
-          const cell = row.cells[column];
-          if (cell.dataset.value === undefined) return null;
-          if (column === 0) return cell.dataset.value;
-          const value = Number(cell.dataset.value);
-          return head.dataset.better && Number.isFinite(target) ? Math.abs(value - target) : value;
+          const { value } = row.cells[column].dataset;
+          if (value === undefined) return null;
+          return column === 0 ? value : turned * Number(value);
         };
         const methods = [...body.rows].filter((row) => !row.classList.contains("reference"));
         methods.sort((a, b) => {
@@ -146,11 +148,6 @@
       });
     });
   }
-  function oracleValue(table, column) {
-    const row = [...table.tBodies[0].rows].find((each) => each.classList.contains("reference") && each.cells[0].dataset.value === "oracle");
-    return row && row.cells[column].dataset.value !== undefined ? Number(row.cells[column].dataset.value) : NaN;
-  }
-
   // ---- forgetting against retention ---------------------------------------------------------------------------------
   function drawScatter(view) {
     const { data, shown, part } = view;
@@ -170,7 +167,7 @@
       ? [...points.filter((each) => front.has(each.place)), ...references.filter((each) => each.label === "oracle")] : [];
     const inView = near.length ? near : [...points, ...references];
     const range = (key) => {
-      const ends = inView.flatMap(({ cells: { [key]: [mean, half] } }) => [mean - (half || 0), mean + (half || 0)]);
+      const ends = inView.flatMap(({ cells: { [key]: cell } }) => cell);
       let [low, high] = [Math.min(...ends), Math.max(...ends)];
       if (zoom.checked) { // room for those close by: as much again as the front itself takes
         const means = inView.map((each) => each.cells[key][0]);
@@ -187,17 +184,18 @@
       }
       return low < high ? [low, high] : [low - 0.5, high + 0.5];
     };
+    const nameOf = (key) => data.names[key] || key;
     const arrows = { low: "← better", high: "better →" };
     const upDown = { low: "↓ better", high: "↑ better" };
     const plot = frame(box, range(xKey), range(yKey), {
       height: (width) => Math.min(460, Math.max(320, width * 0.5)),
-      xName: `${xKey}  ${arrows[data.better[xKey]]}`, yName: `${yKey}  ${upDown[data.better[yKey]]}`,
+      xName: `${nameOf(xKey)}  ${arrows[data.better[xKey]]}`, yName: `${nameOf(yKey)}  ${upDown[data.better[yKey]]}`,
     });
     const at = (each) => [plot.x(each.cells[xKey][0]), plot.y(each.cells[yKey][0])];
 
     // what the front dominates: from the worst corner to the steps between its points
-    const corner = [data.better[xKey] === "low" ? 1 : 0, data.better[yKey] === "low" ? pair.worst : 0];
-    const [cornerX, cornerY] = [plot.x(corner[0]), plot.y(corner[1])];
+    const far = { low: 1e6, high: -1e6 }; // where there is no corner, beyond the picture
+    const [cornerX, cornerY] = pair.worst ? [plot.x(pair.worst[0]), plot.y(pair.worst[1])] : [far[data.better[xKey]], -far[data.better[yKey]]];
     const onFront = data.methods.map((each, place) => ({ ...each, place })).filter((each) => front.has(each.place)).map(at);
     onFront.sort((a, b) => (data.better[xKey] === "low" ? a[0] - b[0] : b[0] - a[0]));
     let line = `M${onFront[0][0]},${cornerY}`;
@@ -217,13 +215,13 @@
       }
       const stroke = each.reference ? "var(--soft)" : colour(each.place);
       const whisker = { stroke, "stroke-width": 1.4, opacity: each.faint ? 0 : 0.4 };
-      if (xCell[1]) plot.inside.append(svg("line", { x1: plot.x(xCell[0] - xCell[1]), x2: plot.x(xCell[0] + xCell[1]), y1: y, y2: y, ...whisker }));
-      if (yCell[1]) plot.inside.append(svg("line", { y1: plot.y(yCell[0] - yCell[1]), y2: plot.y(yCell[0] + yCell[1]), x1: x, x2: x, ...whisker }));
+      if (xCell.length > 1) plot.inside.append(svg("line", { x1: plot.x(xCell[1]), x2: plot.x(xCell[2]), y1: y, y2: y, ...whisker }));
+      if (yCell.length > 1) plot.inside.append(svg("line", { y1: plot.y(yCell[1]), y2: plot.y(yCell[2]), x1: x, x2: x, ...whisker }));
       const dot = each.reference
         ? svg("circle", { cx: x, cy: y, r: 6, fill: "var(--card)", stroke, "stroke-width": 2.2 })
         : marker(each.place, x, y, each.faint ? 4 : 5.5, stroke);
       if (each.faint) dot.setAttribute("opacity", front.has(each.place) ? 0.8 : 0.4);
-      const text = `${each.label}${front.has(each.place) && !each.reference ? " (on the front)" : ""}\n${xKey} ${interval(xCell)}\n${yKey} ${interval(yCell)}`;
+      const text = `${each.label}${front.has(each.place) && !each.reference ? " (on the front)" : ""}\n${nameOf(xKey)} ${interval(xCell)}\n${nameOf(yKey)} ${interval(yCell)}`;
       dot.addEventListener("pointermove", (event) => showTip(event, text));
       dot.addEventListener("pointerleave", hideTip);
       plot.root.append(dot);
@@ -246,10 +244,12 @@
       plot.root.append(svg("text", { x: spot.left, y: spot.base, class: "name" }, each.label));
     }
     const said = [];
-    if (pair.hypervolume !== null) {
-      const rectangle = data.better[yKey] === "low" ? `retention up to the worst method’s ${say(pair.worst)}` : "both metrics from 0 to 1";
-      said.push(`Hypervolume of all methods: ${interval([pair.hypervolume, pair.half])} of the rectangle (${rectangle})${pair.half ? ", the interval that of the seeds’ own" : ""}. `);
-    }
+    const [volume, low, high] = pair.hypervolume;
+    if (volume !== null) {
+      const to = [xKey, yKey].map((key, place) => `${nameOf(key)} ${say(pair.worst[place])}`).join(" and ");
+      const ofSeeds = low === undefined ? "" : ` (95 % interval of single seeds’: ${say(low)} to ${say(high)})`;
+      said.push(`Hypervolume of all methods: ${say(volume)} of the rectangle from the ideal to ${to}${ofSeeds}. `);
+    } else said.push("No hypervolume: there is neither a bound nor a base to measure it against. ");
     said.push(`On the front: ${pair.front.slice(0, 12).map((place) => data.methods[place].label).join(", ")}${pair.front.length > 12 ? ` and ${pair.front.length - 12} more` : ""}.`);
     if (outside.length) said.push(` Outside the picture: ${outside.slice(0, 6).join(", ")}${outside.length > 6 ? ` and ${outside.length - 6} more` : ""}.`);
     if (unnamed) said.push(` ${unnamed} without a name for lack of room: point at them.`);
@@ -351,14 +351,11 @@
       const panel = html("div", {}, html("h3", {}, key));
       const rows = data.methods.map((each, place) => ({ ...each, place })).filter((each) => shown.has(each.place) && each.cells[key]);
       rows.sort((a, b) => a.cells[key][0] - b.cells[key][0]);
-      const most = Math.max(...rows.map(({ cells: { [key]: [mean, half] } }) => mean + (half || 0)));
+      const most = Math.max(...rows.flatMap((each) => each.cells[key]));
       const share = (value) => `${Math.max(0, Math.min(100, (100 * value) / (most || 1)))}%`;
-      for (const { label, place, cells: { [key]: [mean, half] } } of rows) {
+      for (const { label, place, cells: { [key]: [mean, low, high] } } of rows) {
         const track = html("span", { class: "track" }, html("span", { class: "fill", style: `width:${share(mean)};background:${colour(place)}` }));
-        if (half) {
-          const low = Math.max(0, mean - half);
-          track.append(html("span", { class: "interval", style: `left:${share(low)};width:calc(${share(mean + half)} - ${share(low)})` }));
-        }
+        if (low !== undefined) track.append(html("span", { class: "interval", style: `left:${share(low)};width:calc(${share(high)} - ${share(low)})` }));
         panel.append(html("div", { class: "bar" }, html("span", { class: "who" }, ...breakable(label)), track, html("span", { class: "value" }, say(mean))));
       }
       return panel;
