@@ -30,6 +30,8 @@ Width: TypeAlias = Annotated[int, Gt(0), Le(2**14)]  # channels or features of a
 Channels: TypeAlias = Annotated[Sequence[Width], MinLen(1)]  # of a network's levels
 PredictionType: TypeAlias = Literal["epsilon", "v_prediction", "flow"]
 Sampler: TypeAlias = Literal["ddim", "ddim_clipped", "ddpm"]
+Features: TypeAlias = Literal["classifier", "inception", "efficientnet", "open_clip", "dinov2"]
+References: TypeAlias = Literal["auto", "training", "held_out"]
 Bootstrap: TypeAlias = Annotated[int, Ge(20), Le(100_000)]  # resamplings
 Depth: TypeAlias = Annotated[int, Gt(0), Le(256)]  # layers or heads
 

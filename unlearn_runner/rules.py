@@ -727,7 +727,12 @@ def features_of(judge: Mapping[str, Any]) -> int:
     """How many features a judge has; 0 of one that is only known when it is built."""
     extractor = (judge.get("extractor") or {}).get("name", "classifier")
     own = (judge.get("classifier") or {}).get("num_features", 0)
-    return {"classifier": own, "inception": 2048}.get(extractor, 0)
+    return {"classifier": own, "inception": 2048, "efficientnet": 1280}.get(extractor, 0)
+
+
+def measured(node: Mapping[str, Any]) -> bool:
+    """Whether a metric measures anything in the features that there are."""
+    return _name(node) != "CMMD" or node.get("features") in (None, "open_clip")
 
 
 def enough_samples(
@@ -744,7 +749,7 @@ def enough_samples(
             max(node["min_samples"], features + 1),
             f"its min_samples, and more than {features} features",
         )
-    elif metric in ("KID", "PrecisionRecall"):
+    elif metric in ("KID", "PrecisionRecall") or (metric == "CMMD" and measured(node)):
         least, why = node["min_samples"], "its min_samples"
     elif metric == "IS":
         least, why = node["splits"], "its splits"
@@ -770,7 +775,9 @@ def _objective(cfg: Mapping[str, Any]) -> None:
     evaluation = cfg["evaluation"]
 
     def of(look: Mapping[str, Any] | None) -> list[str]:
-        nodes = [] if look is None else [node for node in look["metrics"].values() if node is not None]
+        nodes = (
+            [] if look is None else [node for node in look["metrics"].values() if node is not None and measured(node)]
+        )
         return [key for node in nodes for key in catalogue.made_by(_name(node)) or ("*",)]
 
     scores = of(evaluation)

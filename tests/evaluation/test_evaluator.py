@@ -213,7 +213,7 @@ def test_references_are_mirrored_where_training_mirrors(judge, shared_cache):
 def test_nothing_is_made_that_no_metric_asks_for(digits, judge, tiny_network, shared_cache, monkeypatch):
     """Neither real images, where no metric compares with them, nor what a model cannot be asked."""
     evaluator = Evaluator(digits, judge, {"rates": Rates(), "ssim": SSIM()}, SAMPLING, shared_cache)
-    monkeypatch.setattr(evaluator, "_judged_once", lambda *_: pytest.fail("real images are judged"))
+    monkeypatch.setattr(evaluator, "_real", lambda *_: pytest.fail("real images are judged"))
     assert evaluator(tiny_network(image_shape=(1, 16, 16))).scores.keys() >= {"forget_rate", "ssim_retain"}
 
     class OfTexts(Rates):

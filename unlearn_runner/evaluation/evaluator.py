@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows
-from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Samples, View, positions
+from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Group, Samples, View, positions
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
-from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, Sampler, Seed
+from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, References, Sampler, Seed
 from unlearn_runner.types import make_generator
 
 VERSION = (
@@ -35,6 +35,7 @@ VERSION = (
 INTERVALS_VERSION = 2  # goes up when the code makes other intervals of the same scores
 GRID_ROWS = 10  # of the pictures of an unconditional model
 LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
+ENOUGH_HELD_OUT = 1000  # images, for `references=auto`: fewer would blur a distance more than memorising does
 NOT_HELD_OUT = {
     "forget_test": "no forget image is held out: the dataset has none, or too few for its dataset.test_fraction",
     "retain_test": "no retained image is held out: the dataset has none, or too few for its dataset.test_fraction",
@@ -48,7 +49,9 @@ class Sampling:
     `num_samples` under the forget conditions and as many under all other conditions together, evenly over the
     conditions; an unconditional model draws `num_samples` in all. Always from the same `seed`. `bootstrap` is how
     often samples are redrawn for 95 % intervals; None: no intervals. `forget_only` leaves out the other conditions,
-    where there are conditions.
+    where there are conditions. `references`: whether samples are compared with real images that methods train on, or
+    with held-out ones; auto: with held-out ones of what is to be kept, and of what is to be forgotten, where there are
+    at least 1000.
     """
 
     num_samples: NumSamples = 200
@@ -58,6 +61,7 @@ class Sampling:
     seed: Seed = 0
     bootstrap: Bootstrap | None = None
     forget_only: bool = False
+    references: References = "training"
 
 
 class Evaluation(NamedTuple):
@@ -126,8 +130,8 @@ def require_enough_samples(
 class Evaluator:
     """Scores a model on one dataset. The same object scores the base, the unlearned model and the oracle.
 
-    What many runs have in common is made once and kept in `cache_dir`: the judge's view of the training images, and,
-    by `once`, the evaluations of bases and oracles.
+    What many runs have in common is made once and kept in `cache_dir`: the judge's view of real images, what those
+    score themselves, and, by `once`, the evaluations of bases and oracles.
     """
 
     def __init__(
@@ -203,7 +207,7 @@ class Evaluator:
             "judge": self.judge.fingerprint,
             "clip": None if self.clip is None else self.clip.fingerprint(),
             "settings": self.provenance(model),  # with the version of each metric
-            "metrics": [f"{type(metric).__module__}.{type(metric).__qualname__}" for metric in self.metrics.values()],
+            "metrics": _classes(self.metrics),
             "libraries": {name: metadata.version(name) for name in LIBRARIES},
             "device": str(self.judge.device.type),
             **({} if self.sampling.bootstrap is None else {"intervals": INTERVALS_VERSION}),
@@ -213,6 +217,57 @@ class Evaluator:
             self(model, before).save(folder)
 
         return open_evaluation(cached(self.cache_dir, "evaluations", key, make, open_evaluation, together=True))
+
+    def floor(self, model: GenerativeModel) -> dict[str, float]:
+        """What as many real images score as samples are drawn, under the same labels: the least distance to expect.
+
+        By the metrics that compare with real images; kept in the cache. Scored are held-out images where samples are
+        compared with training images, and training images where they are compared with held-out ones, so that none is
+        compared with itself. Where there are too few, it is for the metric to say what that means.
+        """
+        metrics = {name: metric for name, metric in self.metrics.items() if "references" in metric.needs}
+        if not metrics:
+            return {}
+        settings = self.provenance(model)
+        key = {
+            "version": VERSION,
+            "judge": self.judge.fingerprint,
+            "data": self.data.fingerprint,
+            "conditions": {
+                name: labels if labels is None else labels.tolist() for name, labels in self.conditions.items()
+            },
+            "settings": {name: settings[name] for name in ("num_samples", "seed", "references")},
+            "metrics": {name: settings["metrics"][name] for name in metrics},
+            "classes": _classes(metrics),
+            "libraries": {name: metadata.version(name) for name in LIBRARIES},
+            "device": str(self.judge.device.type),
+        }
+
+        def make(folder: Path) -> None:
+            real = {name: self._real(name, not held_out) for name, held_out in self.held_out.items()}
+            write_json(folder / "scores.json", from_first(lambda: self._floor(metrics, real)))
+
+        def read(folder: Path) -> dict[str, float]:
+            return json.loads((folder / "scores.json").read_text())
+
+        return read(cached(self.cache_dir, "floors", key, make, read, together=True))
+
+    def _floor(
+        self, metrics: dict[str, Metric], real: dict[str, tuple[Judged, Int64[Tensor, "n"]]]
+    ) -> dict[str, float]:
+        groups = {}
+        for name, (judged, labels) in real.items():
+            order = torch.from_numpy(np.random.default_rng(self.sampling.seed).permutation(len(labels)))
+            wanted = self.conditions.get(name)
+            rows = (
+                order[: self.sampling.num_samples] if wanted is None else order[_in_proportion(labels[order], wanted)]
+            )
+            groups[name] = Group(judged.select(rows), self.references.get(name))
+        samples = Samples(self.spec, **groups, per_class={}, retain_labels=None, label_of={}, places={})
+        scores: dict[str, float] = {}
+        for metric in metrics.values():
+            scores |= metric.floor(samples, self.sampling.num_samples)
+        return {key: value for key, value in scores.items() if math.isfinite(value)}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         """What scores depend on besides the weights: what all metrics have in common, then metric by metric."""
@@ -227,6 +282,7 @@ class Evaluator:
             **({} if self.clip is None else {**self.clip.provenance, "clip_digest": digest(self.clip.state_dict())}),
             "seed": sampling.seed,
             "bootstrap": self.sampling.bootstrap,
+            "references": {name: "held out" if held_out else "training" for name, held_out in self.held_out.items()},
             "num_references": {name: len(reference) for name, reference in self.references.items()},
             "left_out": self.left_out(),
             "metrics": {
@@ -249,8 +305,9 @@ class Evaluator:
             groups = [group for group in self.references if metric.per_class or not group.startswith("/")]
             for group in groups:
                 if (count := len(self.references[group])) < least:
+                    kind = "held-out" if self.held_out["forget" if group == "forget" else "retain"] else "real"
                     sentences.append(
-                        f"{name} of {group.strip('/')} is left out: {count} real images, it needs {least}."
+                        f"{name} of {group.strip('/')} is left out: {count} {kind} images, it needs {least}."
                     )
         return sentences
 
@@ -347,17 +404,25 @@ class Evaluator:
         return {name: _evenly(labels, self.sampling.num_samples) for name, labels in sets.items() if labels}
 
     @cached_property
+    def held_out(self) -> dict[str, bool]:
+        """Whether the real images that samples are compared with are held out, of what is to be forgotten and kept."""
+        there = {"forget": self.data.forget_test, "retain": self.data.retain_test}
+        auto = {name: len(images) >= ENOUGH_HELD_OUT for name, images in there.items()}
+        return (
+            auto if self.sampling.references == "auto" else dict.fromkeys(auto, self.sampling.references == "held_out")
+        )
+
+    @cached_property
     def references(self) -> dict[str, Judged]:
-        """Real training images, judged: the forget images, those of the retained conditions, each clean class; none
-        if no metric needs them.
+        """Real images, judged: the forget images, those of the retained conditions, each clean class; none if no metric
+        needs them.
         """
         if not any("references" in metric.needs for metric in self.metrics.values()):
             return {}
-        retain, forget = self._judged_once("retain", self.data.retain), self._judged_once("forget", self.data.forget)
+        (forget, _), (retain, labels) = (self._real(name, self.held_out[name]) for name in ("forget", "retain"))
         references = {"forget": forget}
         if self.spec.label_names is None:
             return references | {"retain": retain}
-        labels = self.data.retain.labels
         references["retain"] = retain.select(torch.isin(labels, torch.tensor(self.retain_labels)))
         for label, name in enumerate(self.spec.label_names):
             clean = retain.select(labels == label)
@@ -365,8 +430,12 @@ class Evaluator:
             references[f"/{name}"] = clean if len(clean) else references["forget"]
         return references
 
-    def _judged_once(self, name: str, images: LabelledImages) -> Judged:
-        """As the model saw them in training: every second one mirrored, if it saw them mirrored. No picture is kept."""
+    def _real(self, name: Literal["forget", "retain"], held_out: bool) -> tuple[Judged, Int64[Tensor, "n"]]:
+        """Real images with their labels, as the model saw those of training: every second one mirrored, if it saw them
+        mirrored. No picture is kept.
+        """
+        name = f"{name}_test" if held_out else name
+        images: LabelledImages = getattr(self.data, name)
         key = {
             "version": VERSION,
             "judge": self.judge.fingerprint,
@@ -380,13 +449,15 @@ class Evaluator:
             if self.spec.horizontal_flip:
                 pixels = pixels.clone()
                 pixels[1::2] = pixels[1::2].flip(-1)
-            tensors = replace(self.judge.features_of(pixels), images=pixels[:, :0]).tensors()
+            some = pixels if len(pixels) else self.data.retain.pixels[:1]
+            seen = self.judge.features_of(some).select(slice(len(pixels)))
+            tensors = replace(seen, images=pixels[:, :0]).tensors()
             save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
 
         def read(folder: Path) -> Judged:
             return Judged(**load_file(folder / "judged.safetensors"))
 
-        return read(cached(self.cache_dir, "references", key, make, read, together=True))
+        return read(cached(self.cache_dir, "references", key, make, read, together=True)), images.labels
 
     def _grid(self, judged: dict[str, Judged], rows: int = GRID_ROWS) -> tuple[UInt8[Tensor, "n c h w"], int]:
         """One line for each condition in the order of the labels; 10 lines of 10 for an unconditional model."""
@@ -420,6 +491,18 @@ def _counted(key: str, samples: Samples) -> int | None:
 def _evenly(labels: list[int], count: int) -> Int64[Tensor, "{count}"]:
     """`count` labels, each as often as the others up to one, in ascending order."""
     return torch.tensor(labels)[torch.arange(count) * len(labels) // count]
+
+
+def _in_proportion(labels: Int64[Tensor, "n"], wanted: Int64[Tensor, "m"]) -> Int64[Tensor, "k"]:
+    """The first rows with these labels, each as often as it is wanted, or in that proportion as far as it goes."""
+    rows = {int(label): torch.nonzero(labels == label).squeeze(1) for label in wanted.unique()}
+    counts = {label: int((wanted == label).sum()) for label in rows}
+    share = min(1.0, *(len(rows[label]) / count for label, count in counts.items()))
+    return torch.cat([rows[label][: int(share * count)] for label, count in counts.items()])
+
+
+def _classes(metrics: dict[str, Metric]) -> list[str]:
+    return [f"{type(metric).__module__}.{type(metric).__qualname__}" for metric in metrics.values()]
 
 
 def gap(scores: dict[str, float], oracle: dict[str, float]) -> dict[str, float]:

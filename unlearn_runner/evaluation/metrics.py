@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from annotated_types import Ge, Le
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.evaluation.judge import NOTHING, Judged
 from unlearn_runner.evaluation.view import Group, Need, Samples, View
 from unlearn_runner.models.model import GenerativeModel
-from unlearn_runner.options import PositiveInt, Seed
+from unlearn_runner.options import Features, PositiveInt, Seed
 
 Rows: TypeAlias = dict[str, Tensor]
 MinSamples: TypeAlias = Annotated[int, Ge(2), Le(10_000_000)]
@@ -50,6 +51,13 @@ class Metric(ABC):
     @abstractmethod
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         """The scores of these samples and rows, or of a choice of them for intervals."""
+
+    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
+        """What real images in the place of `num_samples` samples score, of groups where they are enough to tell.
+
+        Of distances to other real images: no model should have less. A group may hold fewer than `num_samples`.
+        """
+        return {}
 
     @abstractmethod
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
@@ -160,6 +168,18 @@ class FID(Metric):
         groups = ((name, group.samples, group.before) for name, group in samples.groups(self.per_class).items())
         return {_key("fid_base", name): self._distance(*pair) for name, *pair in groups if pair[1] is not None}
 
+    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
+        """Where the images are fewer, what so many samples would have: between two samples of n and m of one
+        distribution it goes with 1/n + 1/m.
+        """
+        if self.against == "base":
+            return {}
+        scores = {}
+        for name, (real, reference, _) in compared(samples, self):
+            at, there = (1 / n + 1 / len(reference) for n in (num_samples, len(real)))
+            scores[_key("fid", name)] = self._distance(real, reference) * at / there
+        return scores
+
     def _distance(self, samples: Judged, reference: Judged) -> float:
         metric = self._prepared(reference)
         metric.update(samples.features.double(), real=False)
@@ -181,12 +201,8 @@ class FID(Metric):
         return metric
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        return {
-            "library": "torchmetrics",
-            "per_class": self.per_class,
-            "min_samples": self.min_samples,
-            "reference": "training images" if self.against == "images" else "base samples from the same noise",
-        }
+        own = {"library": "torchmetrics", "per_class": self.per_class, "min_samples": self.min_samples}
+        return own if self.against == "images" else own | {"reference": "base samples from the same noise"}
 
 
 @final
@@ -236,6 +252,9 @@ class KID(Metric):
 
         return {_key("kid", name): distance(group) for name, group in compared(samples, self)}
 
+    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
+        return self.score(whole(samples, num_samples), {})
+
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
             "library": "torchmetrics",
@@ -244,7 +263,80 @@ class KID(Metric):
             "subset_size": self.subset_size,
             "subsets": self.subsets,
             "seed": self.seed,
-            "reference": "training images",
+        }
+
+
+@final
+class CMMD(Metric):
+    """Squared MMD of CLIP embeddings of length 1, Gaussian kernel of sigma 10, times 1000 (2401.09603, section 4).
+
+    The unbiased estimate, which may be below 0; the paper's released code keeps each embedding's kernel with itself,
+    which adds at most 20 / n. A kernel needs no covariance, so that there may be fewer samples than features.
+
+    The paper has ViT-L/14 at 336 px; numbers of another CLIP do not compare with its. Of features that are not CLIP's
+    neither sigma nor the factor means anything: nothing is measured unless `features` is open_clip, or None (then of
+    whatever there is). Up to `max_references` real images, drawn with a seed.
+    """
+
+    version = 1
+    needs = ("references",)
+    SIGMA, SCALE = 10.0, 1000.0
+
+    def __init__(
+        self,
+        features: Features | None = None,
+        per_class: bool = False,
+        min_samples: MinSamples = 100,
+        max_references: Annotated[int, Ge(2), Le(100_000)] = 10_000,
+        seed: Seed = 0,
+    ):
+        self.measures = features in (None, "open_clip")
+        self.needs = ("references",) if self.measures else ()
+        self.per_class, self.min_samples = per_class, min_samples
+        self.max_references, self.seed = max_references, seed
+        self._by_reference: dict[int, tuple[Judged, Tensor, float]] = {}  # with what they are among themselves
+
+    def least(self, num_features: int) -> int:
+        return self.min_samples if self.measures else 1
+
+    def measure(self, view: View) -> Rows:
+        return {}
+
+    def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
+        if not self.measures:
+            return {}
+        return {_key("cmmd", name): self._distance(group) for name, group in compared(samples, self)}
+
+    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
+        return self.score(whole(samples, num_samples), {})
+
+    def _distance(self, group: Group) -> float:
+        drawn = F.normalize(group.samples.features.double(), dim=1)
+        real, among_real = self._prepared(group.reference)
+        across = self._kernel_sum(drawn, real) / (len(drawn) * len(real))
+        return self.SCALE * (self._among(drawn) + among_real - 2 * across)
+
+    def _prepared(self, reference: Judged) -> tuple[Tensor, float]:
+        if id(reference) not in self._by_reference:
+            order = np.random.default_rng(self.seed).permutation(len(reference))[: self.max_references]
+            real = F.normalize(reference.features[order].double(), dim=1)
+            self._by_reference[id(reference)] = (reference, real, self._among(real))  # kept: no other has its id
+        return self._by_reference[id(reference)][1:]
+
+    def _among(self, x: Float[Tensor, "n d"]) -> float:
+        """The mean kernel of two different embeddings."""
+        return (self._kernel_sum(x, x) - len(x)) / (len(x) * (len(x) - 1))
+
+    def _kernel_sum(self, x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
+        """Of length 1, their squared distance is 2 - 2 x.y."""
+        return sum(float(((part @ y.T - 1) / self.SIGMA**2).exp().sum()) for part in x.split(1024))
+
+    def provenance(self, model: GenerativeModel) -> dict[str, Any]:
+        return {
+            "per_class": self.per_class,
+            "min_samples": self.min_samples,
+            "max_references": self.max_references,
+            "seed": self.seed,
         }
 
 
@@ -282,13 +374,15 @@ class PrecisionRecall(Metric):
         found = prc_features_to_metric(drawn, real[chosen], prc_neighborhood=self.neighbours, verbose=False)
         return {f"{name}_retain": float(found[name]) for name in ("precision", "recall")}
 
+    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
+        return self.score(whole(samples, num_samples), {})
+
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
             "library": "torch-fidelity",
             "min_samples": self.min_samples,
             "neighbours": self.neighbours,
             "seed": self.seed,
-            "reference": "as many training images",
         }
 
 
@@ -381,13 +475,22 @@ def _key(metric: str, group: str) -> str:
 
 
 def compared(samples: Samples, metric: Metric) -> list[tuple[str, Group]]:
-    """The groups with enough references for the metric."""
+    """The groups with enough samples and enough references for the metric."""
     least = metric.least(samples.forget.samples.features.shape[1])
     return [
         (name, group)
         for name, group in samples.groups(metric.per_class).items()
-        if group.reference is not None and len(group.reference) >= least
+        if group.reference is not None and min(len(group.reference), len(group.samples)) >= least
     ]
+
+
+def whole(samples: Samples, num_samples: int) -> Samples:
+    """Without the references of groups that have fewer samples."""
+
+    def enough(group: Group) -> Group:
+        return group if len(group.samples) == num_samples else group._replace(reference=None)
+
+    return samples._replace(forget=enough(samples.forget), retain=enough(samples.retain))
 
 
 @final

