@@ -4,10 +4,11 @@ Nothing below this module knows a configuration. Heavy libraries are imported by
 wrong with a configuration was said before.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
 from unlearn_runner import rules
-from unlearn_runner.errors import Interrupted, folder_or_name
+from unlearn_runner.errors import Interrupted
 from unlearn_runner.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def build_parts(cfg: Config) -> Parts:
     """The constructors check what the user gave; the network comes late, for importing it takes longest."""
     from unlearn_runner.distributed import is_first
     from unlearn_runner.evaluation.evaluator import require_enough_samples
+    from unlearn_runner.models.one_step import reader_of
     from unlearn_runner.models.stable_diffusion import require_told_apart
     from unlearn_runner.training.trainer import planned
     from unlearn_runner.types import make_generator
@@ -130,6 +132,8 @@ def build_parts(cfg: Config) -> Parts:
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
     require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
     network = hardware.prepare(build_network(cfg, dataset.spec, seed))
+    for source in evaluation.own_oracles:
+        reader_of(network, source, "evaluation.oracle")
     if network.is_diffusion:
         rules.require_steps_everywhere(cfg, network.num_train_timesteps)
     if network.prompts is not None:
@@ -191,15 +195,18 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
         ) as record,
     ):  # fmt: skip
         # 2. Get the base weights and the judge, or make them once.
-        def weights_of(population: str) -> str | Path:
-            if population == "all" and cfg["model"]["weights"] != "auto":
-                return folder_or_name(cfg["model"]["weights"], "model.weights")
+        def trained(population: str, seed: int) -> Path:
             key = {name: cfg["model"][name] for name in ("network", "pretraining")} | parts.hardware.beyond_rounding
-            fresh = parts.fresh_network
-            return pretrained(population, pretraining, key, fresh, data, cache_dir, interrupts, console)
+            if seed != pretraining.seed:  # as of a run whose base has this seed
+                key["pretraining"] = key["pretraining"] | {"seed": seed}
+            recipe, fresh = replace(pretraining, seed=seed), parts.fresh_network
+            return pretrained(population, recipe, key, fresh, data, cache_dir, interrupts, console)
 
-        network.load(weights_of("all"))
-        require_usable(network, cfg["model"]["weights"])
+        weights = cfg["model"]["weights"]
+        network.load(trained("all", pretraining.seed) if weights == "auto" else weights)
+        require_usable(network, "the base", f"model.weights={weights}")
+        for _ in own_oracles(parts):  # those that cannot be used are found now, and read again at the end
+            continue
         if data is None:
             data = drawn_by(network, parts.dataset, parts.hardware.device)
         for note in data.notes:
@@ -227,12 +234,9 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
                 trainer.resume(checkpoint._replace(identity=identity))  # `continued` has seen to it
             train()
             step = trainer.clock.step
-            recorder.relearn(step, "eval", method.model)
-            if parts.evaluation.oracle:
-                oracle = parts.fresh_network(cfg["seed"])
-                oracle.load(weights_of("retain"))
-                recorder.compare_with_oracle(step, oracle)
-                recorder.relearn(step, "oracle", oracle)
+            recorder.relearn(step, method.model)
+            retrained = [] if pretraining is None else retrained_oracles(parts, pretraining.seed, trained)
+            recorder.compare_with_oracles(step, chain(own_oracles(parts), retrained))
             record.report(step)
         except Interrupted:
             record.attempt(trainer.save)
@@ -240,6 +244,42 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
         finally:
             record.spent(trainer.clock)
     return path
+
+
+def own_oracles(parts: Parts) -> Iterator[tuple[dict[str, Any], "GenerativeModel"]]:
+    """The models of the user's own that never saw the forget set, one after the other: each after the `folder` that it
+    is from and the `digest` of its weights. Raises ConfigurationError if a weight is not finite.
+    """
+    from unlearn_runner.models.model import require_usable
+
+    for source in parts.evaluation.own_oracles:
+        oracle = _oracle_in(parts, source)
+        require_usable(oracle, "the oracle", f"evaluation.oracle={source}")
+        yield {"folder": source, "digest": _digest_of(source)}, oracle
+
+
+def retrained_oracles(
+    parts: Parts, base_seed: int, trained: Callable[[str, int], Path]
+) -> Iterator[tuple[dict[str, Any], "GenerativeModel"]]:
+    """The same of those that are `trained` here, each from the cache if it is there: after its `seed` and `digest`."""
+    for seed in parts.evaluation.seeds_of_oracles(base_seed):
+        folder = trained("retain", seed)
+        yield {"seed": seed, "digest": _digest_of(folder)}, _oracle_in(parts, folder)
+
+
+def _oracle_in(parts: Parts, source: str | Path) -> "GenerativeModel":
+    from unlearn_runner.models.one_step import reader_of
+
+    oracle = reader_of(parts.fresh_network(parts.cfg["seed"]), source, "evaluation.oracle")
+    oracle.load(source, "evaluation.oracle")
+    return oracle
+
+
+def _digest_of(source: str | Path) -> str:
+    from unlearn_runner.distributed import from_first
+    from unlearn_runner.weights import weights_identity
+
+    return from_first(lambda: weights_identity(source))
 
 
 def what_to_resume(parts: Parts) -> tuple["ForgetRetain | None", dict[str, Any], "Checkpoint | None"]:

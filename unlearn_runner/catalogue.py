@@ -140,6 +140,12 @@ ENTRIES = (
     Entry("reached/retain_accuracy", "Rates", HIGH, SHARE, RETENTION, LONG, _THERE),
     Entry("reached/fid_retain", "FID", LOW, POSITIVE, RETENTION, LONG, _THERE),
     Entry("reached/kid_retain", "KID", LOW, ANY, RETENTION, LONG, _THERE),
+    Entry("oracle_gap/*", "Record", LOW, POSITIVE, None, NOTHING,
+          "absolute difference of `eval` and `oracle`, of several oracles their mean"),
+    Entry("oracle_std/*", "Record", None, POSITIVE, None, NOTHING,
+          "sample standard deviation of several oracles' scores (`evaluation.oracle_seeds`)"),
+    Entry("gap_z/*", "Record", 0.0, ANY, None, NOTHING,
+          "`eval` minus `oracle` in units of `oracle_std`; absent where all oracles have the same score"),
     Entry("mean/lambda/value", "RunRecorder", None, ANY, None, LONG, _MEAN),
     Entry("mean/grad_variance/update", "RunRecorder", None, POSITIVE, None, LONG, _MEAN),
     Entry("mean/grad_variance/policy", "RunRecorder", None, POSITIVE, None, LONG, _MEAN),
@@ -188,7 +194,7 @@ def keys(shown: In, about: str | None = None) -> tuple[str, ...]:
 
 def made_by(name: str) -> tuple[str, ...]:
     """The keys, or patterns of keys, of `eval/` that a class makes, by its name."""
-    whole = ("reached/", "mean/", "cost/")
+    whole = ("reached/", "oracle_gap/", "oracle_std/", "gap_z/", "mean/", "cost/")
     return tuple(entry.key for entry in ENTRIES if entry.made_by == name and not entry.key.startswith(whole))
 
 

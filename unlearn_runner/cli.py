@@ -252,13 +252,19 @@ def _of_composition(error: Exception) -> str:
                 f"{below.full_key}: its text has ${{{wanted[1] if wanted else ''}}}, which is read as the name of an "
                 r"option; for the characters themselves write \${."
             )
-        return (
-            f"{below.full_key} takes its value from {wanted[1] if wanted else 'another option'}, which there is not "
-            "with these groups; choose a dataset, model and method that have it."
-        )
+        return _without_source(below.full_key, wanted[1] if wanted else "another option")
+    if (wanted := re.search(r"Error trying to access ([\w.]+): node `.*` is not a container", str(below))) is not None:
+        return _without_source(below.full_key, wanted[1])
     if getattr(below, "full_key", None):
         return f"{below.full_key}: {first_line(below)}"
     return " ".join(str(below).split())
+
+
+def _without_source(option: str, source: str) -> str:
+    return (
+        f"{option} takes its value from {source}, which there is not with these groups; choose a dataset, model and "
+        "method that have it."
+    )
 
 
 def _choices_with(group: str, name: str) -> list[str]:

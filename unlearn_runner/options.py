@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate
 
 LARGEST = 2**31 - 1
-
 PositiveInt: TypeAlias = Annotated[int, Gt(0), Le(LARGEST)]
 NonNegativeInt: TypeAlias = Annotated[int, Ge(0), Le(LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, Gt(0)]  # finite, as every float of the configuration
@@ -21,6 +20,7 @@ UnitInterval: TypeAlias = Annotated[float, Ge(0), Le(1)]  # [0, 1]
 OpenUnitInterval: TypeAlias = Annotated[float, Gt(0), Lt(1)]  # (0, 1)
 Decay: TypeAlias = Annotated[float, Ge(0), Lt(1)]  # of a moving average: [0, 1)
 Seed: TypeAlias = Annotated[int, Ge(0), Lt(2**32)]  # what numpy and Stable-Baselines3 take
+Seeds: TypeAlias = Annotated[Sequence[Seed], MinLen(1)]
 BatchSize: TypeAlias = Annotated[int, Gt(0), Le(2**20)]
 NumSamples: TypeAlias = Annotated[int, Gt(0), Le(10_000_000)]
 NumInferenceSteps: TypeAlias = Annotated[int, Gt(0), Le(100_000)]

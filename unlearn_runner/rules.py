@@ -19,7 +19,7 @@ from unlearn_runner import catalogue
 from unlearn_runner.constructors import constant_of, constructor_of, makes
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.spec import Labels, spec_of
-from unlearn_runner.weights import located
+from unlearn_runner.weights import located, weights_identity
 
 # 1. About the arguments of one constructor
 
@@ -266,6 +266,28 @@ def known_colour(background: str) -> None:
         ) from error
 
 
+def own_oracles(oracle: bool | str | Sequence[str]) -> Sequence[str]:
+    """The folders or hub ids that evaluation.oracle names; none where it is true or false."""
+    return [] if isinstance(oracle, bool) else [oracle] if isinstance(oracle, str) else oracle
+
+
+def whose_oracles(oracle: bool | str | Sequence[str], oracle_seeds: Sequence[int] | None) -> None:
+    if not isinstance(oracle, bool) and not all(own_oracles(oracle) or [""]):
+        raise ConfigurationError(
+            f"evaluation.oracle must be true, false, or one or more folders of models, got {oracle!r}."
+        )
+    if oracle_seeds is not None and own_oracles(oracle):
+        raise ConfigurationError(
+            f"evaluation.oracle={', '.join(own_oracles(oracle))} is of your own, and evaluation.oracle_seeds="
+            f"{list(oracle_seeds)} would have others trained; give one of the two."
+        )
+    if oracle_seeds is not None and len(set(oracle_seeds)) < len(oracle_seeds):
+        raise ConfigurationError(
+            f"evaluation.oracle_seeds must be different seeds, got {list(oracle_seeds)}: a seed stands for one model, "
+            "which would be counted twice."
+        )
+
+
 OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.siss.SISS": (tau_or_rho, variance_of_gradients),
     "methods.siss.SISSNoIS": (tau_or_rho,),
@@ -275,6 +297,7 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.sfd.SFD": (something_to_forget, second_stage),
     "methods.hybrid.hybrid": (something_to_forget, something_distilled, shares_that_sum_to_one),
     "methods.critic_guided.CriticGuided": (enough_steps_to_learn_from, prompts_of_both_kinds, history_of_rewards),
+    "training.evaluation.EvaluationPlan": (whose_oracles,),
     "evaluation.metrics.KID": (size_of_subsets,),
     "evaluation.metrics.PrecisionRecall": (number_of_neighbours,),
     "models.ddpm.build_ddpm": (
@@ -383,8 +406,8 @@ def sides_of_latents(height: int, width: int, sides: int) -> None:
         )
 
 
-def teachable(has_recipe: bool, has_corpus: bool, weights: str, from_base: bool, oracle: bool) -> None:
-    """Whether base and oracle can be had."""
+def teachable(has_recipe: bool, has_corpus: bool, weights: str, from_base: bool) -> None:
+    """Whether the base can be had."""
     if weights == "auto" and not has_recipe:
         raise ConfigurationError(
             "model.weights must be a folder or a hub id, got 'auto': model.pretraining is null, so there is no recipe "
@@ -395,10 +418,19 @@ def teachable(has_recipe: bool, has_corpus: bool, weights: str, from_base: bool,
             "dataset.source=base: this model's base would have to draw the images that it learns from; give "
             "model.weights, or another source."
         )
-    if oracle and (not has_recipe or has_corpus):
+
+
+def retrainable(option: str, has_corpus: bool, weights: str, instead: str) -> None:
+    """Whether the base's recipe on the retained images makes a model that differs from the base by these alone."""
+    if weights != "auto":
         raise ConfigurationError(
-            "evaluation.oracle must be false, got true: this model's base does not learn from the dataset, so there is "
-            "no oracle that would learn from it without the forget set."
+            f"{option} retrains by model.pretraining, but how model.weights={weights} was trained is not known, so the "
+            f"two could differ by their recipes and not by the forget set; {instead}."
+        )
+    if has_corpus:
+        raise ConfigurationError(
+            f"{option} retrains on the dataset without the forget set, but this model's base learns from "
+            f"model.pretraining.corpus and not from the dataset, so the two would differ by more; {instead}."
         )
 
 
@@ -502,6 +534,14 @@ def _folders(cfg: Mapping[str, Any]) -> None:
             value = cfg[group].get(name)
             if isinstance(value, str) and value not in WORDS:
                 require(value, option)
+    weights = cfg["model"]["weights"]
+    models = {} if weights == "auto" else {weights_identity(weights): f"model.weights={weights}"}
+    for source in own_oracles(cfg["evaluation"]["oracle"]):
+        if "/" not in source:  # a hub id has one
+            existing_folder(source, "evaluation.oracle")
+        located(source, "evaluation.oracle")
+        if (same := models.setdefault(weights_identity(source), source)) is not source:
+            raise ConfigurationError(f"evaluation.oracle={source} holds the same model as {same}; give another.")
     wanted = cfg["resume_from_checkpoint"]
     if wanted not in (None, "latest") and not Path(wanted).expanduser().is_dir():
         raise no_checkpoint(wanted)
@@ -526,10 +566,15 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
         _is_diffusion(cfg), bool(labelled), draws_texts and prompted, clip is not None, trainer["init"]
     )  # fmt: skip
     require_of_methods(cfg, there)
-    teachable(
-        recipe is not None, bool((recipe or {}).get("corpus")), weights, dataset.get("source") == "base",
-        cfg["evaluation"]["oracle"],
-    )  # fmt: skip
+    has_corpus = bool((recipe or {}).get("corpus"))
+    teachable(recipe is not None, has_corpus, weights, dataset.get("source") == "base")
+    seeds = cfg["evaluation"]["oracle_seeds"]
+    if seeds is not None or cfg["evaluation"]["oracle"] is True:
+        option = "evaluation.oracle=true" if seeds is None else f"evaluation.oracle_seeds={list(seeds)}"
+        retrainable(option, has_corpus, weights, "give one of your own, evaluation.oracle=<folder>, or leave it out")
+    if trainer["init"] == "scratch":
+        instead = "to measure one of your own take method=given method.weights=<folder>"
+        retrainable(f"method={cfg['choices']['method']} (trainer.init=scratch)", has_corpus, weights, instead)
     if weights == "auto" and draws_texts and recipe.get("autoencoder") is None:
         raise ConfigurationError(
             "model.pretraining.autoencoder must be a recipe, got null: there is no other to encode by."
@@ -785,8 +830,9 @@ def _objective(cfg: Mapping[str, Any]) -> None:
     deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
     known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
-    if evaluation["oracle"]:
-        known += [f"{prefix}/{key}" for prefix in ("oracle", "oracle_gap") for key in (*scores, *relearnt)]
+    oracles = len(own_oracles(evaluation["oracle"])) or len(evaluation["oracle_seeds"] or ()) or evaluation["oracle"]
+    compared = [*(("oracle", "oracle_gap") if oracles else ()), *(("oracle_std", "gap_z") if oracles > 1 else ())]
+    known += [f"{prefix}/{key}" for prefix in compared for key in (*scores, *relearnt)]
     if evaluation["threshold"] is not None and evaluation["every"]:
         known += [
             f"reached/{key}" for key in ("steps", "seconds", "network_evaluations", *of(evaluation["at_threshold"]))

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from unlearn_runner.errors import ConfigurationError, folder_or_name
+from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
 
 NETWORKS = (".", "unet", "vae", "text_encoder")  # of a pipeline; one alone lies at the top
 PARTS = (*NETWORKS, "tokenizer", "scheduler")
@@ -38,7 +38,7 @@ def weights_identity(source: str | Path) -> str:
     that id, with the commit of the snapshot in the hub's cache if there is one (so ask when the model was built); of
     any other name, "auto" for one, that name.
     """
-    place = Path(source).expanduser()
+    place = _model_in(Path(source).expanduser())
     if place.is_file():
         return f"sha256:{_digest_of_file(place)}"
     if not place.is_dir():
@@ -56,7 +56,7 @@ def weights_identity(source: str | Path) -> str:
 
 
 def located(source: str, option: str) -> Path | str:
-    """The folder of weights that `source` is, or else its name on the hub.
+    """The folder of weights that `source` is, of a run its model/, or else its name on the hub.
 
     Raises ConfigurationError, naming the option to change, if it is neither.
     """
@@ -68,7 +68,13 @@ def located(source: str, option: str) -> Path | str:
             "StableDiffusionPipeline.from_single_file(<file>, config=<folder of a pipeline like it>)"
             ".save_pretrained(<folder>)."
         )
-    return folder_or_name(source, option)
+    found = folder_or_name(source, option)
+    return found if isinstance(found, str) else existing_folder(str(_model_in(found)), option)
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder of weights in a run's folder; any other folder is one itself."""
+    return folder / "model" if (folder / "summary.json").is_file() else folder
 
 
 def fetched(source: Path | str, weights: bool) -> Path:

@@ -207,7 +207,10 @@ def test_a_plot_is_read_by_arrow_keys_and_by_pointer(page):
 def test_the_front_and_its_hypervolume(page):
     note = shown(page).locator(".volume")
     assert "On the front: siss, naive_deletion." in note.inner_text()
-    said = r"Hypervolume of all methods: 0\.\d+ of .* distance to the oracle's 1 and retain_accuracy 0 .* 0\.\d+ to 0\.\d+"
+    said = (
+        r"Hypervolume of all methods: 0\.\d+ of .* distance to the oracle's 1 and retain_accuracy 0 .*"
+        r" 0\.\d+ to 0\.\d+"
+    )
     assert re.search(said, note.inner_text())
     before = note.inner_text()
     shown(page).locator(".pick-y").select_option("fid_retain")

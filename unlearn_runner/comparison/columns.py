@@ -14,7 +14,7 @@ def better(column: str) -> str | float | None:
 
     A column is a metric of `eval/` without that prefix, or any other key of a summary in full.
     """
-    if column.startswith(("cost/", "oracle_gap/")):
+    if column.startswith("cost/"):
         return LOW
     return None if (entry := entry_of(column)) is None else entry.better
 
@@ -47,7 +47,7 @@ def key_of(column: str, prefix: str = "eval") -> str:
     return column if column.partition("/")[0] in OTHERS else f"{prefix}/{column}"
 
 
-OTHERS = ("cost", "reached", "mean", "oracle_gap", "base", "oracle")
+OTHERS = ("cost", "reached", "mean", "oracle_gap", "oracle_std", "gap_z", "base", "oracle")
 
 
 def choose(wanted: Iterable[str], keys: set[str]) -> list[str]:

@@ -19,6 +19,7 @@ from unlearn_runner.comparison.tables import (
     newest,
     require_baseline,
     rows_of,
+    spread_of_oracles,
     tests_of,
     told_apart,
     usual_outliers,
@@ -105,9 +106,9 @@ def table_of(
     has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
     tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
     over = passed_over(rows, barred)
-    remarks = [*differing_environments(runs), *single_seeds(rows), *rubble(rows), *([over] if over else [])]
+    remarks = [*differing_environments(runs), *single_seeds(rows), *spread_of_oracles(rows), *rubble(rows)]
     verdicts = verdicts_of(rows, barred, wanted.test)
-    return Table(title, runs, rows, columns, cells, asked, tests, verdicts, remarks)
+    return Table(title, runs, rows, columns, cells, asked, tests, verdicts, [*remarks, *([over] if over else [])])
 
 
 def num_samples_of(runs: list[Run]) -> dict[str, int]:

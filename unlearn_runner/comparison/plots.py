@@ -20,7 +20,7 @@ KEYS = 24  # of curves, at most
 
 COSTS = keys(In.PLOT, COST)
 CURVES = ("eval/", "loss/", "lambda/", "grad_norm/", "weights/", "")  # which come first
-NO_CURVES = ("base/", "oracle/", "oracle_gap/", "reached/", "lambda/at/")
+NO_CURVES = ("base/", "oracle/", "oracle_gap/", "oracle_std/", "gap_z/", "reached/", "lambda/at/")
 NO_CURVE_OF = ("step", "seconds", "images", "version", "eval/deletion_steps", "eval/lasting_deletion_steps")
 DETAILS = ("per_class/", "per_timestep/", "per_step/")
 

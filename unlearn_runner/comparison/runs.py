@@ -29,6 +29,7 @@ class Run(NamedTuple):
     facts: dict[str, Any]  # flat: what another run must share to stand in one table with it
     settings: dict[str, Any]  # flat: the method's own, seeds and places apart
     environment: dict[str, Any]  # flat: versions, machine, commit
+    oracles: dict[str, dict[str, float]]  # finite scores of each model that never saw the forget set, by its digest
     version: int  # of its summary
     written: float  # when, in seconds since 1970
     forget_rows: list[int] | None  # of its pictures, those drawn under the forget conditions; None: it does not tell
@@ -125,17 +126,18 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             why = error_of(summary) or (": its process is gone, it was killed" if dead else "")
             return Apart(folder, f"{one_line(summary['status'])} ({label}, seed {seed})" + why)
         version = summary.get("version", 1)
-        numbers = {one_line(key): as_number(value) for key, value in summary["metrics"].items()}
+        numbers = numbers_of(summary)
         provenance = summary["provenance"]
         run = Run(
             folder=folder,
             label=label,
             method=method,
             seed=seed,
-            metrics={key: value for key, value in numbers.items() if value is not None},
+            metrics=finite(numbers),
             facts=facts_of(config, provenance["evaluation"]),
             settings=settings_of(config.get("method") or {}),
             environment=flat(provenance.get("environment") or {}),
+            oracles={one_line(oracle["digest"]): finite(numbers_of(oracle)) for oracle in summary.get("oracles") or []},
             version=version if isinstance(version, int) else 1,
             written=written,
             forget_rows=rows_named(provenance["evaluation"].get("forget_rows")),
@@ -162,6 +164,15 @@ def error_of(summary: dict[str, Any]) -> str:
     return (
         f": {plain(str(summary['error']).strip()).splitlines()[0]}" if str(summary.get("error") or "").strip() else ""
     )
+
+
+def numbers_of(scored: dict[str, Any]) -> dict[str, float | None]:
+    """The metrics of a summary, or of one of its oracles."""
+    return {one_line(key): as_number(value) for key, value in scored["metrics"].items()}
+
+
+def finite(numbers: dict[str, float | None]) -> dict[str, float]:
+    return {key: value for key, value in numbers.items() if value is not None}
 
 
 def as_number(value: Any) -> float | None:

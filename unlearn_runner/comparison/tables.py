@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     is_method: bool
     seeds: list[int]
     values: dict[str, dict[int, float]]  # by column and seed
+    of_models: bool = False  # by column and model instead: several oracles
 
 
 class Cell(NamedTuple):
@@ -41,6 +42,7 @@ class Cell(NamedTuple):
     n: int  # seeds that have a value
     of: int  # seeds of the row
     best: bool
+    std: float | None = None  # of several oracles, which is what is told of them
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
@@ -133,7 +135,8 @@ def newest(runs: list[Run]) -> tuple[list[Run], list[Apart]]:
 def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
     """Base and oracle where they were measured, then a row for each label in alphabetical order.
 
-    Each seed counts once: every method of a seed has the same base and the same oracle.
+    Each seed counts once: every method of a seed has the same base and the same oracles. Where all runs with oracles
+    say which these are, each oracle counts once, however many seeds share it.
     """
     rows: dict[tuple[bool, str], dict[str, dict[int, float]]] = {}
     for run in sorted(runs, key=lambda run: (run.label, run.seed)):
@@ -143,12 +146,37 @@ def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
                 key = key_of(column, prefix)
                 if key in run.metrics and (is_method or key != column):  # what has no prefix is the method's
                     row.setdefault(column, {})[run.seed] = run.metrics[key]
+    named = all(run.oracles for run in runs if any(key.startswith(f"{REFERENCE}/") for key in run.metrics))
+    if named:
+        rows[False, REFERENCE] = by_oracle(runs, columns)
     seeds = {label: sorted(run.seed for run in runs if run.label == label) for label in {run.label for run in runs}}
     return [
-        Row(name, is_method, seeds[name] if is_method else seeds_of(values), values)
+        Row(
+            name,
+            is_method,
+            seeds[name] if is_method else seeds_of(values),
+            values,
+            named and name == REFERENCE and not is_method,
+        )
         for (is_method, name), values in sorted(rows.items(), key=lambda item: item[0][0])
         if is_method or values
     ]
+
+
+def by_oracle(runs: list[Run], columns: list[str]) -> dict[str, dict[int, float]]:
+    """The scores of each oracle by column and its place among all; averaged over the runs that were compared with it,
+    for a few scores depend on their base, too.
+    """
+    scores: dict[str, list[dict[str, float]]] = {}
+    for run in sorted(runs, key=lambda run: (run.label, run.seed)):
+        for digest, metrics in run.oracles.items():
+            scores.setdefault(digest, []).append(metrics)
+    found: dict[str, dict[int, float]] = {}
+    for place, same in enumerate(scores.values()):
+        for column in columns:
+            if values := [metrics[column] for metrics in same if column in metrics]:
+                found.setdefault(column, {})[place] = mean(values)
+    return found
 
 
 def seeds_of(values: dict[str, dict[int, float]]) -> list[int]:
@@ -225,7 +253,8 @@ def cells_of(
             if not (values := list(row.values.get(column, {}).values())):
                 continue
             ends = interval(values, bounds_of(column), num_samples.get(counted_of(column)))
-            cells[place][column] = Cell(mean(values), ends, len(values), max(len(row.seeds), len(values)), False)
+            std = stdev(values) if row.of_models and len(values) > 1 else None
+            cells[place][column] = Cell(mean(values), ends, len(values), max(len(row.seeds), len(values)), False, std)
             if row.is_method and row.label in may_win and (how_bad := badness(rows, row, column)):
                 bad[place] = mean(how_bad.values())
         if len(bad) < 2:
@@ -279,6 +308,13 @@ def draws_rubble(row: Row, usual: float) -> bool:
     return bool(nothing) and is_rubble(mean(nothing.values()), usual)
 
 
+def spread_of_oracles(rows: list[Row]) -> list[str]:
+    """A sentence if the row of the oracles has another spread than the methods' rows."""
+    count = sum(len(row.seeds) for row in rows if row.of_models)
+    said = f"oracle: mean ± standard deviation of {count} models that never saw the forget set"
+    return [f"{said}; all else ± half the 95 % interval over seeds."] if count > 1 else []
+
+
 def number(value: float) -> str:
     """As many digits as a table needs."""
     return f"{value:.{digits_of(value)}f}"
@@ -298,10 +334,14 @@ def seeds_text(cell: Cell) -> str:
 
 
 def interval_text(cell: Cell) -> str:
-    """± half the interval, or [low, high] where it is not symmetric: Wilson's, or cut at a bound."""
+    """± half the interval, or [low, high] where it is not symmetric: Wilson's, or cut at a bound; of several oracles
+    their standard deviation instead.
+    """
+    digits = digits_of(cell.mean)
+    if cell.std is not None:
+        return f"± {cell.std:.{digits}f}" if cell.std else ""
     if cell.interval is None:
         return ""
-    digits = digits_of(cell.mean)
     below, above = cell.mean - cell.interval[0], cell.interval[1] - cell.mean
     if math.isclose(below, above, rel_tol=1e-6):
         return f"± {above:.{digits}f}"

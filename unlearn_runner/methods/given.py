@@ -3,11 +3,9 @@
 from typing import final
 
 from unlearn_runner.methods.method import Method, Setting
-from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
-from unlearn_runner.models.model import GenerativeModel, pipeline_name, require_finite
-from unlearn_runner.models.one_step import OneStep, OneStepPipeline
+from unlearn_runner.models.model import GenerativeModel, require_finite
+from unlearn_runner.models.one_step import reader_of
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
-from unlearn_runner.weights import fetched, located
 
 
 @final
@@ -15,7 +13,7 @@ class Given(Method):
     """Its one step takes over the weights of a folder or hub id, with their noise schedule and prediction type.
 
     Args:
-        weights: of the base's architecture, in the layouts that model.weights takes, a run's model/ for one; or a
+        weights: of the base's architecture, in the layouts that model.weights takes, a run's folder for one; or a
             one-step generator of the base.
 
     Raises ConfigurationError if there are no such weights, or if they are another architecture's.
@@ -26,14 +24,8 @@ class Given(Method):
     reads = Streams(retain=None, forget=False)
 
     def __init__(self, setting: Setting, weights: str):
-        model = setting.model
-        self.weights = located(weights, "method.weights")
-        with reading("method.weights", weights, BASES_ARCHITECTURE):
-            folder = fetched(self.weights, weights=False)
-            if pipeline_name(folder) == OneStepPipeline.__name__:
-                model = OneStep(model, OneStepPipeline.load_config(folder)["timestep"])
-        model.fits(self.weights, "method.weights")
-        self.networks = (model,)
+        self.weights = weights
+        self.networks = (reader_of(setting.model, weights, "method.weights"),)
         self.taken = Taken(self)
 
     @property

@@ -368,12 +368,12 @@ def require_finite(network: nn.Module, name: str) -> None:
         )
 
 
-def require_usable(base: GenerativeModel, source: str) -> None:
-    """Raise ConfigurationError if a weight of the base, which came from model.weights=`source`, is not finite."""
+def require_usable(model: GenerativeModel, name: str, option: str) -> None:
+    """Raise ConfigurationError if a weight of the model, which `option` (model.weights=...) gives, is not finite."""
     try:
-        require_finite(base, "the base")
+        require_finite(model, name)
     except NonFiniteError as error:
-        raise ConfigurationError(f"model.weights={source}: {error}; give others, or have them trained anew.") from error
+        raise ConfigurationError(f"{option}: {error}; give others, or have them trained anew.") from error
 
 
 def clipped(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

@@ -11,16 +11,34 @@ from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import ddpm
+from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
 from unlearn_runner.models.model import (
     DiffusionModel,
     GenerativeModel,
     Noising,
     evaluating,
     first_noises,
+    pipeline_name,
     predict_x0,
     squared_error,
 )
 from unlearn_runner.models.stable_diffusion import Parts, pixels_a_side, stable_diffusion
+from unlearn_runner.weights import fetched, located
+
+
+def reader_of(model: GenerativeModel, source: str | Path, option: str) -> GenerativeModel:
+    """What can `load` a folder or hub id of the model's architecture: the model, or a one-step generator of its network
+    if there is one in it. By headers alone: no weight is read.
+
+    Raises ConfigurationError, naming the option to change, if there are no such weights, or another architecture's.
+    """
+    place = located(str(source), option)
+    with reading(option, source, BASES_ARCHITECTURE):
+        folder = fetched(place, weights=False)
+        if pipeline_name(folder) == OneStepPipeline.__name__:
+            model = OneStep(model, OneStepPipeline.load_config(folder)["timestep"])
+    model.fits(place, option)
+    return model
 
 
 @final

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
-from unlearn_runner.errors import ConfigurationError, existing_folder
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.loading import (
     BASES_ARCHITECTURE,
     check_weights,
@@ -32,6 +32,7 @@ from unlearn_runner.models.model import (
     passed,
 )
 from unlearn_runner.options import Channels, Width
+from unlearn_runner.weights import located
 
 SUBFOLDER = "vae"
 
@@ -253,7 +254,7 @@ def _configured_as(weights: str, image_shape: Sequence[int], num_labels: int | N
 
     Raises ConfigurationError if it cannot be had, or if it makes other images than the dataset has.
     """
-    folder = existing_folder(weights, "model.weights")
+    folder = Path(located(weights, "model.weights"))
     expected = f"'auto', or a folder with a VAE of this runner ({SUBFOLDER}/, as in a run's model/)"
     with reading("model.weights", weights, expected):
         vae = network_in(VAENetwork, part_of(folder, SUBFOLDER))

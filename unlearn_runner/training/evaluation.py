@@ -1,9 +1,10 @@
 """What a run measures of its models, when, and with which samples: the group `evaluation` of the configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from unlearn_runner import rules
 from unlearn_runner.evaluation.evaluator import Sampling
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.evaluation.novelty import NoveltyRecipe
@@ -17,6 +18,7 @@ from unlearn_runner.options import (
     References,
     Sampler,
     Seed,
+    Seeds,
     UnitInterval,
 )
 from unlearn_runner.training.relearning import Relearning
@@ -46,7 +48,8 @@ class EvaluationPlan:
     batch_size: BatchSize
     seed: Seed
     bootstrap: Bootstrap | None
-    oracle: bool  # also score the model that never saw the forget set
+    oracle: bool | str | Sequence[str]  # also score the model that never saw the forget set
+    oracle_seeds: Seeds | None  # of several such models; None: one, of the base's seed
     every: PositiveInt | None  # steps between two looks; None: none
     features: Features  # for the judge
     sampling: Sampling
@@ -57,3 +60,15 @@ class EvaluationPlan:
     probe: Look  # the looks on the way
     novelty: NoveltyRecipe | None = None  # which pictures are nothing; None, as in old run folders: it never abstains
     references: References = "training"  # real images that samples are compared with; run folders had no others
+
+    def __post_init__(self) -> None:
+        rules.whose_oracles(self.oracle, self.oracle_seeds)
+
+    @property
+    def own_oracles(self) -> Sequence[str]:
+        """Folders or hub ids of models that never saw the forget set and that are not to be trained here."""
+        return rules.own_oracles(self.oracle)
+
+    def seeds_of_oracles(self, base: int) -> Sequence[int]:
+        """Of the models to train without the forget set; `base` is the seed that the base was trained with."""
+        return self.oracle_seeds or ([base] if self.oracle is True else [])

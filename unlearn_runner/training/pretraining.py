@@ -35,7 +35,10 @@ from unlearn_runner.types import make_generator
 VERSION = 1  # raise it when the same recipe comes to give other weights
 CHECKPOINTS = "checkpoints"  # of a training that was interrupted, in its cache entry to be
 AFTER_THE_BASE = ("trainable", "lora_rank", "gradient_checkpointing", "guidance_scale")  # leave its weights as they are
-TITLES = {"all": "training the base model", "retain": "training the oracle, which never sees the forget set"}
+TITLES = {
+    "all": "training the base model",
+    "retain": "training the oracle of seed {seed}, which never sees the forget set",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def pretrained(
         if recipe.autoencoder is not None:
             parts = {name: key[group][name] for group, name in (("network", "vae"), ("pretraining", "autoencoder"))}
             network.codec.adopt(_pretrained_autoencoder(recipe.autoencoder, parts, network, learn, cache_dir))
-        learn(network, recipe, population, folder, TITLES[population], lambda model: model.save(folder / "model"))
+        title = TITLES[population].format(seed=recipe.seed)
+        learn(network, recipe, population, folder, title, lambda model: model.save(folder / "model"))
 
     kind = {"all": "bases", "retain": "oracles"}[population]
     learnt = {name: value for name, value in key["network"].items() if name not in AFTER_THE_BASE}

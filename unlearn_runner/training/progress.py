@@ -103,15 +103,28 @@ def _rounded(value: float) -> float:
     return round(value, 3) + 0.0
 
 
-def comparison_table(before: dict[str, float], after: dict[str, float], keys: list[str]) -> Any:
-    """A rich table: metric, before, after, change."""
+def comparison_table(
+    before: dict[str, float],
+    after: dict[str, float],
+    keys: list[str],
+    oracle: dict[str, float],
+    oracle_std: dict[str, float],
+    gap_z: dict[str, float],
+) -> Any:
+    """A rich table: metric, before, after, change; the oracles' mean ± standard deviation, and the distance from it in
+    units of that, where there are some.
+    """
     from rich.table import Table
 
+    def said(values: dict[str, float], key: str, form: str = ".3f") -> str:
+        return f"{_rounded(values[key]):{form}}" if key in values else ""
+
+    change = {key: value - before[key] for key, value in after.items() if key in before}
     table = Table("metric", show_edge=False)
-    for title in ("before", "after", "change"):
+    for title in ("before", "after", "change", *(["oracle"] if oracle else []), *(["z"] if gap_z else [])):
         table.add_column(title, justify="right")
     for key in keys:
-        old, new = before.get(key), after.get(key)
-        change = "" if old is None or new is None else f"{_rounded(new - old):+.3f}"
-        table.add_row(key, *("" if value is None else f"{_rounded(value):.3f}" for value in (old, new)), change)
+        spread = f" ± {oracle_std[key]:.3f}" if key in oracle_std else ""
+        further = [*([said(oracle, key) + spread] if oracle else []), *([said(gap_z, key, "+.1f")] if gap_z else [])]
+        table.add_row(key, said(before, key), said(after, key), said(change, key, "+.3f"), *further)
     return table

@@ -2,12 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from rich.console import Console
 
@@ -28,6 +28,14 @@ from unlearn_runner.training.signals import Interrupts
 HEADLINES = keys(In.RUN)
 DIAGNOSTICS = ("lambda/value", "grad_variance/", "weights/")
 STATUS = {None: "finished", NonFiniteError: "diverged", Interrupted: "interrupted", KeyboardInterrupt: "interrupted"}
+
+
+class Oracle(NamedTuple):
+    """A model that never saw the forget set, as it was scored."""
+
+    origin: dict[str, Any]  # its `seed`, or the `folder` of one of the user's own; the `digest` of its weights
+    scores: dict[str, float]  # without a prefix; NaN where it is no finite number
+    intervals: dict[str, list[float]]  # of those scores; empty without a bootstrap
 
 
 @final
@@ -69,6 +77,7 @@ class Record:
         self.scores: dict[str, float] = {}
         self.costs: dict[str, float] = {}
         self.intervals: dict[str, list[float]] = {}
+        self.compared: list[Oracle] = []
         self.provenance: dict[str, Any] = {}
         self.not_finite: dict[str, None] = {}  # keys of what was left out, in the order of their first time
         self.failures: list[Exception] = []  # of what is attempted
@@ -136,6 +145,15 @@ class Record:
         more: dict[str, Any] = {} if error is None else {"error": f"{type(error).__name__}: {error}"}
         if self.intervals:
             more["intervals"] = self.intervals
+        if self.compared:
+            more["oracles"] = [
+                {
+                    **oracle.origin,
+                    "metrics": oracle.scores,
+                    **({"intervals": oracle.intervals} if oracle.intervals else {}),
+                }
+                for oracle in self.compared
+            ]
         if self.not_finite:
             more["not_finite"] = list(self.not_finite)
         provenance = {"environment": environment(), "evaluation": self.provenance}
@@ -163,9 +181,32 @@ class Record:
         scores = found.scores | dict.fromkeys(found.not_finite, math.nan)
         self.score(step, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.intervals |= {f"{prefix}/{key}": interval for key, interval in found.intervals.items()}
+        self.picture(step, prefix, found, picture)
+
+    def picture(self, step: int, prefix: str, found: Evaluation, name: str) -> None:
+        """What a model has drawn, as samples/<name>.png."""
         if self.folder is not None:
-            path = self.folder.save_grid(picture, found.grid, found.grid_columns)
+            path = self.folder.save_grid(name, found.grid, found.grid_columns)
             self._show(step, f"samples/{prefix}", path)
+
+    def oracles(self, step: int, found: Sequence[Oracle]) -> None:
+        """The scores of the models that never saw the forget set, on average; of several their standard deviation, too.
+        Each one's own are in the summary, with where it is from.
+        """
+        if not found:
+            return
+        self.compared = [
+            oracle._replace(scores={key: value for key, value in oracle.scores.items() if math.isfinite(value)})
+            for oracle in found
+        ]
+        all_have = [key for key in found[0].scores if all(key in oracle.scores for oracle in found)]
+        values = {key: [oracle.scores[key] for oracle in found] for key in all_have}
+        finite = self.score(step, {f"oracle/{key}": mean(each) for key, each in values.items()})
+        if len(found) == 1:
+            self.intervals |= {f"oracle/{key}": interval for key, interval in found[0].intervals.items()}
+        else:
+            spread = {key: stdev(each) for key, each in values.items() if f"oracle/{key}" in finite}
+            self.score(step, {f"oracle_std/{key}": value for key, value in spread.items()})
 
     def model(self, model: GenerativeModel) -> None:
         """The model that ships."""
@@ -185,25 +226,31 @@ class Record:
             self._show(step, "samples/lambda", path)
 
     def report(self, step: int) -> None:
-        """The distances from the oracle, if there is one, and the short table at the end.
+        """The distances from the oracles, if there are some, and the short table at the end.
 
         Raises NonFiniteError if a headline score of the unlearned model is not a finite number.
         """
-        after, oracle = (
+        before, after, oracle, spread = (
             {key.removeprefix(prefix): value for key, value in self.scores.items() if key.startswith(prefix)}
-            for prefix in ("eval/", "oracle/")
+            for prefix in ("base/", "eval/", "oracle/", "oracle_std/")
         )
         if oracle:
             self.score(step, {f"oracle_gap/{key}": value for key, value in gap(after, oracle).items()})
-        before, after = (
-            {name: self.scores[f"{prefix}/{name}"] for name in HEADLINES if f"{prefix}/{name}" in self.scores}
-            for prefix in ("base", "eval")
-        )
+        in_spreads = {key: (after[key] - oracle[key]) / std for key, std in spread.items() if std and key in after}
+        if in_spreads:
+            self.score(step, {f"gap_z/{key}": value for key, value in in_spreads.items()})
         keys = [name for name in HEADLINES if name in after]
-        self.console.print(comparison_table(before, after, keys))
-        rows = [[key, before.get(key), after[key], after[key] - before[key]] for key in keys if key in before]
+        change = {key: after[key] - before[key] for key in keys if key in before}
+        self.console.print(comparison_table(before, after, keys, oracle, spread, in_spreads))
+        if in_spreads:
+            self.console.print(what_z_says(len(self.compared)), soft_wrap=True)
+        beside = {"oracle": oracle, "oracle_std": spread, "gap_z": in_spreads}
+        columns = {"before": before, "after": after, "change": change} | {
+            key: part for key, part in beside.items() if part
+        }
+        rows = [[key, *(column.get(key) for column in columns.values())] for key in change]
         for logger in self.loggers:
-            logger.table("results", ["metric", "before", "after", "change"], rows)
+            logger.table("results", ["metric", *columns], rows)
         seconds = time.perf_counter() - self.started
         self.console.print(f"{seconds:.0f} s; everything is in {self.path}", soft_wrap=True)
         if lost := [f"eval/{name}" for name in HEADLINES if f"eval/{name}" in self.not_finite and name not in after]:
@@ -242,3 +289,18 @@ def means_of(lines: list[dict[str, Any]]) -> dict[str, float]:
             if key.startswith(DIAGNOSTICS):
                 logged.setdefault(f"mean/{key}", []).append(value)
     return {key: mean(values) for key, values in logged.items()}
+
+
+def what_z_says(count: int) -> str:
+    """From where on a score lies outside of what so many oracles' spread says of one more of them.
+
+    If the unlearned model were one more draw from the distribution of the oracles, and that normal, z / sqrt(1 + 1/n)
+    would follow Student's t with n - 1 degrees of freedom: the prediction interval of a new observation.
+    """
+    from scipy.special import stdtrit  # scipy.stats has the same behind a second of imports
+
+    limit = float(stdtrit(count - 1, 0.975)) * math.sqrt(1 + 1 / count)
+    return (
+        f"z: (after - oracle) / standard deviation of the {count} oracles; one more oracle would lie within "
+        f"±{limit:.1f} in 95 % of cases, for each metric alone."
+    )

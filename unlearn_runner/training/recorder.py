@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -11,7 +11,7 @@ from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.clock import Clock, Listener
-from unlearn_runner.training.record import Record
+from unlearn_runner.training.record import Oracle, Record
 from unlearn_runner.training.relearning import Relearning
 
 
@@ -21,7 +21,7 @@ class RunRecorder:
 
     Args:
         base: the model before unlearning.
-        evaluator: scores the base, the unlearned model and the oracle.
+        evaluator: scores the base, the unlearned model and the oracles.
         probe: takes the looks on the way.
         at_threshold: scores the model once more when a look finds a forget_rate of at most `threshold` for the first
             time; None: it does not.
@@ -111,33 +111,44 @@ class RunRecorder:
         record.costs["cost/evaluation_seconds"] = sum(after.seconds.values())
         record.provenance["seconds"] = after.seconds
 
-    def relearn(self, step: int, prefix: str, model: GenerativeModel) -> None:
-        """Measure how fast a model learns again what it was to forget, if that is asked for."""
+    def relearn(self, step: int, model: GenerativeModel) -> None:
+        """Measure how fast the unlearned model learns again what it was to forget, if that is asked for."""
+        started = time.perf_counter()
+        if scores := self._relearnt("eval", model):
+            self.record.score(step, {f"eval/{key}": value for key, value in scores.items()})
+            self.record.costs["cost/relearning_seconds"] = time.perf_counter() - started
+
+    def _relearnt(self, name: str, model: GenerativeModel) -> dict[str, float]:
+        """The scores of relearning, by their names without a prefix; NaN where it has diverged."""
         if self.relearning is None:
-            return
+            return {}
         if not model.has_training_loss:
             self.say("relearning is left out: this model has no loss of its own that it could learn by.")
-            return
-        self.say(f"relearning ({prefix})")
-        started = time.perf_counter()
+            return {}
+        self.say(f"relearning ({name})")
 
         def forget_rate_of(model: GenerativeModel) -> float:
             return self.probe(model).scores["forget_rate"]
 
         try:
-            scores = self.relearning(model, self.evaluator.data, forget_rate_of, self.record.scores["base/forget_rate"])
+            return self.relearning(model, self.evaluator.data, forget_rate_of, self.record.scores["base/forget_rate"])
         except NonFiniteError:  # it is relearning that diverged
-            scores = {"relearn_steps": math.nan}
-        self.record.score(step, {f"{prefix}/{key}": value for key, value in scores.items()})
-        # the unlearned model's
-        self.record.costs.setdefault("cost/relearning_seconds", time.perf_counter() - started)
+            return {"relearn_steps": math.nan}
 
-    def compare_with_oracle(self, step: int, model: GenerativeModel) -> None:
-        """Score the model that never saw the forget set."""
-        self.say("measuring the oracle")
-        with _named("the oracle"):
-            oracle = self.evaluator.once(model, self.before.judged)
-        self.record.evaluation(step, "oracle", oracle, "oracle")
+    def compare_with_oracles(self, step: int, oracles: Iterable[tuple[dict[str, Any], GenerativeModel]]) -> None:
+        """Score the models that never saw the forget set, each of which comes after where it is from: its `seed`, or
+        the `folder` of one of the user's own.
+        """
+        found = []
+        for origin, model in oracles:
+            name = "the oracle " + (f"of seed {origin['seed']}" if "seed" in origin else f"in {origin['folder']}")
+            self.say(f"measuring {name}", soft_wrap=True)
+            with _named(name):
+                scored = self.evaluator.once(model, self.before.judged)
+            self.record.picture(step, "oracle", scored, f"oracle_{len(found) + 1}" if found else "oracle")
+            scores = scored.scores | dict.fromkeys(scored.not_finite, math.nan) | self._relearnt(name, model)
+            found.append(Oracle(origin, scores, scored.intervals))
+        self.record.oracles(step, found)
 
     def state_dict(self) -> dict[str, Any]:
         return {
