@@ -450,7 +450,7 @@ class Evaluator:
                 pixels = pixels.clone()
                 pixels[1::2] = pixels[1::2].flip(-1)
             some = pixels if len(pixels) else self.data.retain.pixels[:1]
-            seen = self.judge.features_of(some).select(slice(len(pixels)))
+            seen = self.judge.features_of(some).select(torch.arange(len(pixels)))
             tensors = replace(seen, images=pixels[:, :0]).tensors()
             save_file({field: part.clone() for field, part in tensors.items()}, folder / "judged.safetensors")
 
