@@ -146,6 +146,14 @@ def test_precision_density_and_coverage_by_hand(digits):
     assert scores["outliers_forget"] == pytest.approx(share_beyond([0.5, 4, 9.5], real))
 
 
+def test_the_ball_of_an_odd_image_holds_nothing():
+    points = torch.arange(200.0)[:, None].repeat(1, 2)
+    points[-1] = 1000  # its 5th nearest is farther than any
+    real = RealImages.fitted(points, neighbours=5, abstain=0.05)
+    assert real.holding(torch.tensor([[600.0, 600.0], [100.5, 100.5]])).any(1).tolist() == [False, True]
+    assert real.holding(points).shape == (200, 199)
+
+
 def share_beyond(points, real):
     """The share of points that lie in no ball of at most the median radius (1), scaled."""
     reach = [min(radius, 1.0) * real.threshold for radius in real.radii.tolist()]
