@@ -17,8 +17,8 @@ SHARE, POSITIVE, ANY = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)  # bou
 FORGETTING, RETENTION, COST = "forgetting", "retention", "cost"
 OWN = "own features"
 IN_FEATURES = ("FID", "KID", "PrecisionRecall", "IS")  # who measures in the features of `evaluation.features`
-# How these are called beside a score: by how the name of an extractor begins, as provenance tells it. Papers' FID, KID and
-# IS are InceptionV3's, so there nothing is added; what has no line here is a judge's own.
+# How these are called beside a score, by how the name of an extractor begins that provenance tells. Papers' FID, KID
+# and IS are InceptionV3's, so there nothing is added; what has no line here is a judge's own.
 FEATURES = {
     "torch-fidelity": "",
     "efficientnet": "EfficientNet features",

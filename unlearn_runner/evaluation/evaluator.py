@@ -159,7 +159,7 @@ class Evaluator:
         if compares and sampling.references == "held_out" and not (len(data.forget_test) or len(data.retain_test)):
             raise ConfigurationError(
                 f"evaluation.references=held_out: no image of {data.spec.name} is held out, so there is nothing to "
-                "compare samples with; take evaluation.references=training, or a dataset.test_fraction that leaves some."
+                "compare samples with; take evaluation.references=training, or a larger dataset.test_fraction."
             )
 
     def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
