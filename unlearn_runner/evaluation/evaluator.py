@@ -23,7 +23,7 @@ from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows
-from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Group, Samples, View, positions
+from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Group, RealSamples, Samples, View, positions
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, References, Sampler, Seed
