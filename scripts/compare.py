@@ -6,10 +6,10 @@
     python scripts/compare.py FOLDER --csv | --latex | --markdown     # a table for elsewhere
 
 A row is the runs of one `label` (the method's name, if it was not set). Rows "base" and "oracle" are the same runs'
-scores before unlearning and of the model that never saw the forget set. ★ is the best of a column: of a metric of
-forgetting the nearest to the oracle's, where there is one. Runs that were not measured alike come in tables of their
-own. How the best is found and tested, and what the intervals are, is in docs/comparing.md.
-"""
+scores before unlearning and of the model that never saw the forget set, "real images" those of as many real images. ★
+is the best of a column: of a metric of forgetting the nearest to the oracle's, where there is one. Runs that were not
+measured alike come in tables of their own. How the best is found and tested, and what the intervals are, is in
+docs/comparing.md."""
 
 import argparse
 import os
@@ -143,13 +143,12 @@ def read(folders: list[Path]) -> Found:
 
 def markdown_of(table: Table) -> str:
     title = f"**{markdown_escaped(table.title)}**\n\n" if table.title else ""
-    return f"{title}{markdown(table.rows, table.columns, table.cells)}\n"
+    return f"{title}{markdown(table.rows, table.columns, table.cells, table.title_of)}\n"
 
 
 def latex_of(table: Table) -> str:
-    return latex(
-        table.rows, table.columns, table.cells, ". ".join(filter(None, [table.title, f"{how(table)}; {MEANS}"]))
-    )
+    caption = ". ".join(filter(None, [table.title, f"{how(table)}; {MEANS}"]))
+    return latex(table.rows, table.columns, table.cells, caption, table.title_of)
 
 
 def how(table: Table) -> str:
@@ -164,15 +163,17 @@ def show(comparison: Comparison, arguments: argparse.Namespace, console: Console
     for number, table in enumerate(comparison.tables, start=1):
         if table.title:
             console.print(f"Table {number}: {table.title}", style="bold")
-        for drawn in terminal_tables(table.rows, table.columns, table.cells, console.width):
+        for drawn in terminal_tables(table.rows, table.columns, table.cells, console.width, table.title_of):
             console.print(drawn)
         console.print(f"{how(table)}.")
         for verdict in table.verdicts:
-            console.print(f"  {verdict.question}: {verdict.label} ({measured_by(verdict)}); {sentence(verdict)}.")
+            console.print(
+                f"  {verdict.question}: {verdict.label} ({measured_by(verdict, table.title_of)}); {sentence(verdict)}."
+            )
         if table.tests:
             what = f"{TESTS[arguments.test]}, p after Holm's correction over the methods of each metric"
             console.print(f"\nAgainst {arguments.baseline}, on the same seeds: difference, {what}.")
-            for drawn in terminal_tests(table.tests, table.asked, console.width):
+            for drawn in terminal_tests(table.tests, table.asked, console.width, table.title_of):
                 console.print(drawn)
         console.print()
     console.print(f"{INTERVALS}. {WAYS}{'' if arguments.no_marks else ', ★ best'}.")

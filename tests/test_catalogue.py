@@ -20,6 +20,7 @@ from unlearn_runner.catalogue import (
     keys,
     made_by,
     markdown,
+    title,
 )
 from unlearn_runner.comparison.columns import better, key_of
 from unlearn_runner.comparison.verdicts import QUESTIONS
@@ -91,3 +92,21 @@ def test_keys_by_the_class_that_makes_them():
 def test_nothing_heavy_is_imported():
     code = "import sys, unlearn_runner.catalogue; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "extractor", "called"),
+    [
+        ("fid_retain", "classifiers/1a2b", "fid_retain (own features)"),
+        ("eval/kid_forget", "classifiers/1a2b", "eval/kid_forget (own features)"),
+        ("reached/fid_retain", "nearest mean", "reached/fid_retain (own features)"),
+        ("oracle_gap/is_retain", "classifiers/1a2b", "oracle_gap/is_retain (own features)"),
+        ("precision_retain", "efficientnet-lite0 (ImageNet)", "precision_retain (EfficientNet features)"),
+        ("fid_retain", "torch-fidelity weights.pth", "fid_retain"),
+        ("cmmd_retain", "open_clip ViT-B-32", "cmmd_retain"), ("forget_rate", "classifiers/1a2b", "forget_rate"),
+        ("precision_forget", "classifiers/1a2b", "precision_forget"), ("fid_retain", None, "fid_retain"),
+        ("of_ones_own", "classifiers/1a2b", "of_ones_own"),
+    ],
+)  # fmt: skip
+def test_a_score_is_called_by_its_features(key, extractor, called):
+    assert title(key, extractor) == called

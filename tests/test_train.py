@@ -465,7 +465,7 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["logger.mode=sometimes"], r"must be online, offline, disabled or shared"),
         (["evaluation.num_samples=-1"], r"evaluation\.num_samples must be a whole number above 0, got -1"),
         (["evaluation.num_samples=10"], r"evaluation\.metrics\.fid needs at least 20 samples .* gives 10"),
-        (["evaluation.features=resnet"], r"evaluation\.features must be one of classifier, inception, open_clip"),
+        (["evaluation.features=resnet"], r"evaluation\.features must be one of classifier, inception, efficientnet, "),
         (["evaluation.bootstrap=3"], r"evaluation\.bootstrap must be a whole number of at least 20 or null, got 3"),
         (["experiment=mnist_trouser"], r"experiment=mnist_trouser: there is no such option; near it: mnist_trousers"),
         (["experiment=null"], r"a group needs one of its options, got null"),

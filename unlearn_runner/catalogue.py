@@ -15,6 +15,17 @@ ORACLE = "oracle"  # best is what the model has that never saw the forget set
 RUBBLE = 0.2  # see `is_rubble`
 SHARE, POSITIVE, ANY = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)  # bounds
 FORGETTING, RETENTION, COST = "forgetting", "retention", "cost"
+OWN = "own features"
+IN_FEATURES = ("FID", "KID", "PrecisionRecall", "IS")  # who measures in the features of `evaluation.features`
+# How these are called beside a score, by how the name of an extractor begins that provenance tells. Papers' FID, KID
+# and IS are InceptionV3's, so there nothing is added; what has no line here is a judge's own.
+FEATURES = {
+    "torch-fidelity": "",
+    "efficientnet": "EfficientNet features",
+    "open_clip": "CLIP features",
+    "dinov2": "DINOv2 features",
+}
+SCORED = ("eval/", "base/", "oracle/", "oracle_gap/", "oracle_std/", "gap_z/", "floor/")  # prefixes of scores' keys
 
 
 class In(Flag):
@@ -46,7 +57,9 @@ _NLL = ("negative log-likelihood in bits/dim of training images to forget, of he
 _BOUND = "the variational bound on it: cheap, more images, above `nll_*`"
 _TO_FORGET = ("Fréchet distance, squared MMD (cubic kernel) between features of samples under the forget condition and "
               "of the forget images. High, but rubble is far away too")
-_TO_IMAGES = "the same between samples under the other labels and the training images with those labels"
+_TO_IMAGES = "the same between samples under the other labels and real images with those labels"
+_CMMD = ("squared MMD (Gaussian kernel) of CLIP's embeddings, times 1000 ([2401.09603]"
+         "(https://arxiv.org/abs/2401.09603)), of the same pairs of sets, with `evaluation.features=open_clip`")
 _NEIGHBOURS = ("share of samples that lie among real images, of real images that lie among samples (3 nearest "
                "neighbours, [1904.06991](https://arxiv.org/abs/1904.06991)): quality and variety apart")
 _INCEPTION = "inception score from the classifier's probabilities, or from the extractor's where it has some"
@@ -91,6 +104,8 @@ ENTRIES = (
     Entry("fid_retain", "FID", LOW, POSITIVE, RETENTION, RUN | LONG | SHORT | PLOT, _TO_IMAGES),
     Entry("kid_forget", "KID", ORACLE, ANY, FORGETTING, LONG, _TO_FORGET),
     Entry("kid_retain", "KID", LOW, ANY, RETENTION, RUN | LONG, _TO_IMAGES),
+    Entry("cmmd_forget", "CMMD", ORACLE, ANY, FORGETTING, LONG, _CMMD),
+    Entry("cmmd_retain", "CMMD", LOW, ANY, RETENTION, RUN | LONG, _CMMD),
     Entry("precision_retain", "PrecisionRecall", HIGH, SHARE, RETENTION, RUN | LONG | PLOT, _NEIGHBOURS),
     Entry("recall_retain", "PrecisionRecall", HIGH, SHARE, RETENTION, RUN | LONG | PLOT, _NEIGHBOURS),
     Entry("is_forget", "IS", None, (1.0, math.inf), FORGETTING, LONG, _INCEPTION),
@@ -126,6 +141,7 @@ ENTRIES = (
     Entry("per_class/fid/*", "FID", None, POSITIVE, None, NOTHING, _CLASS),
     Entry("per_class/fid_base/*", "FID", None, POSITIVE, None, NOTHING, _CLASS),
     Entry("per_class/kid/*", "KID", None, ANY, None, NOTHING, _CLASS),
+    Entry("per_class/cmmd/*", "CMMD", None, ANY, None, NOTHING, _CLASS),
     Entry("per_class/is/*", "IS", None, (1.0, math.inf), None, NOTHING, _CLASS),
     Entry("per_class/ssim/*", "SSIM", None, (-1.0, 1.0), None, NOTHING, _CLASS),
     Entry("per_timestep/mia_loss_forget/*", "Membership", None, ANY, None, NOTHING, _TIMESTEP),
@@ -140,6 +156,9 @@ ENTRIES = (
     Entry("reached/retain_accuracy", "Rates", HIGH, SHARE, RETENTION, LONG, _THERE),
     Entry("reached/fid_retain", "FID", LOW, POSITIVE, RETENTION, LONG, _THERE),
     Entry("reached/kid_retain", "KID", LOW, ANY, RETENTION, LONG, _THERE),
+    Entry("floor/*", "Evaluator", None, ANY, None, NOTHING,
+          "what as many real images score in the place of samples: the least distance, and the highest precision, that "
+          "can be expected. Not of rates that go by what was forgotten"),
     Entry("oracle_gap/*", "Record", LOW, POSITIVE, None, NOTHING,
           "absolute difference of `eval` and `oracle`, of several oracles their mean"),
     Entry("oracle_std/*", "Record", None, POSITIVE, None, NOTHING,
@@ -187,6 +206,18 @@ def entry_of(key: str) -> Entry | None:
     return found
 
 
+def title(key: str, extractor: str | None) -> str:
+    """How a score's key is printed: with the features that it is measured in, unless these are those of papers.
+
+    `extractor` is the `features.extractor` of a run's provenance; None, where a run does not tell, adds nothing.
+    """
+    entry = entry_of(next((key.removeprefix(prefix) for prefix in SCORED if key.startswith(prefix)), key))
+    if extractor is None or entry is None or entry.made_by not in IN_FEATURES:
+        return key
+    features = next((name for start, name in FEATURES.items() if extractor.startswith(start)), OWN)
+    return f"{key} ({features})" if features else key
+
+
 def keys(shown: In, about: str | None = None) -> tuple[str, ...]:
     """The keys that are shown somewhere, in order; of all kinds, or those that are `about` one."""
     return tuple(entry.key for entry in ENTRIES if shown in entry.shown and about in (None, entry.about))
@@ -194,7 +225,7 @@ def keys(shown: In, about: str | None = None) -> tuple[str, ...]:
 
 def made_by(name: str) -> tuple[str, ...]:
     """The keys, or patterns of keys, of `eval/` that a class makes, by its name."""
-    whole = ("reached/", "oracle_gap/", "oracle_std/", "gap_z/", "mean/", "cost/")
+    whole = ("reached/", "floor/", "oracle_gap/", "oracle_std/", "gap_z/", "mean/", "cost/")
     return tuple(entry.key for entry in ENTRIES if entry.made_by == name and not entry.key.startswith(whole))
 
 

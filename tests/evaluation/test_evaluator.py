@@ -257,3 +257,35 @@ def test_a_clock_counts_no_second_twice():
         with clock("inner"):
             time.sleep(0.05)
     assert 0.02 <= clock.seconds["outer"] < 0.05 <= clock.seconds["inner"]
+
+
+def test_references_and_floors_are_of_different_images(digits, judge, tiny_network, tmp_path):
+    """Held-out references: floors are training images', and the other way round; few held-out ones are no references
+    unless they are asked for.
+    """
+    network, metrics = tiny_network(image_shape=(1, 16, 16)), {"fid": FID(min_samples=20)}
+    floors = {}
+    for references, held_out in (("training", False), ("auto", False), ("held_out", True)):
+        evaluator = Evaluator(digits, judge, metrics, replace(SAMPLING, references=references), tmp_path)
+        told = evaluator.provenance(network)
+        kind = "held out" if held_out else "training"
+        assert told["references"] == {"forget": kind, "retain": kind}
+        images = digits.retain_test if held_out else digits.retain
+        assert told["num_references"]["retain"] == int((images.labels != 1).sum())
+        groups = evaluator._real_samples()
+        of_others = evaluator._real("retain", not held_out)[0].features
+        inside = (groups.retain.samples.features[:, None] == of_others[None]).all(-1).any(1)
+        assert inside.all(), "as many other real images"
+        floors[references] = evaluator.floor(network)
+    assert floors["training"] == floors["auto"] != floors["held_out"]
+    assert all(value > 0 for floor in floors.values() for value in floor.values())
+    drawn = Evaluator(digits, judge, metrics, SAMPLING, tmp_path)(network).scores
+    assert floors["training"]["fid_retain"] < drawn["fid_retain"], "of an untrained network"
+
+
+def test_held_out_references_that_are_not_there_are_refused(judge, tmp_path):
+    data = DigitsTrousers(test_fraction=0.0).load()
+    sampling = replace(SAMPLING, references="held_out")
+    with pytest.raises(ConfigurationError, match=r"evaluation\.references=held_out: no image of \S+ is held out"):
+        Evaluator(data, judge, METRICS, sampling, tmp_path)
+    Evaluator(data, judge, {"rates": Rates()}, sampling, tmp_path)  # nothing is compared with them

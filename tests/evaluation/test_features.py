@@ -96,3 +96,65 @@ def test_inception_without_network_says_which_file_to_put_where(tmp_path, monkey
         ConfigurationError, match=r"could not be downloaded .* put it at .*checkpoints/weights-inception"
     ):
         feature_extractor("inception")
+
+
+def coloured(n=4):
+    return torch.randint(256, (n, 3, 40, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_efficientnet_sees_pictures_as_its_package_wants_them():
+    """Its documented preprocessing: mean 127 and deviation 128 of pixels from 0 to 255, at 224 pixels a side."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    extractor = feature_extractor("efficientnet")
+    images = coloured()
+    features, logits = extractor(images)
+    assert (features.shape, logits.shape) == ((4, extractor.num_features), (4, 1000))
+    assert EfficientNet.get_image_size("efficientnet-lite0") == 224
+    resized = F.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+    wanted = extractor.network((resized - 127) / 128)  # the package's whole network, its own pooling and dropout
+    assert torch.allclose(logits, wanted, atol=1e-4)
+    grey = images[:, :1]
+    assert torch.allclose(extractor(grey)[0], extractor(grey.expand(-1, 3, -1, -1))[0])
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_dinov2_from_a_folder(tmp_path, kind):
+    import transformers
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**small)).eval()
+    model.save_pretrained(tmp_path / "tiny")
+    extractor = feature_extractor("dinov2", dinov2_weights=str(tmp_path / "tiny"))
+    assert (extractor.num_features, extractor.name) == (16, "dinov2 tiny (2 layers)")
+    images = coloured()
+    features, logits = extractor(images)
+    assert (features.shape, logits) == ((4, 16), None)
+    resized = F.interpolate(images.float() / 255, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(part)[:, None, None] for part in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        wanted = model(pixel_values=(resized - mean) / std).last_hidden_state[:, 0]
+    assert torch.allclose(features, wanted, atol=1e-5)
+
+
+def test_dinov2_refuses_what_is_none(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"needs judge\.extractor\.dinov2_weights=<folder>.*got None"):
+        feature_extractor("dinov2")
+    with pytest.raises(ConfigurationError, match=r"needs judge\.extractor\.dinov2_weights=<folder>"):
+        feature_extractor("dinov2", dinov2_weights=str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigurationError, match=r"is no DINOv2 in transformers' format \(it is a bert\)"):
+        feature_extractor("dinov2", dinov2_weights=str(tmp_path))
+
+
+def test_a_dinov2_with_weights_missing_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import Dinov2Config, Dinov2Model
+
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigurationError, match="1 of its weights are missing"):
+        feature_extractor("dinov2", dinov2_weights=str(tmp_path))

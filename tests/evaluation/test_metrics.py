@@ -16,9 +16,9 @@ from unlearn_runner.evaluation.evaluator import gap
 from unlearn_runner.evaluation.judge import Judged
 from unlearn_runner.evaluation.likelihood import NLL
 from unlearn_runner.evaluation.membership import Membership
-from unlearn_runner.evaluation.metrics import FID, IS, KID, SSIM, PrecisionRecall, Rates, first_distinct
+from unlearn_runner.evaluation.metrics import CMMD, FID, IS, KID, SSIM, PrecisionRecall, Rates, first_distinct
 from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
-from unlearn_runner.evaluation.view import Group, Need, Samples, View
+from unlearn_runner.evaluation.view import Group, Need, RealSamples, Samples, View
 from unlearn_runner.spec import DataSpec
 
 SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
@@ -108,6 +108,55 @@ def test_kid_is_the_unbiased_mmd():
 
     assert scores["kid_forget"] == pytest.approx(mmd(forget, reference), rel=1e-4)
     assert scores["kid_retain"] == pytest.approx(mmd(retain, reference), rel=1e-2, abs=1e-4)
+
+
+def test_cmmd_is_the_unbiased_mmd_of_embeddings():
+    """Against the sums of 2401.09603's equation, pair by pair."""
+    forget, retain, reference = judged(50, 0, shift=0.5), judged(40, 1), judged(60, 2)
+    scores = CMMD(features="open_clip", min_samples=40, per_class=True).score(
+        samples(forget, retain, None, reference), {}
+    )
+
+    def mmd(a, b):
+        x, y = (part.features.double().numpy() for part in (a, b))
+        x, y = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (x, y))
+        kernel = lambda u, v: np.exp(-((u[:, None] - v[None]) ** 2).sum(-1) / (2 * 10**2))  # noqa: E731
+        off = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))  # noqa: E731
+        return 1000 * (off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean())
+
+    assert scores["cmmd_forget"] == pytest.approx(mmd(forget, reference), abs=1e-9)
+    assert scores["cmmd_retain"] == pytest.approx(mmd(retain, reference), abs=1e-9)
+    assert scores["per_class/cmmd/1"] == scores["cmmd_forget"] > scores["cmmd_retain"]
+
+
+def test_cmmd_measures_nothing_in_other_features():
+    drawn = samples(judged(200, 0), judged(200, 1), None, judged(200, 2))
+    metric = CMMD(features="classifier")
+    assert (metric.score(drawn, {}), metric.needs, metric.least(2048)) == ({}, (), 1)
+    assert set(CMMD().score(drawn, {})) == {"cmmd_forget", "cmmd_retain"}, "of a judge of one's own"
+
+
+def test_floors_of_real_images():
+    """As many images of the references' distribution: FID's is what samples without any fault have on average, also
+    where there are half as many; what cannot be said of fewer is left out.
+    """
+    reference = judged(2000, 100)
+
+    def real(n, seed):
+        group = Group(judged(n, seed), reference)
+        return RealSamples(Samples(SPEC, group, group, {}, None, {}, {}), None, 400, None)
+
+    truth = np.mean([FID().floor(real(400, seed))["fid_retain"] for seed in range(100)])
+    scaled = np.mean([FID().floor(real(200, seed))["fid_retain"] for seed in range(100)])
+    assert 0 < truth < 0.1
+    assert scaled == pytest.approx(truth, rel=0.1)
+    drawn = samples(judged(400, 0), judged(400, 0), None, reference)
+    for metric in (FID(), KID(), CMMD(), PrecisionRecall()):
+        floor = metric.floor(real(400, 0))
+        assert floor == {key: value for key, value in metric.score(drawn, {}).items() if not key.startswith("per")}
+    for metric in (KID(), CMMD(), PrecisionRecall()):
+        assert metric.floor(real(200, 0)) == {}
+    assert FID().floor(real(50, 0)) == {}, "too few even to begin with"
 
 
 def test_kid_and_is_do_not_touch_the_global_generator():
@@ -204,7 +253,7 @@ def test_refuses(build):
         build()
 
 
-ALL = (FID, IS, KID, SSIM, PrecisionRecall, Rates, NLL, Membership, Paraphrases, ClipScore, Robustness)
+ALL = (CMMD, FID, IS, KID, SSIM, PrecisionRecall, Rates, NLL, Membership, Paraphrases, ClipScore, Robustness)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -123,11 +123,14 @@ def test_a_bar_on_a_terminal():
 
 def test_table_of_changes():
     out = io.StringIO()
-    Console(file=out, width=80).print(
-        comparison_table({"forget_rate": 0.5}, {"forget_rate": 0.1, "kid": 2.0}, ["forget_rate", "kid"])
-    )
-    assert "-0.400" in out.getvalue()
-    assert "2.000" in out.getvalue()
+    titles = {"forget_rate": "forget_rate", "kid": "kid (own features)"}
+    before, after, floor = {"forget_rate": 0.5}, {"forget_rate": 0.1, "kid": 2.0}, {"kid": 0.125}
+    Console(file=out, width=100).print(comparison_table(before, after, titles, {}, {}, {}, floor))
+    rows = [line.split("│") for line in out.getvalue().splitlines() if "│" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["forget_rate", "0.500", "0.100", "-0.400", ""],
+        ["kid (own features)", "", "2.000", "", "0.125"],
+    ]
 
 
 def test_wandb_makes_one_run_for_each_start(tmp_path):

@@ -47,7 +47,7 @@ def key_of(column: str, prefix: str = "eval") -> str:
     return column if column.partition("/")[0] in OTHERS else f"{prefix}/{column}"
 
 
-OTHERS = ("cost", "reached", "mean", "oracle_gap", "oracle_std", "gap_z", "base", "oracle")
+OTHERS = ("cost", "reached", "mean", "oracle_gap", "oracle_std", "gap_z", "base", "oracle", "floor")
 
 
 def choose(wanted: Iterable[str], keys: set[str]) -> list[str]:

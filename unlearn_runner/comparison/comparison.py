@@ -1,9 +1,11 @@
 """The comparison of all runs that were found: tables, tests, what stands apart and what is to be said of it."""
 
 from collections import Counter
+from functools import partial
 from statistics import mean
 from typing import NamedTuple
 
+from unlearn_runner import catalogue
 from unlearn_runner.comparison.columns import COUNTED, HEADLINES, choose, key_of, shown
 from unlearn_runner.comparison.runs import Apart, Found, Run
 from unlearn_runner.comparison.statistics import Paired
@@ -53,6 +55,9 @@ class Table(NamedTuple):
     tests: dict[str, dict[str, Paired]]
     verdicts: list[Verdict]
     remarks: list[str]
+
+    def title_of(self, column: str) -> str:
+        return title_of(self.runs, column)
 
 
 class Comparison(NamedTuple):
@@ -105,10 +110,16 @@ def table_of(
         cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]
     has_baseline = wanted.baseline in {row.label for row in rows if row.is_method}
     tests = tests_of(rows, asked, wanted.baseline, wanted.test) if has_baseline else {}
-    over = passed_over(rows, barred)
+    over = passed_over(rows, barred, partial(title_of, runs))
     remarks = [*differing_environments(runs), *single_seeds(rows), *spread_of_oracles(rows), *rubble(rows)]
     verdicts = verdicts_of(rows, barred, wanted.test)
     return Table(title, runs, rows, columns, cells, asked, tests, verdicts, [*remarks, *([over] if over else [])])
+
+
+def title_of(runs: list[Run], column: str) -> str:
+    """How a column of these runs is called where it is printed: with the features that it is measured in."""
+    told = (run.facts.get("evaluation.features.extractor") for run in runs)
+    return catalogue.title(column, next(filter(None, told), None))
 
 
 def num_samples_of(runs: list[Run]) -> dict[str, int]:

@@ -20,7 +20,7 @@ KEYS = 24  # of curves, at most
 
 COSTS = keys(In.PLOT, COST)
 CURVES = ("eval/", "loss/", "lambda/", "grad_norm/", "weights/", "")  # which come first
-NO_CURVES = ("base/", "oracle/", "oracle_gap/", "oracle_std/", "gap_z/", "reached/", "lambda/at/")
+NO_CURVES = ("base/", "floor/", "oracle/", "oracle_gap/", "oracle_std/", "gap_z/", "reached/", "lambda/at/")
 NO_CURVE_OF = ("step", "seconds", "images", "version", "eval/deletion_steps", "eval/lasting_deletion_steps")
 DETAILS = ("per_class/", "per_timestep/", "per_step/")
 
@@ -62,7 +62,11 @@ def plotted(table: Table, curves: dict[str, dict[str, Curve]]) -> dict[str, Any]
             {"label": row.label, "cells": pairs(row, [*scatter, *costs])} for row in table.rows if row.is_method
         ],
         "references": [{"label": row.label, "cells": pairs(row, scatter)} for row in table.rows if not row.is_method],
-        "names": {column: f"{column}, distance to the oracle's" for column in distances},
+        "names": {
+            name: called + (", distance to the oracle's" if name in distances else "")
+            for name in [*scatter, *keys]
+            if (called := table.title_of(name)) != name or name in distances
+        },
         "bounds": {column: ends for column, ends in bounds.items() if math.isfinite(ends[1])},
         "better": {column: LOW if column in distances else str(way) for column, way in ways.items()},
         "tradeoffs": [

@@ -3,7 +3,8 @@
 import csv
 import io
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,7 @@ from unlearn_runner.catalogue import HIGH, LOW
 from unlearn_runner.comparison.statistics import Paired
 from unlearn_runner.comparison.tables import Cell, Row, number, text, way_of
 
+TitleOf: TypeAlias = Callable[[str], str]  # how a column is called: Table.title_of
 ARROWS = {LOW: "↓", HIGH: "↑"}
 MEANS = "mean ± half the 95 % interval over seeds"
 INTERVALS = (
@@ -28,16 +30,18 @@ def arrow(way: str | float | None) -> str:
     return "" if way is None else ARROWS.get(way, f"→ {way}")
 
 
-def heading(rows: list[Row], column: str) -> str:
-    return f"{column} {arrow(way_of(rows, column))}".strip()
+def heading(rows: list[Row], column: str, title_of: TitleOf = str) -> str:
+    return f"{title_of(column)} {arrow(way_of(rows, column))}".strip()
 
 
-def terminal_tables(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], width: int) -> list[Table]:
+def terminal_tables(
+    rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], width: int, title_of: TitleOf = str
+) -> list[Table]:
     """A line for each row. Columns that do not fit beside each other go on in a further table."""
     return beside_each_other(
         ["method", "n"],
         [[row.label, str(len(row.seeds))] for row in rows],
-        {heading(rows, column): [terminal_cell(found.get(column)) for found in cells] for column in columns},
+        {heading(rows, column, title_of): [terminal_cell(found.get(column)) for found in cells] for column in columns},
         ["" if row.is_method else "dim" for row in rows],
         width,
     )
@@ -49,11 +53,13 @@ def terminal_cell(cell: Cell | None) -> Text:
     return Text(f"★ {text(cell)}", style="bold green") if cell.best else Text(text(cell))
 
 
-def terminal_tests(tests: dict[str, dict[str, Paired]], columns: list[str], width: int) -> list[Table]:
+def terminal_tests(
+    tests: dict[str, dict[str, Paired]], columns: list[str], width: int, title_of: TitleOf = str
+) -> list[Table]:
     """Differences from the baseline with their intervals and corrected p."""
     labels = list(tests)
     shown = {
-        column: [test_cell(tests[label].get(column)) for label in labels]
+        title_of(column): [test_cell(tests[label].get(column)) for label in labels]
         for column in columns
         if any(column in by_column for by_column in tests.values())
     }
@@ -122,12 +128,12 @@ def terminal() -> Console:
     return console if console.is_terminal else Plain(width=10_000)
 
 
-def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]]) -> str:
+def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], title_of: TitleOf = str) -> str:
     """One line for each metric, one column for each row: tables with many metrics stay readable."""
     lines = ["| | " + " | ".join(markdown_escaped(row.label) for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
     for column in columns:
         said = [markdown_cell(found.get(column)) for found in cells]
-        lines.append(f"| {markdown_escaped(column)} | " + " | ".join(said) + " |")
+        lines.append(f"| {markdown_escaped(title_of(column))} | " + " | ".join(said) + " |")
     return "\n".join(lines)
 
 
@@ -142,10 +148,12 @@ def markdown_cell(cell: Cell | None) -> str:
     return "" if cell is None else f"**{text(cell)}**" if cell.best else text(cell)
 
 
-def latex(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], caption: str) -> str:
+def latex(
+    rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], caption: str, title_of: TitleOf = str
+) -> str:
     """A table for the package booktabs, one line for each row of `rows`."""
     head = " & ".join(
-        ["method", "$n$", *(f"{escaped(column)}{latex_arrow(way_of(rows, column))}" for column in columns)]
+        ["method", "$n$", *(f"{escaped(title_of(column))}{latex_arrow(way_of(rows, column))}" for column in columns)]
     )
     lines = []
     for place, (row, found) in enumerate(zip(rows, cells, strict=True)):

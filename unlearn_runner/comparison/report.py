@@ -107,7 +107,7 @@ def column_of(table: Table, column: str) -> dict[str, Any]:
     """`headline`: whether it is shown before a person asks for all."""
     way = way_of(table.rows, column)
     return {
-        "name": column,
+        "name": table.title_of(column),
         "arrow": arrow(way),
         "better": "" if way is None else str(way),
         "headline": column in table.asked,
@@ -151,7 +151,7 @@ def cards_of(table: Table, samples: list[dict[str, Any]]) -> list[dict[str, str]
                     "question": verdict.question,
                     "label": listed(names, 2),
                     "value": text(by_label[verdict.label][verdict.column]),
-                    "measured": measured_by(verdict),
+                    "measured": measured_by(verdict, table.title_of),
                     "sentence": sentence(verdict),
                     "who": verdict.label,
                     "strip": strips.get(verdict.label, ""),
@@ -199,7 +199,7 @@ def tests_of(table: Table) -> dict[str, Any] | None:
                 }
             )
         rows.append({"label": label, "cells": cells})
-    return {"columns": columns, "rows": rows}
+    return {"columns": [table.title_of(column) for column in columns], "rows": rows}
 
 
 def facts_of(table: Table) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, holm, interval, paired
 from unlearn_runner.errors import ConfigurationError, near
 
-BASE, REFERENCE = "base", "oracle"
+BASE, REFERENCE, REAL = "base", "oracle", "real images"
 KEPT = "retain_accuracy"
 FLOOR = 0.9  # of the base's retain_accuracy, below which nobody is called the best
 
@@ -133,19 +133,31 @@ def newest(runs: list[Run]) -> tuple[list[Run], list[Apart]]:
 
 
 def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
-    """Base and oracle where they were measured, then a row for each label in alphabetical order.
+    """Base, oracle and real images where they were measured, then a row for each label in alphabetical order.
 
-    Each seed counts once: every method of a seed has the same base and the same oracles. Where all runs with oracles
+    Each seed counts once: every method of a seed has the same base and the same oracles. Real images that score the
+    same are the same ones, whatever the seed. Where all runs with oracles
     say which these are, each oracle counts once, however many seeds share it.
     """
     rows: dict[tuple[bool, str], dict[str, dict[int, float]]] = {}
+    kinds = ((False, BASE, BASE), (False, REFERENCE, REFERENCE), (False, REAL, "floor"))
     for run in sorted(runs, key=lambda run: (run.label, run.seed)):
-        for is_method, name, prefix in ((False, BASE, BASE), (False, REFERENCE, REFERENCE), (True, run.label, "eval")):
+        for is_method, name, prefix in (*kinds, (True, run.label, "eval")):
             row = rows.setdefault((is_method, name), {})
             for column in columns:
                 key = key_of(column, prefix)
                 if key in run.metrics and (is_method or key != column):  # what has no prefix is the method's
                     row.setdefault(column, {})[run.seed] = run.metrics[key]
+    if (
+        len(
+            {
+                repr({column: by_seed.get(seed) for column, by_seed in rows[False, REAL].items()})
+                for seed in seeds_of(rows[False, REAL])
+            }
+        )
+        == 1
+    ):
+        rows[False, REAL] = {column: dict([*by_seed.items()][:1]) for column, by_seed in rows[False, REAL].items()}
     named = all(run.oracles for run in runs if any(key.startswith(f"{REFERENCE}/") for key in run.metrics))
     if named:
         rows[False, REFERENCE] = by_oracle(runs, columns)

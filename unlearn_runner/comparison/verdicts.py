@@ -1,6 +1,6 @@
 """Who is best at what, who may not be called so, and from whom these seeds do not tell the best apart."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import mean
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def verdict_on(question: str, column: str, rows: list[Row], may_win: list[Row], 
     return verdict
 
 
-def passed_over(rows: list[Row], barred: Mapping[str, str]) -> str | None:
+def passed_over(rows: list[Row], barred: Mapping[str, str], title_of: Callable[[str], str] = str) -> str | None:
     """One sentence on methods that would be the best at something but for why they are barred from it."""
     first: dict[str, list[str]] = {}
     for _, column in asked(rows):
@@ -76,7 +76,7 @@ def passed_over(rows: list[Row], barred: Mapping[str, str]) -> str | None:
         best = min(means, key=means.__getitem__)
         allowed = [means[row.label] for row in eligible(rows, column, barred)]
         if best in barred and all(means[best] < value for value in allowed):
-            first.setdefault(best, []).append(column)
+            first.setdefault(best, []).append(title_of(column))
     named = [f"{label} by {' and '.join(columns)} ({barred[label]})" for label, columns in first.items()]
     return f"first, but not called the best: {'; '.join(named)}." if named else None
 
@@ -107,10 +107,10 @@ def rules_of(rows: list[Row], test: str, floor: float) -> str:
     )
 
 
-def measured_by(verdict: Verdict) -> str:
+def measured_by(verdict: Verdict, title_of: Callable[[str], str] = str) -> str:
     """The metric of a verdict, and what it is to be near to."""
     near = "" if verdict.oracle is None else f", nearest to the oracle's {number(verdict.oracle)}"
-    return f"{verdict.column}{near}"
+    return f"{title_of(verdict.column)}{near}"
 
 
 def listed(names: list[str], most: int = 4) -> str:

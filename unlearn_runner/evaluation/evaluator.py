@@ -23,7 +23,7 @@ from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows
-from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Group, Samples, View, positions
+from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Group, RealSamples, Samples, View, positions
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, References, Sampler, Seed
@@ -36,6 +36,7 @@ INTERVALS_VERSION = 2  # goes up when the code makes other intervals of the same
 GRID_ROWS = 10  # of the pictures of an unconditional model
 LIBRARIES = ("diffusers", "torchmetrics", "torch-fidelity", "transformers")  # whose code scores depend on
 ENOUGH_HELD_OUT = 1000  # images, for `references=auto`: fewer would blur a distance more than memorising does
+LEAST_HELD_OUT = 10  # retained images, of which shares of fewer would say nothing
 NOT_HELD_OUT = {
     "forget_test": "no forget image is held out: the dataset has none, or too few for its dataset.test_fraction",
     "retain_test": "no retained image is held out: the dataset has none, or too few for its dataset.test_fraction",
@@ -154,6 +155,12 @@ class Evaluator:
             label for label in range(len(data.spec.label_names or ())) if label not in data.forget_labels
         ]
         self.conditions = self._conditions()
+        compares = any("references" in metric.needs for metric in self.metrics.values())
+        if compares and sampling.references == "held_out" and not (len(data.forget_test) or len(data.retain_test)):
+            raise ConfigurationError(
+                f"evaluation.references=held_out: no image of {data.spec.name} is held out, so there is nothing to "
+                "compare samples with; take evaluation.references=training, or a larger dataset.test_fraction."
+            )
 
     def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """Score `model`; `before` are the base model's samples, for the metrics that compare with them.
@@ -219,13 +226,14 @@ class Evaluator:
         return open_evaluation(cached(self.cache_dir, "evaluations", key, make, open_evaluation, together=True))
 
     def floor(self, model: GenerativeModel) -> dict[str, float]:
-        """What as many real images score as samples are drawn, under the same labels: the least distance to expect.
+        """What as many real images score as samples are drawn, under the same labels: no model should be better.
 
-        By the metrics that compare with real images; kept in the cache. Scored are held-out images where samples are
-        compared with training images, and training images where they are compared with held-out ones, so that none is
-        compared with itself. Where there are too few, it is for the metric to say what that means.
+        By the metrics that compare with real images; kept in the cache. Distances are those of held-out images where
+        samples are compared with training images, and of training images where they are compared with held-out ones, so
+        that none is compared with itself. Where there are too few, it is for the metric to say what that means.
         """
-        metrics = {name: metric for name, metric in self.metrics.items() if "references" in metric.needs}
+        needing = ("references", *([] if self.judge.novelty is None else ["novelty"]))
+        metrics = {name: metric for name, metric in self.metrics.items() if set(needing) & set(metric.needs)}
         if not metrics:
             return {}
         settings = self.provenance(model)
@@ -244,30 +252,38 @@ class Evaluator:
         }
 
         def make(folder: Path) -> None:
-            real = {name: self._real(name, not held_out) for name, held_out in self.held_out.items()}
-            write_json(folder / "scores.json", from_first(lambda: self._floor(metrics, real)))
+            real = RealSamples(self._real_samples(), self._held_out_retained(), self.sampling.num_samples, self.judge)
+            found = from_first(lambda: [metric.floor(real) for metric in metrics.values()])
+            finite = {key: value for scores in found for key, value in scores.items() if math.isfinite(value)}
+            write_json(folder / "scores.json", finite)
 
         def read(folder: Path) -> dict[str, float]:
             return json.loads((folder / "scores.json").read_text())
 
         return read(cached(self.cache_dir, "floors", key, make, read, together=True))
 
-    def _floor(
-        self, metrics: dict[str, Metric], real: dict[str, tuple[Judged, Int64[Tensor, "n"]]]
-    ) -> dict[str, float]:
+    def _real_samples(self) -> Samples | None:
+        """Real images that are not among the references, in the proportion of the labels that are drawn under."""
+        if not self.references:
+            return None
         groups = {}
-        for name, (judged, labels) in real.items():
-            order = torch.from_numpy(np.random.default_rng(self.sampling.seed).permutation(len(labels)))
+        for name, held_out in self.held_out.items():
+            judged, labels = self._real(name, not held_out)
+            order = self._order(len(labels))
             wanted = self.conditions.get(name)
-            rows = (
-                order[: self.sampling.num_samples] if wanted is None else order[_in_proportion(labels[order], wanted)]
-            )
+            all_alike = order[: self.sampling.num_samples]
+            rows = all_alike if wanted is None else order[_in_proportion(labels[order], wanted)]
             groups[name] = Group(judged.select(rows), self.references.get(name))
-        samples = Samples(self.spec, **groups, per_class={}, retain_labels=None, label_of={}, places={})
-        scores: dict[str, float] = {}
-        for metric in metrics.values():
-            scores |= metric.floor(samples, self.sampling.num_samples)
-        return {key: value for key, value in scores.items() if math.isfinite(value)}
+        return Samples(self.spec, **groups, per_class={}, retain_labels=None, label_of={}, places={})
+
+    def _held_out_retained(self) -> Judged | None:
+        images = self.data.retain_test
+        if self.judge.novelty is None or len(images) < LEAST_HELD_OUT:
+            return None
+        return self.judge(images.pixels[self._order(len(images))[: self.sampling.num_samples]])
+
+    def _order(self, count: int) -> Int64[Tensor, "{count}"]:
+        return torch.from_numpy(np.random.default_rng(self.sampling.seed).permutation(count))
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         """What scores depend on besides the weights: what all metrics have in common, then metric by metric."""
@@ -498,7 +514,7 @@ def _in_proportion(labels: Int64[Tensor, "n"], wanted: Int64[Tensor, "m"]) -> In
     rows = {int(label): torch.nonzero(labels == label).squeeze(1) for label in wanted.unique()}
     counts = {label: int((wanted == label).sum()) for label in rows}
     share = min(1.0, *(len(rows[label]) / count for label, count in counts.items()))
-    return torch.cat([rows[label][: int(share * count)] for label, count in counts.items()])
+    return torch.cat([rows[label][: round(share * count)] for label, count in counts.items()])
 
 
 def _classes(metrics: dict[str, Metric]) -> list[str]:

@@ -17,7 +17,7 @@ from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.evaluation.judge import NOTHING, Judged
-from unlearn_runner.evaluation.view import Group, Need, Samples, View
+from unlearn_runner.evaluation.view import Group, Need, RealSamples, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Features, PositiveInt, Seed
 
@@ -52,10 +52,10 @@ class Metric(ABC):
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         """The scores of these samples and rows, or of a choice of them for intervals."""
 
-    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
-        """What real images in the place of `num_samples` samples score, of groups where they are enough to tell.
+    def floor(self, real: RealSamples) -> dict[str, float]:
+        """What real images in the place of samples score, where they are enough to tell: no model should be better.
 
-        Of distances to other real images: no model should have less. A group may hold fewer than `num_samples`.
+        Asked of metrics that need `references` or `novelty`.
         """
         return {}
 
@@ -168,16 +168,14 @@ class FID(Metric):
         groups = ((name, group.samples, group.before) for name, group in samples.groups(self.per_class).items())
         return {_key("fid_base", name): self._distance(*pair) for name, *pair in groups if pair[1] is not None}
 
-    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
-        """Where the images are fewer, what so many samples would have: between two samples of n and m of one
+    def floor(self, real: RealSamples) -> dict[str, float]:
+        """Where the images are fewer, about what so many samples would have: between two samples of n and m of one
         distribution it goes with 1/n + 1/m.
         """
-        if self.against == "base":
-            return {}
         scores = {}
-        for name, (real, reference, _) in compared(samples, self):
-            at, there = (1 / n + 1 / len(reference) for n in (num_samples, len(real)))
-            scores[_key("fid", name)] = self._distance(real, reference) * at / there
+        for name, (images, reference, _) in compared(real.samples, self):
+            at, there = (1 / n + 1 / len(reference) for n in (real.num_samples, len(images)))
+            scores[_key("fid", name)] = self._distance(images, reference) * at / there
         return scores
 
     def _distance(self, samples: Judged, reference: Judged) -> float:
@@ -252,8 +250,8 @@ class KID(Metric):
 
         return {_key("kid", name): distance(group) for name, group in compared(samples, self)}
 
-    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
-        return self.score(whole(samples, num_samples), {})
+    def floor(self, real: RealSamples) -> dict[str, float]:
+        return self.score(real.whole(), {})
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
@@ -307,8 +305,8 @@ class CMMD(Metric):
             return {}
         return {_key("cmmd", name): self._distance(group) for name, group in compared(samples, self)}
 
-    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
-        return self.score(whole(samples, num_samples), {})
+    def floor(self, real: RealSamples) -> dict[str, float]:
+        return self.score(real.whole(), {})
 
     def _distance(self, group: Group) -> float:
         drawn = F.normalize(group.samples.features.double(), dim=1)
@@ -374,8 +372,8 @@ class PrecisionRecall(Metric):
         found = prc_features_to_metric(drawn, real[chosen], prc_neighborhood=self.neighbours, verbose=False)
         return {f"{name}_retain": float(found[name]) for name in ("precision", "recall")}
 
-    def floor(self, samples: Samples, num_samples: int) -> dict[str, float]:
-        return self.score(whole(samples, num_samples), {})
+    def floor(self, real: RealSamples) -> dict[str, float]:
+        return self.score(real.whole(), {})
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
@@ -482,15 +480,6 @@ def compared(samples: Samples, metric: Metric) -> list[tuple[str, Group]]:
         for name, group in samples.groups(metric.per_class).items()
         if group.reference is not None and min(len(group.reference), len(group.samples)) >= least
     ]
-
-
-def whole(samples: Samples, num_samples: int) -> Samples:
-    """Without the references of groups that have fewer samples."""
-
-    def enough(group: Group) -> Group:
-        return group if len(group.samples) == num_samples else group._replace(reference=None)
-
-    return samples._replace(forget=enough(samples.forget), retain=enough(samples.retain))
 
 
 @final

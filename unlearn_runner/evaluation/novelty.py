@@ -22,9 +22,9 @@ from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.evaluation.features import efficientnet_lite0
-from unlearn_runner.evaluation.judge import Judge, Judged
+from unlearn_runner.evaluation.judge import NOTHING, Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows, first_distinct, share
-from unlearn_runner.evaluation.view import Samples, View
+from unlearn_runner.evaluation.view import RealSamples, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Seed
 
@@ -192,26 +192,45 @@ class Outliers(Metric):
 
     def measure(self, view: View) -> Rows:
         """Of each sample, set by set: how far it is an outlier, its density, and which balls hold it."""
-        real = view.judge.novelty.retained
-
-        def row(judged: Judged) -> Float[Tensor, "n m"]:
-            inside = real.holding(judged.appearance).float()
-            density = inside.sum(1) / real.neighbours
-            return torch.cat([real.outlying(judged.appearance)[:, None], density[:, None], inside], 1)
-
-        return {name: row(judged) for name, judged in view.judged.items()}
+        return {name: _rows(judged, view.judge.novelty.retained) for name, judged in view.judged.items()}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         groups = samples.grouped(rows, per_class=False)
-        density, inside = groups["forget"][:, 1], groups["forget"][:, 2:] > 0
-        return {f"outliers_{name}": share(part[:, 0] > 1) for name, part in groups.items()} | {
-            "precision_forget": share(density > 0),
-            "density_forget": float(density.double().mean()),
-            "coverage_forget": share(inside.any(0)),
-        }
+        outliers = {f"outliers_{name}": share(part[:, 0] > 1) for name, part in groups.items()}
+        return outliers | _among_real(groups["forget"])
+
+    def floor(self, real: RealSamples) -> dict[str, float]:
+        """Of held-out retained images, for the balls are those of training images: what is to be drawn instead of the
+        forgotten content has no more precision, and the judge abstains on no fewer. Fewer images cover less.
+        """
+        if real.held_out is None:
+            return {}
+        rows = _rows(real.held_out, real.judge.novelty.retained)
+        outliers = share(rows[:, 0] > 1)
+        scores = {"outliers_forget": outliers, "outliers_retain": outliers, **_among_real(rows)}
+        scores["nothing_rate"] = share(real.held_out.contents == NOTHING)
+        if len(real.held_out) < real.num_samples:
+            del scores["coverage_forget"]
+        return scores
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {"features": VERSION}  # the rest is the judge's
+
+
+def _rows(judged: Judged, real: RealImages) -> Float[Tensor, "n m"]:
+    """Of each picture how far it is an outlier, its density, and which balls hold it."""
+    inside = real.holding(judged.appearance).float()
+    density = inside.sum(1) / real.neighbours
+    return torch.cat([real.outlying(judged.appearance)[:, None], density[:, None], inside], 1)
+
+
+def _among_real(rows: Float[Tensor, "n m"]) -> dict[str, float]:
+    density, inside = rows[:, 1], rows[:, 2:] > 0
+    return {
+        "precision_forget": share(density > 0),
+        "density_forget": float(density.double().mean()),
+        "coverage_forget": share(inside.any(0)),
+    }
 
 
 @torch.inference_mode()

@@ -66,6 +66,28 @@ class Samples(NamedTuple):
         return {name: tables[self.places[name][0]][self.places[name][1]] for name in self.groups(per_class)}
 
 
+class RealSamples(NamedTuple):
+    """Real images in the place of samples, of which a metric says what no model should be better than.
+
+    `samples`: images that are not among the references, under the labels that are drawn under, `num_samples` of each
+    group or fewer; None where no metric compares with real images. `held_out`: up to `num_samples` held-out retained
+    images as the judge sees what is drawn; None where there are too few, or it does not abstain.
+    """
+
+    samples: Samples | None
+    held_out: Judged | None
+    num_samples: int
+    judge: Judge
+
+    def whole(self) -> Samples:
+        """Without the references of groups that have fewer images than samples are drawn: for what depends on it."""
+
+        def enough(group: Group) -> Group:
+            return group if len(group.samples) == self.num_samples else group._replace(reference=None)
+
+        return self.samples._replace(forget=enough(self.samples.forget), retain=enough(self.samples.retain))
+
+
 def group_samples(
     spec: DataSpec,
     conditions: Conditions,

@@ -106,13 +106,15 @@ def _rounded(value: float) -> float:
 def comparison_table(
     before: dict[str, float],
     after: dict[str, float],
-    keys: list[str],
+    titles: dict[str, str],
     oracle: dict[str, float],
     oracle_std: dict[str, float],
     gap_z: dict[str, float],
+    floor: dict[str, float],
 ) -> Any:
-    """A rich table: metric, before, after, change; the oracles' mean ± standard deviation, and the distance from it in
-    units of that, where there are some.
+    """A rich table of the keys in `titles`, which says how they are called: metric, before, after, change; the oracles'
+    mean ± standard deviation, the distance from it in units of that, and the score of as many real images, where there
+    are some.
     """
     from rich.table import Table
 
@@ -121,10 +123,14 @@ def comparison_table(
 
     change = {key: value - before[key] for key, value in after.items() if key in before}
     table = Table("metric", show_edge=False)
-    for title in ("before", "after", "change", *(["oracle"] if oracle else []), *(["z"] if gap_z else [])):
-        table.add_column(title, justify="right")
-    for key in keys:
+    further = {"oracle": oracle, "z": gap_z, "real images": floor}
+    for column in ("before", "after", "change", *(name for name, values in further.items() if values)):
+        table.add_column(column, justify="right")
+    for key, title in titles.items():
+        cells = [said(before, key), said(after, key), said(change, key, "+.3f")]
         spread = f" ± {oracle_std[key]:.3f}" if key in oracle_std else ""
-        further = [*([said(oracle, key) + spread] if oracle else []), *([said(gap_z, key, "+.1f")] if gap_z else [])]
-        table.add_row(key, said(before, key), said(after, key), said(change, key, "+.3f"), *further)
+        cells += [said(oracle, key) + spread] if oracle else []
+        cells += [said(gap_z, key, "+.1f")] if gap_z else []
+        cells += [said(floor, key)] if floor else []
+        table.add_row(title, *cells)
     return table

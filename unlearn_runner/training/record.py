@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 
 from rich.console import Console
 
-from unlearn_runner.catalogue import In, keys
+from unlearn_runner.catalogue import In, keys, title
 from unlearn_runner.cli import as_override, command_again
 from unlearn_runner.errors import Interrupted, NonFiniteError, first_line, writing
 from unlearn_runner.evaluation.evaluator import Evaluation, gap
@@ -230,9 +230,9 @@ class Record:
 
         Raises NonFiniteError if a headline score of the unlearned model is not a finite number.
         """
-        before, after, oracle, spread = (
+        before, after, oracle, spread, floor = (
             {key.removeprefix(prefix): value for key, value in self.scores.items() if key.startswith(prefix)}
-            for prefix in ("base/", "eval/", "oracle/", "oracle_std/")
+            for prefix in ("base/", "eval/", "oracle/", "oracle_std/", "floor/")
         )
         if oracle:
             self.score(step, {f"oracle_gap/{key}": value for key, value in gap(after, oracle).items()})
@@ -240,11 +240,13 @@ class Record:
         if in_spreads:
             self.score(step, {f"gap_z/{key}": value for key, value in in_spreads.items()})
         keys = [name for name in HEADLINES if name in after]
+        extractor = self.provenance.get("features", {}).get("extractor")
+        titles = {key: title(key, extractor) for key in keys}
         change = {key: after[key] - before[key] for key in keys if key in before}
-        self.console.print(comparison_table(before, after, keys, oracle, spread, in_spreads))
+        self.console.print(comparison_table(before, after, titles, oracle, spread, in_spreads, floor))
         if in_spreads:
             self.console.print(what_z_says(len(self.compared)), soft_wrap=True)
-        beside = {"oracle": oracle, "oracle_std": spread, "gap_z": in_spreads}
+        beside = {"oracle": oracle, "oracle_std": spread, "gap_z": in_spreads, "real images": floor}
         columns = {"before": before, "after": after, "change": change} | {
             key: part for key, part in beside.items() if part
         }

@@ -56,6 +56,7 @@ class RunRecorder:
                 f"draws {error}; mend its weights or its noise schedule, or give others."
             ) from error
         record.evaluation(0, "base", self.before, "before")
+        record.score(0, {f"floor/{key}": value for key, value in evaluator.floor(base).items()})
 
     @property
     def listener(self) -> Listener:

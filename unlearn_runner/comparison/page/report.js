@@ -301,7 +301,7 @@
     const xs = lines.flatMap((each) => [each.xs[0], each.xs.at(-1)]);
     const ends = [Math.min(...xs), Math.max(...xs)];
     const plot = frame(plotBox, ends[0] < ends[1] ? ends : [ends[0] - 1, ends[1] + 1], [low, high],
-      { height: (width) => Math.min(400, Math.max(260, width * 0.42)), xName: clock, yName: key, logY: log });
+      { height: (width) => Math.min(400, Math.max(260, width * 0.42)), xName: clock, yName: data.names[key] || key, logY: log });
     const path = (xs, values) => xs.map((value, i) => `${i ? "L" : "M"}${plot.x(value).toFixed(1)},${plot.y(values[i]).toFixed(1)}`).join("");
     for (const { place, xs, low, high } of bands ? lines : []) {
       if (low) plot.inside.append(svg("path", { d: `${path(xs, high)}L${path([...xs].reverse(), [...low].reverse()).slice(1)}Z`, fill: colour(place), opacity: 0.13 }));
@@ -363,8 +363,8 @@
   }
 
   // ---- one table of runs ----------------------------------------------------------------------------------------------
-  function options(select, values) {
-    select.replaceChildren(...values.map((value) => html("option", {}, value)));
+  function options(select, values, names = {}) {
+    select.replaceChildren(...values.map((value) => html("option", { value }, names[value] || value)));
   }
 
   function open(article) {
@@ -399,14 +399,14 @@
     part(".none").addEventListener("click", () => { view.shown = new Set(); press(); });
 
     // what is drawn
-    options(part(".pick-x"), [...new Set(data.tradeoffs.map((pair) => pair.x))]);
-    options(part(".pick-y"), [...new Set(data.tradeoffs.map((pair) => pair.y))]);
+    options(part(".pick-x"), [...new Set(data.tradeoffs.map((pair) => pair.x))], data.names);
+    options(part(".pick-y"), [...new Set(data.tradeoffs.map((pair) => pair.y))], data.names);
     if (!data.tradeoffs.length) part(".scatter").closest("section").hidden = true;
     part(".zoom").checked = squeezed(view);
     part(".scatter").closest("section").addEventListener("change", () => drawScatter(view));
     for (const box of boxes) {
       const lambdas = data.keys.filter((key) => key.startsWith("lambda/"));
-      options(box.querySelector(".pick-key"), box.className === "lambda" ? lambdas.sort((a, b) => (b === "lambda/value") - (a === "lambda/value")) : data.keys);
+      options(box.querySelector(".pick-key"), box.className === "lambda" ? lambdas.sort((a, b) => (b === "lambda/value") - (a === "lambda/value")) : data.keys, data.names);
       const clocks = ["steps", "images", "seconds"].filter((clock) => data.curves.some(({ axes }) => axes.some((axis) => axis[clock])));
       options(box.querySelector(".pick-clock"), clocks);
       box.addEventListener("change", () => drawLines(view, box));
