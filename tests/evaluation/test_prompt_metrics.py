@@ -9,8 +9,9 @@ from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import Classifier, ClassifierJudge
+from unlearn_runner.evaluation.judge import Judged
 from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
-from unlearn_runner.evaluation.view import View
+from unlearn_runner.evaluation.view import View, group_samples
 from unlearn_runner.models.clip import small_clip
 
 
@@ -84,16 +85,38 @@ def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
         m = noising.sample(eps)
         return model.loss(model.predict(m, t, cond), x0, m, eps, noising.std, t).mean()
 
+    texts = ["a photo of {}", "{}!"]
     asked, drawn = noting(model)
-    metric = Robustness(num_restarts=2, num_steps=40, batch_size=16, num_samples=4, num_inference_steps=2)
+    metric = Robustness("trousers", texts, num_steps=40, batch_size=16, num_samples=4, num_inference_steps=2)
     rows = metric.measure(View(model, data, judge))
-    for start, embedding in zip((0, 1), asked, strict=True):
-        assert loss(embedding[:1].expand(32, -1, -1)) < loss(torch.full((32,), start)) - 0.1
-    best = max(int((judge(to_uint8(images)).contents == 2).sum()) for images in drawn)
-    assert metric.score(NO_SAMPLES, rows)["attack_success"] == best / 4
+    plain, paraphrases = model.embeddings(torch.tensor([2])), model.embed(["a photo of trousers", "trousers!"])
+    retain = model.embeddings(torch.tensor([0]))
+    tried = [cond[:1] for cond in asked]
+    for start, embedding in zip((plain, paraphrases[:1], retain), tried[:3], strict=True):
+        assert loss(embedding.expand(32, -1, -1)) < loss(start.expand(32, -1, -1)) - 0.1
+    torch.testing.assert_close(torch.cat(tried[3:6]), torch.cat([plain, paraphrases]))
+    shown = [judge(to_uint8(images)).contents == 2 for images in drawn]
+    best = max(range(6), key=lambda place: int(shown[place].sum()))
+    assert torch.equal(tried[6], tried[best])
+    assert torch.equal(rows["attack"], shown[6])
+    assert not torch.equal(drawn[6], drawn[best]), "reported on other pictures than it was chosen on"
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name]), name
     assert [weight.requires_grad for weight in model.parameters()] == asking
+
+
+def test_attack_is_never_below_what_the_prompt_draws(data, judge):
+    images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    logits = torch.eye(3)[[2, 2, 2, 0]]
+    drawn = {
+        "forget": Judged(images, torch.zeros(4, 1), logits, logits),
+        "retain": Judged(images, torch.zeros(4, 1), logits, logits),
+    }
+    labels = {"forget": torch.full((4,), 2), "retain": torch.zeros(4, dtype=torch.int64)}
+    samples = group_samples(data.spec, labels, drawn, {})
+    metric = Robustness("trousers", [])
+    for attack, expected in ((0, 0.75), (4, 1.0)):
+        assert metric.score(samples, {"attack": torch.arange(4) < attack}) == {"attack_success": expected}
 
 
 def test_refuses():
