@@ -130,8 +130,8 @@ ENTRIES = (
     Entry("fid_base_retain", "FID", LOW, POSITIVE, RETENTION, RUN | LONG, _TO_BASE),
     Entry("fid_base_forget", "FID", None, POSITIVE, FORGETTING, NOTHING, _TO_BASE),
     Entry("attack_success", "Robustness", LOW, SHARE, FORGETTING, RUN | LONG | SHORT,
-          "share of pictures that are taken for the concept under the prompt, paraphrase or sought embedding that brings "
-          "it back best, with `evaluation=prompts`: at least `forget_rate`"),
+          "share of pictures that are taken for the concept under the prompt, paraphrase or sought embedding that "
+          "brings it back best, with `evaluation=prompts`: at least `forget_rate`"),
     Entry("deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, RUN | LONG,
           "first look on the way (`evaluation.every`) whose samples hold nothing of the forgotten content (SISS's "
           "definition); absent if none"),

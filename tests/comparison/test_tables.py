@@ -374,8 +374,8 @@ def test_an_axis_without_a_bound_ends_at_ten_times_the_bases(tmp_path):
 
 
 def test_who_draws_rubble_is_not_on_the_front(tmp_path):
-    for method, rate, outliers in (("noise", 0.0, 1.0), ("good", 0.1, 0.0)):
-        scores = {"eval/forget_rate": rate, "eval/retain_accuracy": 0.9, "eval/outliers_forget": outliers}
+    for method, rate, nothing in (("noise", 0.0, 1.0), ("good", 0.1, 0.0)):
+        scores = {"eval/forget_rate": rate, "eval/retain_accuracy": 0.9, "eval/nothing_rate": nothing}
         make_run(tmp_path, method, 0, scores)
     (found,) = tradeoffs_of(only(tmp_path).rows)
     assert (found.front, found.hypervolume) == (["good"], pytest.approx(0.9 * 0.9))
@@ -384,11 +384,13 @@ def test_who_draws_rubble_is_not_on_the_front(tmp_path):
 def test_a_share_of_one_run_has_wilsons_interval_and_nothing_else_has_one(tmp_path):
     """Its samples are counted under the forget condition, or under the others, or in one pool."""
     scores = {"eval/forget_rate": 0.0, "eval/retain_accuracy": 1.0, "eval/fid_retain": 0.1, "eval/mia_auc": 0.5}
+    scores |= {"eval/density_forget": 1.5, "eval/coverage_forget": 0.5}
     make_run(tmp_path / "two", "a", 0, scores, provenance=changed(num_samples={"forget": 100, "retain": 50}))
     (cells,) = only(tmp_path / "two").cells
     assert cells["forget_rate"].interval == wilson(0.0, 100)
     assert cells["retain_accuracy"].interval == wilson(1.0, 50)
-    assert cells["fid_retain"].interval is cells["mia_auc"].interval is None
+    for column in ("fid_retain", "mia_auc", "density_forget", "coverage_forget"):
+        assert cells[column].interval is None, column
     assert text(cells["forget_rate"]) == "0.000 [0.000, 0.037]"
     make_run(tmp_path / "pool", "a", 0, scores, provenance=changed(num_samples={"all": 200}))
     (cells,) = only(tmp_path / "pool").cells

@@ -33,12 +33,14 @@ def bounds_of(column: str) -> tuple[float, float]:
 
 
 COUNTED = {FORGETTING: "forget", RETENTION: "retain"}
+NOT_COUNTED = ("density_forget", "coverage_forget")  # a mean over samples, a share of real images
 
 
 def counted_of(column: str) -> str | None:
     """The set of samples that a column is a share of, as `num_samples` names it; None where it is none of them."""
     entry = entry_of(column)
     is_count = entry is not None and entry.key == column and entry.made_by in ("Rates", "Outliers")
+    is_count = is_count and column not in NOT_COUNTED
     return COUNTED.get(entry.about) if is_count and not column.startswith("reached/") else None
 
 

@@ -189,6 +189,7 @@ class Outliers(Metric):
     version = 3
     needs = ("novelty",)
     paired = True
+    without_interval = ("coverage_forget",)  # samples that are taken twice cover less
 
     def measure(self, view: View) -> Rows:
         """Of each sample, set by set: how far it is an outlier, its density, and which balls hold it."""
