@@ -423,5 +423,5 @@ def checked(cfg: Mapping[Any, Any], allow: Sequence[str] = (), groups: Path | No
     """
     kinds = typing.get_type_hints(Configuration, include_extras=True)
     found = _Check([*TRUSTED, *allow], groups).table(cfg, kinds, "")
-    rules.check(with_defaults(found))
+    rules.check(with_defaults(found), allow)
     return found
