@@ -39,7 +39,7 @@ def texts_of_contents(
 ) -> list[list[str]]:
     """The texts of each content, by `prompts` or else by all `templates`; then each text of `nothing` by itself."""
     require_templates(f"{path}.templates", templates)
-    own = {normal_form(str(name)): [text] if isinstance(text, str) else list(text) for name, text in _items(prompts)}
+    own = {normal_form(name): [text] if isinstance(text, str) else list(text) for name, text in (prompts or {}).items()}
     _same_contents(f"{path}.prompts", list(own), names, all_of_them=False)
     found = [own.get(name) or [template.format(name) for template in templates] for name in names]
     found += [[text] for text in nothing]
@@ -67,7 +67,7 @@ def outputs_of_contents(
 
     `count` is how many outputs the network has; None: not known yet. Without `outputs` number i is content i's.
     """
-    own = {normal_form(str(name)): [rows] if isinstance(rows, int) else list(rows) for name, rows in _items(outputs)}
+    own = {normal_form(name): [rows] if isinstance(rows, int) else list(rows) for name, rows in (outputs or {}).items()}
     if own:
         _same_contents(f"{path}.outputs", list(own), names, all_of_them=True)
     elif count is not None and count != len(names):
@@ -89,10 +89,6 @@ def outputs_of_contents(
     return found + ([none] if none else [])
 
 
-def _items(table: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
-    return list((table or {}).items())
-
-
 def file_of_network(file: str, image_size: int | None, path: str = PATH) -> Path:
     """The file or folder; it must be there, and one that says nothing of its images' size needs that option."""
     place = Path(file).expanduser()
@@ -100,8 +96,8 @@ def file_of_network(file: str, image_size: int | None, path: str = PATH) -> Path
         missing = [name for name in ("config.json", "model.safetensors") if not (place / name).is_file()]
         if missing and not (place / "model.safetensors.index.json").is_file():
             raise ConfigurationError(
-                f"{path}.file={file} must be a TorchScript file, or a folder with the config.json and model.safetensors "
-                f"of an image classifier in transformers' format; it has no {' and no '.join(missing)}."
+                f"{path}.file={file} must be a TorchScript file, or a folder with config.json and model.safetensors of "
+                f"an image classifier in transformers' format; it has no {' and no '.join(missing)}."
             )
     elif not place.is_file():
         raise ConfigurationError(f"{path}.file={file}: there is no such file or folder.")

@@ -115,7 +115,9 @@ class PartsOfBodies(Recognizer):
         return features, logits
 
     def scores(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 18"]:
-        """The best score of each of PARTS in [0, 1], 0 where none is found. NudeNet reads pictures as OpenCV does."""
+        """The best score of each of PARTS in [0, 1], 0 where none is found: as NudeNet has them of files, which papers
+        give it. It reads these with OpenCV, blue first, and its network sees them so; red first the scores are others.
+        """
         pictures = images.expand(-1, 3, -1, -1).flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         found = torch.zeros(len(images), len(PARTS))
         for row, detections in enumerate(self.detector.detect_batch(list(pictures), batch_size=16)):

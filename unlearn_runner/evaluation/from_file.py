@@ -4,6 +4,7 @@ TorchScript is a program, so it is read only where the user trusts it (unlearn_r
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, final
@@ -201,7 +202,9 @@ class Scripted(nn.Module):
     def __init__(self, file: Path):
         super().__init__()
         try:
-            self.network = torch.jit.load(str(file), map_location="cpu").eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch would rather have torch.export's files
+                self.network = torch.jit.load(str(file), map_location="cpu").eval()
         except Exception as error:  # whatever another file makes torch raise
             raise ConfigurationError(
                 f"{recognition.PATH}.file={file} is no TorchScript that torch can read ({first_line(error)}); save the "
