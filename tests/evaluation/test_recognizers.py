@@ -372,7 +372,7 @@ def test_a_run_is_judged(run, zero_shot, script, classifiers, which):
     assert features["abstains"]["abstain"] == 0.05
     assert features["classifier_settings"]["digest"]
     assert set(features["classifier_test_accuracy"]) == {"retain", "forget"}
-    assert summary["metrics"]["eval/kid_forget"] >= -1, "in its features"
+    assert "eval/kid_forget" in summary["metrics"]
 
 
 # 5. NudeNet

@@ -45,6 +45,7 @@ class NudeNet(RecognizerRecipe):
         others: RecognizerRecipe | None = None,
     ):
         recognition.require_nudenet()
+        import onnxruntime
         from nudenet import NudeDetector, nudenet
 
         known = getattr(nudenet, "__labels")  # as `nudenet.__labels` Python would take it for the class's own
@@ -53,8 +54,13 @@ class NudeNet(RecognizerRecipe):
                 f"{recognition.PATH}.classes: the nudenet that is installed knows no {', '.join(unknown)}."
             )
         self.classes, self.threshold, self.others = tuple(classes), threshold, others
-        self.detector = NudeDetector()
         self.weights = next(Path(nudenet.__file__).parent.glob("*.onnx"))
+        self.detector = NudeDetector()
+        threads = onnxruntime.SessionOptions()
+        threads.intra_op_num_threads = torch.get_num_threads()  # its own session takes all cores
+        self.detector.onnx_session = onnxruntime.InferenceSession(
+            self.weights, threads, providers=["CPUExecutionProvider"]
+        )
         self.num_features = len(PARTS) if others is None else others.num_features
 
     def require(self, spec: DataSpec) -> None:
