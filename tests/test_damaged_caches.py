@@ -79,7 +79,7 @@ def autoencoders(root: Path, folder: Path) -> Any:
 
 
 def classifiers(root: Path, folder: Path) -> Any:
-    return trained_judge(dataset(), ClassifierRecipe(8, 8, 2, 4), root, CPU).classifier.state_dict()
+    return trained_judge(dataset(), ClassifierRecipe(8, 8, 2, 4), root, CPU).recognizer.state_dict()
 
 
 def clips(root: Path, folder: Path) -> Any:

@@ -205,14 +205,14 @@ def test_of_an_evaluation_each_setting_matters(digits, tiny_network, shared_cach
     monkeypatch.setattr(evaluating, "cached", key_of)
     network, clip = tiny_network(image_shape=(1, 16, 16)), small_clip(0, width=16, layers=1, heads=2, text_width=16)
     other_judge, other_clip = copy.deepcopy(judge), copy.deepcopy(clip)
-    another_weight(other_judge.classifier)
+    another_weight(other_judge.recognizer)
     another_weight(other_clip.network)
     longer = copy.deepcopy(clip)
     longer.tokenizer.context_length = 15
     other_data = replace(digits, forget=digits.forget.select(torch.arange(9)))
     scheduled = tiny_network(image_shape=(1, 16, 16), beta_schedule="squaredcos_cap_v2")
     extracted = [
-        type(judge)(judge.classifier, {}, judge.weights, CPU, extractor)
+        type(judge)(judge.recognizer, CPU, extractor)
         for extractor in (Doubled(), Doubled(2.0), Doubled(act=torch.nn.SiLU()))
     ]
     found = [

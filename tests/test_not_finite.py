@@ -18,8 +18,9 @@ from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.evaluation.classifier import Classifier, ClassifierJudge, ClassifierRecipe, trained_judge
+from unlearn_runner.evaluation.classifier import Classifier, ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
+from unlearn_runner.evaluation.judge import RecognizingJudge
 from unlearn_runner.evaluation.likelihood import flow_bits_per_dim
 from unlearn_runner.evaluation.metrics import FID, KID, Rates
 from unlearn_runner.methods.siss import effective_sample_size
@@ -181,8 +182,8 @@ def test_no_json_holds_nan(tmp_path):
     assert strictly(tmp_path / "x.json") == {"a": None, "b": [1.5, None, {"c": [None, 2]}], "d": "NaN"}
 
 
-def judge_of(test: dict[str, float], train: dict[str, float], contents: int) -> ClassifierJudge:
-    return ClassifierJudge(Classifier(1, contents, 8, 8), test, "none", CPU, train_accuracy=train)
+def judge_of(test: dict[str, float], train: dict[str, float], contents: int) -> RecognizingJudge:
+    return RecognizingJudge(Classifier(1, contents, 8, 8), CPU, None, test, train)
 
 
 @pytest.mark.parametrize(

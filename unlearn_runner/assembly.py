@@ -129,6 +129,7 @@ def build_parts(cfg: Config) -> Parts:
     plan, driver = make(cfg["trainer"]), make(cfg["driver"])
     logger = make(cfg["logger"]) if is_first() else None
     evaluation, judge = make(cfg["evaluation"]), make(cfg["judge"])
+    judge.require(dataset.spec)
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
     require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
     network = hardware.prepare(build_network(cfg, dataset.spec, seed))

@@ -62,7 +62,7 @@ _CMMD = ("squared MMD (Gaussian kernel) of CLIP's embeddings, times 1000 ([2401.
          "(https://arxiv.org/abs/2401.09603)), of the same pairs of sets, with `evaluation.features=open_clip`")
 _NEIGHBOURS = ("share of samples that lie among real images, of real images that lie among samples (3 nearest "
                "neighbours, [1904.06991](https://arxiv.org/abs/1904.06991)): quality and variety apart")
-_INCEPTION = "inception score from the classifier's probabilities, or from the extractor's where it has some"
+_INCEPTION = "inception score from the judge's probabilities, or from the extractor's where it has some"
 _SSIM = ("structural similarity of each sample with the **base model's sample from the same noise and label**: how "
          "much unlearning moved the pictures. Nothing is compared with real images. 1 for the base itself")
 _MIA = "membership inference: can low losses tell forget images from unseen ones of the same content?"
@@ -77,15 +77,16 @@ _MEAN = "average over the run of what the method logs at every step"
 _POLICY = "the same of an agent's rehearsals"
 ENTRIES = (
     Entry("forget_rate", "Rates", LOW, SHARE, FORGETTING, RUN | LONG | SHORT | PLOT,
-          "share of samples under the forget condition that the classifier takes for the forgotten content"),
+          "share of samples under the forget condition that the judge takes for the forgotten content"),
     Entry("restored_rate", "Rates", HIGH, SHARE, FORGETTING, RUN | LONG | SHORT | PLOT,
           "share of the same samples that it takes for the clean class. Forgetting that leaves rubble is not enough. "
           "Absent where the whole class is forgotten"),
     Entry("other_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
           "share of the same samples that it takes for something else that is real"),
     Entry("nothing_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
-          "share of the same samples on which the judge abstains, for they are like no real image of any content: "
-          "rubble. `forget_rate`, `restored_rate`, `other_rate` and `nothing_rate` make up 1"),
+          "share of the same samples on which the judge abstains, for they are like no real image of any content "
+          "(rubble), or show none of them where the judge can say so. `forget_rate`, `restored_rate`, `other_rate` and "
+          "`nothing_rate` make up 1"),
     Entry("retain_accuracy", "Rates", HIGH, SHARE, RETENTION, RUN | LONG | SHORT | PLOT,
           "share of samples under the other labels taken for what their label names"),
     Entry("outliers_forget", "Outliers", ORACLE, SHARE, FORGETTING, LONG,

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import ImageColor
 
-from unlearn_runner import catalogue
+from unlearn_runner import catalogue, recognition
 from unlearn_runner.constructors import constant_of, constructor_of, makes
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.spec import Labels, spec_of
@@ -444,9 +444,9 @@ def a_clip(option: str, there: bool) -> None:
 # 3. Of a whole configuration
 
 
-def check(cfg: Mapping[str, Any]) -> None:
+def check(cfg: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
     """All of the above, and what else is known of a configuration before anything is built; it holds the defaults of
-    all constructors.
+    all constructors. `allow` is what the user trusts besides the runner's own code.
     """
     timesteps = _timesteps(cfg)
     for path, node in parts(cfg):
@@ -457,6 +457,8 @@ def check(cfg: Mapping[str, Any]) -> None:
         require_steps_everywhere(cfg, timesteps)
     _folders(cfg)
     spec = spec_of(cfg["dataset"])
+    for path, node in parts(cfg["judge"], "judge"):
+        recognition.check(path, node, spec, allow)
     _models_and_methods(cfg)
     if spec is not None and spec.labels is not None:
         _labels(cfg["method"], spec.labels)

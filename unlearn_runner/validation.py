@@ -238,8 +238,8 @@ class _Check:
             if typing.is_typeddict(arm):
                 return self.table(value, typing.get_type_hints(arm, include_extras=True), path, arm.__required_keys__)
             if _is_table(arm):
-                _, inner = get_args(_bare(arm)) or (str, Any)
-                return {key: self.value(part, inner, f"{path}.{key}") for key, part in value.items()}
+                name, inner = get_args(_bare(arm)) or (str, Any)
+                return {_as_meant(key, [name]): self.value(part, inner, f"{path}.{key}") for key, part in value.items()}
         raise ConfigurationError(f"{path} must be {in_words(kind)}, got {shown(value)}.")
 
     def table(
@@ -423,5 +423,5 @@ def checked(cfg: Mapping[Any, Any], allow: Sequence[str] = (), groups: Path | No
     """
     kinds = typing.get_type_hints(Configuration, include_extras=True)
     found = _Check([*TRUSTED, *allow], groups).table(cfg, kinds, "")
-    rules.check(with_defaults(found))
+    rules.check(with_defaults(found), allow)
     return found

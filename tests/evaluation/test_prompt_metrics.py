@@ -8,8 +8,8 @@ from pipelines import tiny
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.evaluation.classifier import Classifier, ClassifierJudge
-from unlearn_runner.evaluation.judge import Judged
+from unlearn_runner.evaluation.classifier import Classifier
+from unlearn_runner.evaluation.judge import Judged, RecognizingJudge
 from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
 from unlearn_runner.evaluation.view import View, group_samples
 from unlearn_runner.models.clip import small_clip
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 def judge():
     """It has learnt nothing, but always says the same of the same picture."""
     torch.manual_seed(0)
-    return ClassifierJudge(Classifier(3, 3, 8, 8), {}, "random", torch.device("cpu"))
+    return RecognizingJudge(Classifier(3, 3, 8, 8), torch.device("cpu"))
 
 
 def noting(model):

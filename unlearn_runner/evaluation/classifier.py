@@ -4,9 +4,8 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Annotated, final
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +14,19 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner.cache import cached, digest, fingerprint, write_json
-from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
+from unlearn_runner.cache import cached, write_json
+from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import Pool, Shuffled, half_mirrored, to_unit_range
-from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.features import FeatureExtractor
-from unlearn_runner.evaluation.judge import Judge, Judged, JudgeRecipe
+from unlearn_runner.evaluation.judge import (
+    Judge,
+    JudgeRecipe,
+    Recognizer,
+    RecognizingJudge,
+    accuracies,
+    contents_to_forget,
+)
 from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, LearningRate, PositiveInt, Seed, Width
 from unlearn_runner.types import make_generator
@@ -69,15 +74,21 @@ class TrainedClassifier(JudgeRecipe):
 
 
 @final
-class Classifier(nn.Module):
+class Classifier(Recognizer):
     """Three convolutional stages, average pooling, a feature layer and logits over the dataset's contents.
 
     The features that it returns are divided by `feature_scale`, their root mean square over the training images,
     so that distances between them are of order one whatever the dataset.
     """
 
+    name = ""  # of a classifier that is in no cache
+    called = "the classifier"
+    mend = "Train it longer (judge.classifier.max_steps) or on more images."
+    layer = "features"
+
     def __init__(self, channels: int, num_contents: int, width: int, num_features: int):
         super().__init__()
+        self.num_contents, self.num_features = num_contents, num_features
 
         def stage(c_in: int, c_out: int) -> nn.Sequential:
             return nn.Sequential(
@@ -91,84 +102,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(num_features, num_contents)
         self.register_buffer("feature_scale", torch.ones(()))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
-        features = self.features(F.adaptive_avg_pool2d(self.stages(x), 2).flatten(1))
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
+        features = self.features(F.adaptive_avg_pool2d(self.stages(to_unit_range(images)), 2).flatten(1))
         return features / self.feature_scale, self.head(features)
-
-
-@final
-class ClassifierJudge(Judge):
-    """A trained classifier, the name of its weights, and the accuracies that it reached on held-out images; where there
-    are none, on its training images.
-
-    Features come from the classifier, or from `extractor` if there is one.
-    """
-
-    def __init__(
-        self,
-        classifier: Classifier,
-        test_accuracy: dict[str, float],
-        weights: str,
-        device: torch.device,
-        extractor: FeatureExtractor | None = None,
-        train_accuracy: dict[str, float] | None = None,
-    ):
-        self.classifier = classifier.to(device).eval().requires_grad_(False)
-        self.test_accuracy = test_accuracy
-        self.train_accuracy = train_accuracy or {}
-        self.weights = weights
-        self.device = device
-        self.extractor = None if extractor is None else extractor.to(device)
-        self.extractor_digest = None if extractor is None else digest(extractor.state_dict())
-
-    @torch.inference_mode()
-    def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
-        parts = [in_shares(self._judge, part.to(self.device)) for part in images.split(batch_size)]
-        return Judged(images.cpu(), *(torch.cat(part).cpu() for part in zip(*parts, strict=True)))
-
-    def _judge(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
-        features, logits = self.classifier(to_unit_range(images))
-        if self.extractor is None:
-            return features, logits, logits
-        parts = [self.extractor(part) for part in images.split(64)]
-        features = torch.cat([part for part, _ in parts])
-        return features, logits, logits if parts[0][1] is None else torch.cat([part for _, part in parts])
-
-    @property
-    def num_features(self) -> int:
-        return self.classifier.head.in_features if self.extractor is None else self.extractor.num_features
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """A hash of all that what it sees depends on: the weights and layers of the classifier and of the extractor."""
-        networks = [self.classifier] if self.extractor is None else [self.classifier, self.extractor]
-        return fingerprint([[str(network), digest(network.state_dict())] for network in networks])
-
-    def doubts(self) -> list[str]:
-        """A sentence for each set of images of which it knows less than half of what guessing leaves to know."""
-        chance = 1 / self.classifier.head.out_features
-        sentences = []
-        for name in ("retain", "forget"):
-            kind = "held-out" if name in self.test_accuracy else "training"
-            accuracy = {**self.train_accuracy, **self.test_accuracy}.get(name, 1.0)
-            if accuracy < (1 + chance) / 2:
-                sentences.append(
-                    f"WARNING: the classifier recognises {accuracy:.0%} of the {kind} {name} images, guessing would "
-                    f"{chance:.0%}: forget_rate and all else that it judges say little. Train it longer "
-                    "(judge.classifier.max_steps) or on more images."
-                )
-        return sentences
-
-    def provenance(self) -> dict[str, Any]:
-        own = f"features ({self.classifier.head.in_features})"
-        return {
-            "extractor": self.weights if self.extractor is None else self.extractor.name,
-            "extractor_digest": self.extractor_digest,
-            "layer": own if self.extractor is None else self.extractor.layer,
-            "classifier": self.weights,
-            "classifier_test_accuracy": self.test_accuracy,
-            "classifier_learnt": not self.doubts(),
-        }
 
 
 def trained_judge(
@@ -178,20 +114,19 @@ def trained_judge(
     device: torch.device,
     extractor: FeatureExtractor | None = None,
     show: Callable[[int, dict[str, float]], None] | None = None,
-) -> ClassifierJudge:
+) -> RecognizingJudge:
     """The classifier for a dataset, trained on its training images once and cached, tested on its held-out ones.
 
     `show`, if given, is called on the way with a step and its loss, images so far and seconds so far.
     """
     key = {"version": 3, "data": data.fingerprint, "recipe": asdict(recipe)}
 
-    def read(folder: Path) -> ClassifierJudge:
+    def read(folder: Path) -> RecognizingJudge:
         classifier = _build(data, recipe)
         classifier.load_state_dict(load_file(folder / "classifier.safetensors"))
         require_finite(classifier, "the classifier")
-        report = json.loads((folder / "report.json").read_text())
-        weights, train_accuracy = f"classifiers/{folder.name}", report.get("train_accuracy")
-        return ClassifierJudge(classifier, report["test_accuracy"], weights, device, extractor, train_accuracy)
+        classifier.name = f"classifiers/{folder.name}"
+        return RecognizingJudge(classifier, device, extractor, **json.loads((folder / "report.json").read_text()))
 
     return read(cached(cache_dir, "classifiers", key, lambda place: _train(data, recipe, place, device, show), read))
 
@@ -214,9 +149,7 @@ def _train(
     classifier = _build(data, recipe).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=recipe.learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.max_steps)
-    # Where the forget set is one image many times, the classifier shall know the content, not that image.
-    forget = data.forget if data.forget_alike is None else data.forget_alike
-    pool = Pool([data.retain, forget], torch.device("cpu"))
+    pool = Pool([data.retain, contents_to_forget(data)], torch.device("cpu"))
     rows = _balanced(pool.contents)
     order = Shuffled(len(rows), generator)
     for step in range(1, recipe.max_steps + 1):
@@ -224,7 +157,7 @@ def _train(
         x = _shifted(drawn.pixels, recipe.max_shift, generator).to(device)
         if data.spec.horizontal_flip:
             x = half_mirrored(x, generator)
-        loss = F.cross_entropy(classifier(to_unit_range(x))[1], drawn.contents.to(device))
+        loss = F.cross_entropy(classifier(x)[1], drawn.contents.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -240,27 +173,11 @@ def _train(
             f"training the classifier diverged ({error}); judge.classifier.learning_rate must be lower, it is "
             f"{recipe.learning_rate}."
         ) from error
-    judge = ClassifierJudge(classifier, {}, "", device)
+    judge = RecognizingJudge(classifier, device)
     seen = pool.take(rows[order.draw(min(len(rows), 5000))]).pixels
     classifier.feature_scale.copy_(judge(seen).features.square().mean().sqrt())
-    report: dict[str, dict[str, float]] = {"test_accuracy": {}, "train_accuracy": {}}
-    for name, trained_on, held_out in (("retain", data.retain, data.retain_test), ("forget", forget, data.forget_test)):
-        if len(held_out):
-            report["test_accuracy"][name] = _accuracy(judge, held_out)
-        else:
-            report["train_accuracy"][name] = _accuracy(judge, _some(trained_on))
     save_file(classifier.state_dict(), folder / "classifier.safetensors")
-    write_json(folder / "report.json", report)
-
-
-def _accuracy(judge: ClassifierJudge, images: LabelledImages) -> float:
-    """The share of images that it recognises."""
-    return (judge(images.pixels).contents == images.contents).double().mean().item()
-
-
-def _some(images: LabelledImages, count: int = 2000) -> LabelledImages:
-    """At most `count` of the images, from first to last."""
-    return images.select(torch.linspace(0, len(images) - 1, min(len(images), count)).long())
+    write_json(folder / "report.json", accuracies(judge, data))
 
 
 def _balanced(contents: Int64[Tensor, "n"], at_most: int = 20) -> Int64[Tensor, "m"]:

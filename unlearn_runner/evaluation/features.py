@@ -4,7 +4,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -186,15 +186,23 @@ def _dinov2_of(folder: Path) -> nn.Module:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
         if kind not in kinds:
             raise ValueError(f"it is a {kind}")
-        network, report = kinds[kind].from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        if missing := report["missing_keys"]:
-            raise ValueError(f"{len(missing)} of its weights are missing")
+        return whole_network(kinds[kind], folder)
     except Exception as error:  # whatever a wrong folder makes transformers raise
         raise ConfigurationError(
             f"judge.extractor.dinov2_weights={folder} is no DINOv2 in transformers' format ({first_line(error)})."
         ) from error
+
+
+def whole_network(kind: Any, folder: Path) -> nn.Module:
+    """A network of one of transformers' classes from a folder alone: no hub, no code of the folder, no pickle.
+
+    Raises ValueError if weights are missing or of other shapes, and whatever transformers raises of a wrong folder.
+    """
+    network, report = kind.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    if missing := report["missing_keys"]:
+        raise ValueError(f"{len(missing)} of its weights are missing")
     return network.eval().requires_grad_(False)
 
 
@@ -202,17 +210,17 @@ def _dinov2_of(folder: Path) -> nn.Module:
 class Seen(nn.Module):
     """Pictures as a network wants them: three channels, its size (bicubic, with antialiasing), its mean and deviation.
 
-    `mean` and `std` are those of the channels of pictures in [0, 1].
+    `mean` and `std` are those of the channels of pictures in [0, 1]. With `channels=1` grey pictures stay grey.
     """
 
-    def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], channels: int = 3):
         super().__init__()
-        self.size = size
+        self.size, self.channels = size, channels
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
-    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        pixels = _three_channels(images).float() / 255
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b channels height width"]:
+        pixels = (_three_channels(images) if self.channels == 3 else images).float() / 255
         resized = F.interpolate(pixels, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         return (resized - self.mean) / self.std
 

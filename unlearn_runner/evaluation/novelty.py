@@ -22,7 +22,7 @@ from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.evaluation.features import efficientnet_lite0
-from unlearn_runner.evaluation.judge import NOTHING, Judge, Judged
+from unlearn_runner.evaluation.judge import NOTHING, Judge, Judged, contents_to_forget
 from unlearn_runner.evaluation.metrics import Metric, Rows, first_distinct, share
 from unlearn_runner.evaluation.view import RealSamples, Samples, View
 from unlearn_runner.models.model import GenerativeModel
@@ -107,9 +107,10 @@ def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> No
     """
 
     def make(folder: Path) -> None:
-        forget = data.forget if data.forget_alike is None else data.forget_alike
         retain = appearance(first_distinct(data.retain, recipe.max_images, recipe.seed).pixels)
-        forget = appearance(first_distinct(forget, max(1, recipe.max_images // 4), recipe.seed).pixels)
+        forget = appearance(
+            first_distinct(contents_to_forget(data), max(1, recipe.max_images // 4), recipe.seed).pixels
+        )
         tensors = {"retain": retain, "forget": forget}
         if len(retain) >= LEAST:
             for name, features in (("retained", retain), ("contents", torch.cat([retain, forget]))):
@@ -142,14 +143,18 @@ def abstaining(judge: Judge, data: ForgetRetain, recipe: NoveltyRecipe | None, c
 
 @final
 class AbstainingJudge(Judge):
-    """A judge that calls a picture nothing where it is an outlier of the real images of all contents."""
+    """A judge that calls a picture nothing where it is an outlier of the real images of all contents, and where the
+    judge itself does.
+    """
 
     def __init__(self, judge: Judge, novelty: Novelty):
         self.judge, self.novelty, self.device = judge, novelty, judge.device
 
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
         outlying, looks = in_shares(self._novelty_of, images)
-        return replace(self.judge(images, batch_size), outlying=outlying, appearance=looks)
+        judged = self.judge(images, batch_size)
+        outlying = outlying if judged.outlying is None else torch.maximum(outlying, judged.outlying)
+        return replace(judged, outlying=outlying, appearance=looks)
 
     def _novelty_of(self, images: UInt8[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
         looks = appearance(images)

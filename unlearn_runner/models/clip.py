@@ -143,7 +143,12 @@ def pretrained_clip(model: str, pretrained: str, seed: int = 0) -> Clip:
 
     Raises ConfigurationError, saying what to give, if they cannot be had. `seed` is without effect.
     """
-    network = open_clip_network(model, pretrained, "clip.network.model", "clip.network.pretrained")
+    return named_clip(model, pretrained, "clip.network.model", "clip.network.pretrained")
+
+
+def named_clip(model: str, pretrained: str, model_option: str, weights_option: str) -> Clip:
+    """The same, naming other options in what it raises."""
+    network = open_clip_network(model, pretrained, model_option, weights_option)
     import open_clip
 
     name = f"open_clip {model} {Path(pretrained).name}"
