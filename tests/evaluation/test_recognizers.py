@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -22,6 +22,7 @@ from unlearn_runner.evaluation.judge import NOTHING, Pretrained, RecognizingJudg
 from unlearn_runner.evaluation.novelty import NoveltyRecipe, abstaining
 from unlearn_runner.evaluation.zero_shot import ZeroShotClip
 from unlearn_runner.spec import DataSpec
+from unlearn_runner.training.run_folder import identity_of_run
 
 CPU = torch.device("cpu")
 TWO = DataSpec("two", (1, 8, 8), ("dark", "bright"), ("dark", "bright"), 1, None, False)
@@ -253,6 +254,23 @@ def test_a_folder_is_data_alone(classifiers, tmp_path):
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigurationError, match=r"config\.json is no object"):
         NetworkFile(str(folder))
+
+
+def test_a_run_is_known_by_what_is_in_the_file(script, classifiers, tmp_path):
+    """Or `skip_finished` would take a run that another network has judged for this one."""
+
+    def identity(file):
+        return identity_of_run({"judge": {"recognizer": {"file": str(file)}}})
+
+    one, other = (script(Brightness(of), (1, 8, 8)) for of in (True, False))
+    shutil.copy(one, tmp_path / "elsewhere.pt")
+    assert identity(one) == identity(tmp_path / "elsewhere.pt") != identity(other)
+    folder = tmp_path / "vit"
+    shutil.copytree(classifiers / "vit", folder)
+    assert identity(folder) == identity(classifiers / "vit")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"classifier.bias": weights["classifier.bias"] + 1}, folder / "model.safetensors")
+    assert identity(folder) != identity(classifiers / "vit")
 
 
 # 3. CLIP

@@ -47,7 +47,9 @@ NOT_IDENTITY = (
     "trainer.log_every", "trainer.checkpointing_steps", "trainer.checkpoints_total_limit", "trainer.keep_checkpoints",
 )  # fmt: skip
 PLACES = ("cache_dir",)  # last words of options that name a place alone
-CONTENTS = ("weights", "policy", "pretrained", "inception_weights", "open_clip_pretrained")  # of files, by their bytes
+CONTENTS = (  # of files, by their bytes
+    "weights", "policy", "pretrained", "inception_weights", "open_clip_pretrained", "dinov2_weights", "file",
+)  # fmt: skip
 DATA, PARENT = "dataset.fingerprint", "parent"  # known once the images are read; of a longer run, what it goes on from
 
 
