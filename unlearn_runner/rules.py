@@ -549,7 +549,7 @@ def _own_oracles(sources: Sequence[str], weights: str) -> None:
         located(source, "evaluation.oracle")
         if (same := models.setdefault(weights_identity(source), source)) != source or sources.count(source) > 1:
             raise ConfigurationError(
-                f"evaluation.oracle={source} holds the same model as {same}, which would be counted twice; give another."
+                f"evaluation.oracle={source} holds the same model as {same}, which would count twice; give another."
             )
     if weights != "auto" and sources and (same := models.get(weights_identity(weights))) is not None:
         raise ConfigurationError(
@@ -841,9 +841,8 @@ def _objective(cfg: Mapping[str, Any]) -> None:
     deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
     known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
-    oracles = (
-        len(own_oracles(evaluation["oracle"])) or len(evaluation.get("oracle_seeds") or ()) or evaluation["oracle"]
-    )
+    own, seeds = own_oracles(evaluation["oracle"]), evaluation.get("oracle_seeds") or ()
+    oracles = len(own) or len(seeds) or evaluation["oracle"]
     compared = [*(("oracle", "oracle_gap") if oracles else ()), *(("oracle_std", "gap_z") if oracles > 1 else ())]
     known += [f"{prefix}/{key}" for prefix in compared for key in (*scores, *relearnt)]
     if evaluation["threshold"] is not None and evaluation["every"]:

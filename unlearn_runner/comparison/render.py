@@ -185,8 +185,9 @@ def escaped(said: str) -> str:
 
 
 def csv_text(tables: list[tuple[str, list[Row], list[str], list[dict[str, Cell]]]]) -> str:
-    """One line for each table, row and metric: what a data frame reads. What there is none of is empty: the interval, the
-    standard deviation of several oracles, z."""
+    """One line for each table, row and metric: what a data frame reads. Empty where there is none: the interval,
+    the standard deviation of several oracles, z.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(

@@ -353,7 +353,7 @@ def text(cell: Cell) -> str:
 
 
 def z_text(cell: Cell) -> str:
-    return "" if cell.z is None else f"z {cell.z:+.1f}"
+    return "" if cell.z is None else f"z={cell.z:+.1f}"
 
 
 def seeds_text(cell: Cell) -> str:
