@@ -144,6 +144,7 @@ WRONG = [
     (["evaluation.oracle=''"], "evaluation.oracle must be true, false, or one or more folders of models, got ''"),
     (["evaluation.oracle=[]"], r"evaluation.oracle must be true, false, or one or more folders of models, got \[\]"),
     (["evaluation.oracle=[tests,./nowhere]"], "evaluation.oracle=./nowhere: there is no such folder"),
+    (["evaluation.oracle=outputs/today/oracel"], "evaluation.oracle=outputs/today/oracel: there is no such folder"),
     (["evaluation.oracle=[tests,tests]"], "evaluation.oracle=tests holds the same model as tests, which would count"),
     (["evaluation.oracle=[tests,./tests]"], "evaluation.oracle=./tests holds the same model as tests, which would"),
     (["model.weights=./tests", "evaluation.oracle=tests"], "tests holds the same model as model.weights=./tests"),

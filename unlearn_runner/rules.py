@@ -544,7 +544,7 @@ def _own_oracles(sources: Sequence[str], weights: str) -> None:
     """Each must be there, and be another model than the base and the other oracles. Reads weights if there are some."""
     models: dict[str, str] = {}
     for source in sources:
-        if "/" not in source:  # a hub id has one
+        if source.count("/") != 1:  # a hub id has one
             existing_folder(source, "evaluation.oracle")
         located(source, "evaluation.oracle")
         if (same := models.setdefault(weights_identity(source), source)) != source or sources.count(source) > 1:
@@ -579,7 +579,7 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     require_of_methods(cfg, there)
     has_corpus = bool((recipe or {}).get("corpus"))
     teachable(recipe is not None, has_corpus, weights, dataset.get("source") == "base")
-    seeds = cfg["evaluation"].get("oracle_seeds")  # old run folders have none
+    seeds = cfg["evaluation"]["oracle_seeds"]
     if seeds is not None or cfg["evaluation"]["oracle"] is True:
         option = "evaluation.oracle=true" if seeds is None else f"evaluation.oracle_seeds={list(seeds)}"
         retrainable(option, has_corpus, weights, "give one of your own, evaluation.oracle=<folder>, or leave it out")
@@ -841,7 +841,7 @@ def _objective(cfg: Mapping[str, Any]) -> None:
     deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
     known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
-    own, seeds = own_oracles(evaluation["oracle"]), evaluation.get("oracle_seeds") or ()
+    own, seeds = own_oracles(evaluation["oracle"]), evaluation["oracle_seeds"] or ()
     oracles = len(own) or len(seeds) or evaluation["oracle"]
     compared = [*(("oracle", "oracle_gap") if oracles else ()), *(("oracle_std", "gap_z") if oracles > 1 else ())]
     known += [f"{prefix}/{key}" for prefix in compared for key in (*scores, *relearnt)]
