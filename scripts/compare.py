@@ -36,7 +36,7 @@ from unlearn_runner.comparison.render import (
 )
 from unlearn_runner.comparison.runs import Found, read_runs
 from unlearn_runner.comparison.statistics import TESTS
-from unlearn_runner.comparison.tables import FLOOR
+from unlearn_runner.comparison.tables import FLOOR, spread_of_oracles
 from unlearn_runner.comparison.verdicts import measured_by, rules_of, sentence
 from unlearn_runner.errors import ConfigurationError, near, plain
 
@@ -143,12 +143,13 @@ def read(folders: list[Path]) -> Found:
 
 def markdown_of(table: Table) -> str:
     title = f"**{markdown_escaped(table.title)}**\n\n" if table.title else ""
-    return f"{title}{markdown(table.rows, table.columns, table.cells, table.title_of)}\n"
+    said = "".join(f"\n{words}\n" for words in spread_of_oracles(table.rows))
+    return f"{title}{markdown(table.rows, table.columns, table.cells, table.title_of)}\n{said}"
 
 
 def latex_of(table: Table) -> str:
-    caption = ". ".join(filter(None, [table.title, f"{how(table)}; {MEANS}"]))
-    return latex(table.rows, table.columns, table.cells, caption, table.title_of)
+    said = [table.title, f"{how(table)}; {MEANS}", *spread_of_oracles(table.rows)]
+    return latex(table.rows, table.columns, table.cells, ". ".join(filter(None, said)), table.title_of)
 
 
 def how(table: Table) -> str:

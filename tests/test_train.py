@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -353,6 +354,142 @@ def test_the_whole_evaluation(run, tmp_path):
             assert low <= high
     assert content["metrics"]["cost/evaluation_seconds"] > content["metrics"]["cost/sampling_seconds"] > 0
     assert {"sampling", "judging", "nll", "mia", "bootstrap"} <= set(content["provenance"]["evaluation"]["seconds"])
+
+
+SEEDS = "evaluation.oracle_seeds=[0,1,2]"
+
+
+def test_several_oracles_and_the_distance_in_units_of_their_spread(run, shared_cache, capsys):
+    folder = run("method=siss", SEEDS)
+    said = capsys.readouterr().out
+    content = summary(folder)
+    metrics, oracles = content["metrics"], content["oracles"]
+    assert [oracle["seed"] for oracle in oracles] == [0, 1, 2]
+    assert len({oracle["digest"] for oracle in oracles}) == 3
+    for name in ("fid_retain", "forget_rate", "retain_accuracy", "ssim_retain"):
+        scores = [oracle["metrics"][name] for oracle in oracles]
+        assert metrics[f"oracle/{name}"] == pytest.approx(statistics.mean(scores))
+        assert metrics[f"oracle_std/{name}"] == pytest.approx(statistics.stdev(scores))
+        away = metrics[f"eval/{name}"] - metrics[f"oracle/{name}"]
+        assert metrics[f"oracle_gap/{name}"] == pytest.approx(abs(away))
+        assert (f"gap_z/{name}" in metrics) == (len(set(scores)) > 1)
+    away = metrics["eval/fid_retain"] - metrics["oracle/fid_retain"]
+    assert metrics["gap_z/fid_retain"] == pytest.approx(away / metrics["oracle_std/fid_retain"])
+    for name in ("oracle", "oracle_2", "oracle_3"):
+        assert (folder / "samples" / f"{name}.png").is_file()
+    (head,) = (line for line in said.splitlines() if "metric" in line and "before" in line)
+    assert [title.strip() for title in head.split("┃")][4:6] == ["oracle", "z"]
+    (row,) = (line for line in said.splitlines() if "fid_retain" in line and "│" in line)
+    assert f"{metrics['oracle/fid_retain']:.3f} ± {metrics['oracle_std/fid_retain']:.3f}" in row
+    assert f"{metrics['gap_z/fid_retain']:+.1f}" in row
+    assert "z: distance from the mean of the 3 oracles" in said
+
+    trained = {path.name for path in (shared_cache / "oracles").iterdir()}
+    one = summary(run("method=siss", "model.pretraining.seed=1", "evaluation.oracle=true", folder="one"))
+    assert [oracle["digest"] for oracle in one["oracles"]] == [oracles[1]["digest"]]
+    assert {path.name for path in (shared_cache / "oracles").iterdir()} == trained, "a base of seed 1 has this oracle"
+    assert not [key for key in one["metrics"] if key.startswith(("oracle_std/", "gap_z/"))]
+    single = summary(run("method=siss", "evaluation.oracle_seeds=[2]", folder="single"))
+    assert [oracle["digest"] for oracle in single["oracles"]] == [oracles[2]["digest"]]
+    assert single["metrics"]["oracle/fid_retain"] == oracles[2]["metrics"]["fid_retain"]
+    assert not [key for key in single["metrics"] if key.startswith(("oracle_std/", "gap_z/"))]
+
+
+def test_a_run_that_is_interrupted_between_two_oracles_goes_on(run, tmp_path, monkeypatch):
+    """Each oracle is scored once, and the scores are those of a run that was not interrupted."""
+    from unlearn_runner.evaluation.evaluator import Evaluator
+
+    settings = ("method=siss", SEEDS, f"paths.cache={tmp_path / 'apart'}")
+    whole = run(*settings, folder="whole")
+    shutil.rmtree(tmp_path / "apart" / "evaluations")
+    once, measured = Evaluator.once, Evaluator.__call__
+    calls, scored = [], []
+
+    def interrupted_at_the_third(self, model, before=None):
+        calls.append(model)
+        if len(calls) == 4:  # the base's comes first
+            raise Interrupted("SIGTERM")
+        return once(self, model, before)
+
+    def counted(self, model, before=None):
+        scored.append(model)
+        return measured(self, model, before)
+
+    monkeypatch.setattr(Evaluator, "once", interrupted_at_the_third)
+    with pytest.raises(Interrupted):
+        run(*settings, folder="broken")
+    folder = tmp_path / "outputs" / "broken"
+    assert summary(folder)["status"] == "interrupted"
+    assert "oracles" not in summary(folder)
+    assert not [key for line in lines(folder) for key in line if key.startswith("oracle")]
+
+    monkeypatch.setattr(Evaluator, "once", once)
+    monkeypatch.setattr(Evaluator, "__call__", counted)
+    run(*settings, f"resume_from_checkpoint={folder}", folder="unused")
+    assert len(scored) == 2, "the unlearned model, and the oracle that was not scored before"
+    again, wanted = summary(folder), summary(whole)
+    assert again["status"] == "finished"
+    assert again["oracles"] == wanted["oracles"]
+    for prefix in ("oracle/", "oracle_std/", "gap_z/", "oracle_gap/"):
+        found = [{key: value for key, value in each["metrics"].items() if key.startswith(prefix)}
+                 for each in (again, wanted)]  # fmt: skip
+        assert found[0]
+        assert found[0] == found[1]
+    assert len([line for line in lines(folder) if "oracle/fid_retain" in line]) == 1
+
+
+def test_oracles_of_ones_own(run, composed, shared_cache, tmp_path):
+    """A run's folder or a model's; none is trained; one that cannot be used is refused before anything is made."""
+    own = run("method=retrain", folder="own")
+    other = run("method=retrain", "seed=1", folder="other")
+    there = {path.name for path in (shared_cache / "oracles").glob("*")}
+    found = summary(run("method=siss", f"evaluation.oracle=[{own},{other / 'model'}]", folder="both"))
+    assert [oracle["folder"] for oracle in found["oracles"]] == [str(own), str(other / "model")]
+    assert {path.name for path in (shared_cache / "oracles").glob("*")} == there
+    for oracle, folder in zip(found["oracles"], (own, other), strict=True):
+        same = {name: value for name, value in oracle["metrics"].items() if name in ("fid_retain", "forget_rate")}
+        assert same == pytest.approx({name: summary(folder)["metrics"][f"eval/{name}"] for name in same})
+    assert "gap_z/fid_retain" in found["metrics"]
+    moved = tmp_path / "moved"
+    shutil.copytree(own / "model", moved)
+    alone = summary(run("method=siss", f"evaluation.oracle={moved}", folder="alone"))
+    assert alone["oracles"][0]["digest"] == found["oracles"][0]["digest"], "wherever it lies"
+    assert "oracle/fid_retain" in alone["metrics"]
+    assert "gap_z/fid_retain" not in alone["metrics"]
+
+    empty = f"paths.cache={tmp_path / 'empty'}"
+    for wrong, sentence in (
+        (["dataset.conditional=false"], r"describes another network: num_class_embeds is 10, not None"),
+        (["model.network.norm_num_groups=4"], r"describes another network: norm_num_groups is 8, not 4"),
+        (["model=vae"], r"expected a model of the base's architecture"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"evaluation.oracle={moved}.*{sentence}"):
+            run("method=siss", f"evaluation.oracle={moved}", empty, *wrong, folder="refused")
+    with pytest.raises(ConfigurationError, match="holds the same model as"):
+        composed("method=siss", f"evaluation.oracle=[{own},{moved}]")
+    assert not (tmp_path / "empty").exists()
+
+
+def test_an_oracle_with_a_weight_that_is_not_finite_is_refused_before_unlearning(run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    own = run("method=retrain", folder="own")
+    (file,) = (own / "model").rglob("*.safetensors")
+    weights = load_file(file)
+    weights["conv_in.bias"][0] = torch.nan
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=rf"evaluation.oracle={own}: .*the oracle"):
+        run("method=siss", f"evaluation.oracle={own}", folder="refused")
+    assert "base/fid_retain" not in summary(tmp_path / "outputs" / "refused")["metrics"]
+
+
+def test_a_configuration_from_before_oracle_seeds_makes_a_run(composed):
+    from unlearn_runner.assembly import build_parts
+    from unlearn_runner.validation import checked
+
+    cfg = composed("method=siss", "evaluation.oracle=true", "objective=oracle_gap/fid_retain")
+    del cfg["evaluation"]["oracle_seeds"]
+    assert build_parts(checked(cfg)).evaluation.seeds_of_oracles(3) == [3]
 
 
 def test_a_vae_has_the_whole_evaluation_and_keeps_its_encoder(run):

@@ -6,8 +6,10 @@ names them. Imports nothing heavy. `python -m unlearn_runner.catalogue` prints t
 """
 
 import math
+from collections.abc import Sequence
 from enum import Flag, auto
 from fnmatch import fnmatchcase
+from statistics import mean, stdev
 from typing import NamedTuple
 
 LOW, HIGH = "low", "high"
@@ -194,6 +196,31 @@ _BY_KEY = {entry.key: entry for entry in ENTRIES}
 def is_rubble(nothing_rate: float, usual: float) -> bool:
     """Whether the judge abstains on more than RUBBLE of the forget samples, beyond the `usual` share of outliers."""
     return nothing_rate - usual > RUBBLE
+
+
+def z_of(score: float, oracles: Sequence[float]) -> float | None:
+    """How far a score lies from several oracles' mean, in units of their sample standard deviation; None for fewer than
+    two, and where they differ by rounding alone.
+    """
+    if len(oracles) < 2:
+        return None
+    spread = stdev(oracles)
+    return (score - mean(oracles)) / spread if spread > 1e-9 * max(map(abs, oracles)) else None
+
+
+def what_z_says(count: int) -> str:
+    """From where on a score lies outside of what so many oracles' spread says of one more of them.
+
+    If an unlearned model were one more draw from the distribution of the oracles, and that normal, z / sqrt(1 + 1/n)
+    would follow Student's t with n - 1 degrees of freedom: the prediction interval of a new observation.
+    """
+    from scipy.special import stdtrit  # scipy.stats has the same behind a second of imports
+
+    limit = float(stdtrit(count - 1, 0.975)) * math.sqrt(1 + 1 / count)
+    return (
+        f"z: distance from the mean of the {count} oracles in units of their standard deviation; one more oracle would "
+        f"lie within ±{limit:.1f} in 95 % of cases, for each metric alone."
+    )
 
 
 def entry_of(key: str) -> Entry | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypedDict
 from annotated_types import Ge, Gt, Le, Lt, MinLen, Predicate
 
 LARGEST = 2**31 - 1
+
 PositiveInt: TypeAlias = Annotated[int, Gt(0), Le(LARGEST)]
 NonNegativeInt: TypeAlias = Annotated[int, Ge(0), Le(LARGEST)]
 PositiveFloat: TypeAlias = Annotated[float, Gt(0)]  # finite, as every float of the configuration

@@ -536,17 +536,28 @@ def _folders(cfg: Mapping[str, Any]) -> None:
             value = cfg[group].get(name)
             if isinstance(value, str) and value not in WORDS:
                 require(value, option)
-    weights = cfg["model"]["weights"]
-    models = {} if weights == "auto" else {weights_identity(weights): f"model.weights={weights}"}
-    for source in own_oracles(cfg["evaluation"]["oracle"]):
-        if "/" not in source:  # a hub id has one
-            existing_folder(source, "evaluation.oracle")
-        located(source, "evaluation.oracle")
-        if (same := models.setdefault(weights_identity(source), source)) is not source:
-            raise ConfigurationError(f"evaluation.oracle={source} holds the same model as {same}; give another.")
+    _own_oracles(own_oracles(cfg["evaluation"]["oracle"]), cfg["model"]["weights"])
     wanted = cfg["resume_from_checkpoint"]
     if wanted not in (None, "latest") and not Path(wanted).expanduser().is_dir():
         raise no_checkpoint(wanted)
+
+
+def _own_oracles(sources: Sequence[str], weights: str) -> None:
+    """Each must be there, and be another model than the base and the other oracles. Reads weights if there are some."""
+    models: dict[str, str] = {}
+    for source in sources:
+        if source.count("/") != 1:  # a hub id has one
+            existing_folder(source, "evaluation.oracle")
+        located(source, "evaluation.oracle")
+        if (same := models.setdefault(weights_identity(source), source)) != source or sources.count(source) > 1:
+            raise ConfigurationError(
+                f"evaluation.oracle={source} holds the same model as {same}, which would count twice; give another."
+            )
+    if weights != "auto" and sources and (same := models.get(weights_identity(weights))) is not None:
+        raise ConfigurationError(
+            f"evaluation.oracle={same} holds the same model as model.weights={weights}, which is to unlearn; give one "
+            "that never saw the forget set."
+        )
 
 
 TEXT_TO_IMAGE = ("models.stable_diffusion.build_stable_diffusion",)  # builders of what draws under prompts
@@ -832,7 +843,8 @@ def _objective(cfg: Mapping[str, Any]) -> None:
     deleted = catalogue.made_by("RunRecorder") if evaluation["every"] else ()
     known = [f"base/{key}" for key in scores]
     known += [f"eval/{key}" for key in (*scores, *relearnt, *deleted)]
-    oracles = len(own_oracles(evaluation["oracle"])) or len(evaluation["oracle_seeds"] or ()) or evaluation["oracle"]
+    own, seeds = own_oracles(evaluation["oracle"]), evaluation["oracle_seeds"] or ()
+    oracles = len(own) or len(seeds) or evaluation["oracle"]
     compared = [*(("oracle", "oracle_gap") if oracles else ()), *(("oracle_std", "gap_z") if oracles > 1 else ())]
     known += [f"{prefix}/{key}" for prefix in compared for key in (*scores, *relearnt)]
     if evaluation["threshold"] is not None and evaluation["every"]:

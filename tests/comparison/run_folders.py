@@ -20,7 +20,7 @@ PROVENANCE = {
 
 
 def make_run(root: Path, method: str, seed: int, metrics: dict, status="finished", lines=(), **more) -> Path:
-    """A run's folder; `more` are `provenance`, `version` and `config`, which is merged into the configuration."""
+    """A run's folder; `more` are `provenance`, `version`, `oracles`, and `config`, merged into the configuration."""
     folder = root / f"{method}_{seed}_{status}"
     folder.mkdir(parents=True)
     config = {
@@ -30,7 +30,8 @@ def make_run(root: Path, method: str, seed: int, metrics: dict, status="finished
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config | more.get("config", {})))
     content = {"status": status, "metrics": metrics, "provenance": more.get("provenance", PROVENANCE)}
-    (folder / "summary.json").write_text(json.dumps(content | {"version": more.get("version", 2)}))
+    content |= {"version": more.get("version", 2)} | ({"oracles": more["oracles"]} if "oracles" in more else {})
+    (folder / "summary.json").write_text(json.dumps(content))
     if lines:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder

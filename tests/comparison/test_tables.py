@@ -116,6 +116,89 @@ def test_the_distance_is_from_the_oracle_of_the_same_seed(tmp_path):
     assert badness(table.rows, row, "forget_rate")[2] == pytest.approx(0.0), "without an oracle of its own: their mean"
 
 
+def oracles(**rates):
+    """What a summary says of oracles with these forget_rates, by digest."""
+    return [{"seed": 0, "digest": digest, "metrics": {"forget_rate": rate}} for digest, rate in rates.items()]
+
+
+def test_each_of_several_oracles_counts_once_however_many_runs_share_it(tmp_path):
+    for method, values in (("a", (0.3, 0.5)), ("b", (0.2, 0.2))):
+        for seed, value in enumerate(values):
+            metrics = {"eval/forget_rate": value, "oracle/forget_rate": 0.2, "eval/retain_accuracy": 0.9}
+            make_run(tmp_path, method, seed, metrics, oracles=oracles(x=0.1, y=0.2, z=0.3))
+    table = only(tmp_path, sort="label")
+    oracle, a, b = (cells["forget_rate"] for cells in table.cells)
+    assert (oracle.mean, oracle.std) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert (oracle.n, oracle.of, oracle.z) == (3, 3, None)
+    assert text(oracle) == "0.200 ± 0.100"
+    assert (a.z, b.z, a.std) == (pytest.approx(2.0), pytest.approx(0.0, abs=1e-9), None)
+    assert text(a).endswith(", z=+2.0")
+    assert "retain_accuracy" not in table.cells[0], "the oracles do not have it"
+    assert table.cells[1]["retain_accuracy"].z is None
+    (said,) = [remark for remark in table.remarks if "oracle" in remark]
+    assert said.startswith("oracle: mean ± standard deviation of 3 models that never saw the forget set; all else")
+    assert "one more oracle would lie within ±5.0 in 95 % of cases" in said
+
+
+def test_the_distance_is_to_the_mean_of_oracles_that_are_shared(tmp_path):
+    """And not to the oracle whose place among all is the run's seed."""
+    for method, value in (("near", 0.22), ("far", 0.1)):
+        for seed in (0, 1):
+            metrics = {"eval/forget_rate": value, "oracle/forget_rate": 0.2}
+            make_run(tmp_path, method, seed, metrics, oracles=oracles(x=0.1, y=0.1, z=0.4))
+    table = only(tmp_path)
+    found = {row.label: badness(table.rows, row, "forget_rate") for row in table.rows if row.is_method}
+    assert found == {"near": pytest.approx({0: 0.02, 1: 0.02}), "far": pytest.approx({0: 0.1, 1: 0.1})}
+    assert best(table, "forget_rate") == ["near"]
+
+
+def test_the_distance_is_to_the_seeds_own_oracle_where_each_has_one(tmp_path):
+    """As in test_the_distance_is_from_the_oracle_of_the_same_seed, of runs that say which oracles they had."""
+    for seed, rate in ((7, 0.1), (1, 0.3), (0, 0.5)):
+        metrics = {"eval/forget_rate": rate + 0.01, "oracle/forget_rate": rate}
+        make_run(tmp_path, "along", seed, metrics, oracles=oracles(**{f"of_{seed}": rate}))
+    table = only(tmp_path)
+    row = next(row for row in table.rows if row.is_method)
+    assert badness(table.rows, row, "forget_rate") == pytest.approx({7: 0.01, 1: 0.01, 0: 0.01})
+    assert (table.cells[0]["forget_rate"].n, table.cells[0]["forget_rate"].std) == (3, pytest.approx(0.2))
+    assert table.cells[1]["forget_rate"].z == pytest.approx(0.05)
+
+
+def test_one_oracle_has_no_spread_and_gives_no_z(tmp_path):
+    for seed in (0, 1):
+        metrics = {"eval/forget_rate": 0.1 * seed, "oracle/forget_rate": 0.2}
+        make_run(tmp_path, "a", seed, metrics, oracles=oracles(x=0.2))
+    table = only(tmp_path)
+    assert (table.cells[0]["forget_rate"].n, table.cells[0]["forget_rate"].std) == (1, None)
+    assert table.cells[1]["forget_rate"].z is None
+    assert not [remark for remark in table.remarks if "oracle" in remark]
+
+
+def test_beside_runs_that_do_not_name_their_oracles_each_seed_counts_once(tmp_path):
+    """Which of them are the same is not known."""
+    make_run(tmp_path, "new", 0, {"eval/forget_rate": 0.1, "oracle/forget_rate": 0.2}, oracles=oracles(x=0.1, y=0.3))
+    make_run(tmp_path, "old", 1, {"eval/forget_rate": 0.1, "oracle/forget_rate": 0.4})
+    table = only(tmp_path)
+    cell = table.cells[0]["forget_rate"]
+    assert (cell.mean, cell.n, cell.std) == (pytest.approx(0.3), 2, None)
+    assert {found["forget_rate"].z for found in table.cells} == {None}
+
+
+def test_an_oracle_without_a_finite_score_is_not_counted(tmp_path):
+    metrics = {"eval/forget_rate": 0.1, "oracle/restored_rate": 0.5}
+    make_run(tmp_path, "a", 0, metrics, oracles=oracles(x=0.1, y=0.2, z=float("nan")))
+    cell = only(tmp_path).cells[0]["forget_rate"]
+    assert (cell.mean, cell.n, cell.of) == (pytest.approx(0.15), 2, 2)
+
+
+@pytest.mark.parametrize("broken", [[{"metrics": {}}], ["x"], [{"digest": "x"}], 3, {"x": 1}])
+def test_a_summary_with_broken_oracles_stands_apart(tmp_path, broken):
+    make_run(tmp_path, "a", 0, {"eval/forget_rate": 0.1}, oracles=broken)
+    found = read_runs([tmp_path])
+    assert (len(found.runs), len(found.apart)) == (0, 1)
+    assert "summary.json or config.yaml" in found.apart[0].why
+
+
 def test_equal_ones_share_the_star_unless_all_are(tmp_path):
     for method, value in (("a", 0.1), ("b", 0.1), ("c", 0.2)):
         make_run(tmp_path, method, 0, {"eval/forget_rate": value, "eval/retain_accuracy": 0.5})

@@ -193,19 +193,24 @@ def escaped(said: str) -> str:
 
 
 def csv_text(tables: list[tuple[str, list[Row], list[str], list[dict[str, Cell]]]]) -> str:
-    """One line for each table, row and metric: what a data frame reads. Without an interval its ends are empty."""
+    """One line for each table, row and metric: what a data frame reads. Empty where there is none: the interval,
+    the standard deviation of several oracles, z.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "row", "metric", "better", "mean", "ci95_low", "ci95_high", "n", "of", "best"])
+    writer.writerow(
+        ["table", "row", "metric", "better", "mean", "ci95_low", "ci95_high", "n", "of", "best", "std", "z"]
+    )
     for title, rows, columns, cells in tables:
         for row, found in zip(rows, cells, strict=True):
             for column in columns:
                 if cell := found.get(column):
                     ends, way = cell.interval or ("", ""), way_of(rows, column)
                     direction = "" if way is None else way
+                    further = ("" if value is None else value for value in (cell.std, cell.z))
                     writer.writerow(
                         [*map(no_formula, (title, row.label, column)), direction, cell.mean, *ends, cell.n, cell.of,
-                         int(cell.best)]
+                         int(cell.best), *further]
                     )  # fmt: skip
     return out.getvalue()
 

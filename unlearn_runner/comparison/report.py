@@ -29,6 +29,7 @@ from unlearn_runner.comparison.tables import (
     seeds_text,
     text,
     way_of,
+    z_text,
 )
 from unlearn_runner.comparison.tradeoff import FORGETTING_AXIS
 from unlearn_runner.comparison.verdicts import listed, measured_by, rules_of, sentence
@@ -133,6 +134,7 @@ def cell_of(table: Table, row: Row, column: str, cell: Cell | None) -> dict[str,
         "rank": mean(how_bad.values()) if how_bad else cell.mean,
         "mean": number(cell.mean),
         "interval": interval_text(cell),
+        "z": z_text(cell),
         "seeds": seeds_text(cell),
         "best": cell.best,
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble
+from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble, what_z_says, z_of
 from unlearn_runner.comparison.columns import better, bounds_of, counted_of, forgets, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, holm, interval, paired
@@ -30,8 +30,8 @@ class Row(NamedTuple):
     label: str
     is_method: bool
     seeds: list[int]
-    values: dict[str, dict[int, float]]  # by column and seed
-    of_models: bool = False  # by column and model instead: several oracles
+    values: dict[str, dict[int, float]]  # by column and seed; of oracles that are named by column and oracle
+    aims: dict[str, dict[int, float]] | None = None  # of those: their mean by column and seed of the runs
 
 
 class Cell(NamedTuple):
@@ -43,6 +43,7 @@ class Cell(NamedTuple):
     of: int  # seeds of the row
     best: bool
     std: float | None = None  # of several oracles, which is what is told of them
+    z: float | None = None  # of a method's mean, see `z_of`; None without several oracles that differ
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
@@ -136,8 +137,8 @@ def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
     """Base, oracle and real images where they were measured, then a row for each label in alphabetical order.
 
     Each seed counts once: every method of a seed has the same base and the same oracles. Real images that score the
-    same are the same ones, whatever the seed. Where all runs with oracles
-    say which these are, each oracle counts once, however many seeds share it.
+    same are the same ones, whatever the seed. Where all runs with oracles say which these are, each oracle counts once,
+    however many seeds share it.
     """
     rows: dict[tuple[bool, str], dict[str, dict[int, float]]] = {}
     kinds = ((False, BASE, BASE), (False, REFERENCE, REFERENCE), (False, REAL, "floor"))
@@ -148,18 +149,12 @@ def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
                 key = key_of(column, prefix)
                 if key in run.metrics and (is_method or key != column):  # what has no prefix is the method's
                     row.setdefault(column, {})[run.seed] = run.metrics[key]
-    if (
-        len(
-            {
-                repr({column: by_seed.get(seed) for column, by_seed in rows[False, REAL].items()})
-                for seed in seeds_of(rows[False, REAL])
-            }
-        )
-        == 1
-    ):
-        rows[False, REAL] = {column: dict([*by_seed.items()][:1]) for column, by_seed in rows[False, REAL].items()}
-    named = all(run.oracles for run in runs if any(key.startswith(f"{REFERENCE}/") for key in run.metrics))
-    if named:
+    real = rows[False, REAL]
+    if len({tuple(by_seed.get(seed) for by_seed in real.values()) for seed in seeds_of(real)}) == 1:
+        rows[False, REAL] = {column: dict([*by_seed.items()][:1]) for column, by_seed in real.items()}
+    aims = None
+    if all(run.oracles for run in runs if any(key.startswith(f"{REFERENCE}/") for key in run.metrics)):
+        aims = rows[False, REFERENCE]
         rows[False, REFERENCE] = by_oracle(runs, columns)
     seeds = {label: sorted(run.seed for run in runs if run.label == label) for label in {run.label for run in runs}}
     return [
@@ -168,7 +163,7 @@ def rows_of(runs: list[Run], columns: list[str]) -> list[Row]:
             is_method,
             seeds[name] if is_method else seeds_of(values),
             values,
-            named and name == REFERENCE and not is_method,
+            aims if name == REFERENCE and not is_method else None,
         )
         for (is_method, name), values in sorted(rows.items(), key=lambda item: item[0][0])
         if is_method or values
@@ -217,6 +212,12 @@ def reference(rows: list[Row], label: str, column: str) -> dict[int, float]:
     return found[0] if found else {}
 
 
+def oracles_by_seed(rows: list[Row], column: str) -> dict[int, float]:
+    """What the runs of each seed were compared with: of several oracles their mean."""
+    named = [row.aims.get(column, {}) for row in rows if row.aims is not None]
+    return named[0] if named else reference(rows, REFERENCE, column)
+
+
 def oracle_mean(rows: list[Row], column: str) -> float | None:
     found = reference(rows, REFERENCE, column)
     return mean(found.values()) if found else None
@@ -237,16 +238,18 @@ def way_of(rows: list[Row], column: str) -> str | float | None:
 def badness(rows: list[Row], row: Row, column: str) -> dict[int, float]:
     """How far from the best a row is by seed, the less the better; {} where no direction is good.
 
-    The oracle's value is that of the same seed, or where that has none the mean over those that have one.
+    The oracle's value is that of the same seed, of several oracles their mean, or where that seed has none the mean
+    over all.
     """
     values, way = row.values.get(column, {}), way_of(rows, column)
     if way is None:
         return {}
     if way in (LOW, HIGH):
         return {seed: value if way == LOW else -value for seed, value in values.items()}
-    aims = reference(rows, REFERENCE, column) if way == ORACLE else {}
-    aim = oracle_mean(rows, column) if way == ORACLE else way
-    return {seed: abs(value - aims.get(seed, aim)) for seed, value in values.items()}
+    if way != ORACLE:
+        return {seed: abs(value - way) for seed, value in values.items()}
+    aims = oracles_by_seed(rows, column)
+    return {seed: abs(value - aims.get(seed, oracle_mean(rows, column))) for seed, value in values.items()}
 
 
 def cells_of(
@@ -265,8 +268,10 @@ def cells_of(
             if not (values := list(row.values.get(column, {}).values())):
                 continue
             ends = interval(values, bounds_of(column), num_samples.get(counted_of(column)))
-            std = stdev(values) if row.of_models and len(values) > 1 else None
-            cells[place][column] = Cell(mean(values), ends, len(values), max(len(row.seeds), len(values)), False, std)
+            std = stdev(values) if row.aims is not None and len(values) > 1 else None
+            z = z_of(mean(values), oracles_of(rows, column)) if row.is_method else None
+            of = max(len(row.seeds), len(values))
+            cells[place][column] = Cell(mean(values), ends, len(values), of, False, std, z)
             if row.is_method and row.label in may_win and (how_bad := badness(rows, row, column)):
                 bad[place] = mean(how_bad.values())
         if len(bad) < 2:
@@ -320,11 +325,20 @@ def draws_rubble(row: Row, usual: float) -> bool:
     return bool(nothing) and is_rubble(mean(nothing.values()), usual)
 
 
+def oracles_of(rows: list[Row], column: str) -> list[float]:
+    """The score of each oracle, where they are named."""
+    return [value for row in rows if row.aims is not None for value in row.values.get(column, {}).values()]
+
+
 def spread_of_oracles(rows: list[Row]) -> list[str]:
-    """A sentence if the row of the oracles has another spread than the methods' rows."""
-    count = sum(len(row.seeds) for row in rows if row.of_models)
-    said = f"oracle: mean ± standard deviation of {count} models that never saw the forget set"
-    return [f"{said}; all else ± half the 95 % interval over seeds."] if count > 1 else []
+    """What the spread in the row of several oracles is, and z in the methods' rows."""
+    count = sum(len(row.seeds) for row in rows if row.aims is not None)
+    if count < 2:
+        return []
+    said = (
+        f"oracle: mean ± standard deviation of {count} models that never saw the forget set; all else ± half the 95 %"
+    )
+    return [f"{said} interval over seeds. {what_z_says(count)}"]
 
 
 def number(value: float) -> str:
@@ -337,8 +351,14 @@ def digits_of(value: float) -> int:
 
 
 def text(cell: Cell) -> str:
-    """The mean, the interval if there is one, and how many of the row's seeds have a value if not all."""
-    return " ".join(filter(None, (number(cell.mean), interval_text(cell), seeds_text(cell))))
+    """The mean, the interval and z if there are some, and how many of the row's seeds have a value if not all."""
+    z = z_text(cell)
+    said = " ".join(filter(None, (number(cell.mean), interval_text(cell)))) + (f", {z}" if z else "")
+    return " ".join(filter(None, (said, seeds_text(cell))))
+
+
+def z_text(cell: Cell) -> str:
+    return "" if cell.z is None else f"z={cell.z:+.1f}"
 
 
 def seeds_text(cell: Cell) -> str:

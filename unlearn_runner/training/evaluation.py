@@ -49,7 +49,6 @@ class EvaluationPlan:
     seed: Seed
     bootstrap: Bootstrap | None
     oracle: bool | str | Sequence[str]  # also score the model that never saw the forget set
-    oracle_seeds: Seeds | None  # of several such models; None: one, of the base's seed
     every: PositiveInt | None  # steps between two looks; None: none
     features: Features  # for the judge
     sampling: Sampling
@@ -58,6 +57,7 @@ class EvaluationPlan:
     threshold: UnitInterval | None  # the first look with at most this forget_rate is recorded
     at_threshold: Look | None  # what is measured of the model then, besides
     probe: Look  # the looks on the way
+    oracle_seeds: Seeds | None = None  # of several such models; None, as in old run folders: one, of the base's seed
     novelty: NoveltyRecipe | None = None  # which pictures are nothing; None, as in old run folders: it never abstains
     references: References = "training"  # real images that samples are compared with; run folders had no others
 

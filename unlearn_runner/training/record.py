@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, final
 
 from rich.console import Console
 
-from unlearn_runner.catalogue import In, keys, title
+from unlearn_runner.catalogue import In, keys, title, what_z_says, z_of
 from unlearn_runner.cli import as_override, command_again
 from unlearn_runner.errors import Interrupted, NonFiniteError, first_line, writing
 from unlearn_runner.evaluation.evaluator import Evaluation, gap
@@ -181,13 +181,13 @@ class Record:
         scores = found.scores | dict.fromkeys(found.not_finite, math.nan)
         self.score(step, {f"{prefix}/{key}": value for key, value in scores.items()})
         self.intervals |= {f"{prefix}/{key}": interval for key, interval in found.intervals.items()}
-        self.picture(step, prefix, found, picture)
+        self.picture(step, found, picture, prefix)
 
-    def picture(self, step: int, prefix: str, found: Evaluation, name: str) -> None:
-        """What a model has drawn, as samples/<name>.png."""
+    def picture(self, step: int, found: Evaluation, name: str, shown_as: str | None = None) -> None:
+        """What a model has drawn, as samples/<name>.png; on a dashboard under its name, or as is said."""
         if self.folder is not None:
             path = self.folder.save_grid(name, found.grid, found.grid_columns)
-            self._show(step, f"samples/{prefix}", path)
+            self._show(step, f"samples/{shown_as or name}", path)
 
     def oracles(self, step: int, found: Sequence[Oracle]) -> None:
         """The scores of the models that never saw the forget set, on average; of several their standard deviation, too.
@@ -236,7 +236,11 @@ class Record:
         )
         if oracle:
             self.score(step, {f"oracle_gap/{key}": value for key, value in gap(after, oracle).items()})
-        in_spreads = {key: (after[key] - oracle[key]) / std for key, std in spread.items() if std and key in after}
+        in_spreads = {
+            key: z
+            for key in spread
+            if key in after and (z := z_of(after[key], [each.scores[key] for each in self.compared])) is not None
+        }
         if in_spreads:
             self.score(step, {f"gap_z/{key}": value for key, value in in_spreads.items()})
         keys = [name for name in HEADLINES if name in after]
@@ -291,18 +295,3 @@ def means_of(lines: list[dict[str, Any]]) -> dict[str, float]:
             if key.startswith(DIAGNOSTICS):
                 logged.setdefault(f"mean/{key}", []).append(value)
     return {key: mean(values) for key, values in logged.items()}
-
-
-def what_z_says(count: int) -> str:
-    """From where on a score lies outside of what so many oracles' spread says of one more of them.
-
-    If the unlearned model were one more draw from the distribution of the oracles, and that normal, z / sqrt(1 + 1/n)
-    would follow Student's t with n - 1 degrees of freedom: the prediction interval of a new observation.
-    """
-    from scipy.special import stdtrit  # scipy.stats has the same behind a second of imports
-
-    limit = float(stdtrit(count - 1, 0.975)) * math.sqrt(1 + 1 / count)
-    return (
-        f"z: (after - oracle) / standard deviation of the {count} oracles; one more oracle would lie within "
-        f"±{limit:.1f} in 95 % of cases, for each metric alone."
-    )

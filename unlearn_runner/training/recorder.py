@@ -146,7 +146,7 @@ class RunRecorder:
             self.say(f"measuring {name}", soft_wrap=True)
             with _named(name):
                 scored = self.evaluator.once(model, self.before.judged)
-            self.record.picture(step, "oracle", scored, f"oracle_{len(found) + 1}" if found else "oracle")
+            self.record.picture(step, scored, f"oracle_{len(found) + 1}" if found else "oracle")
             scores = scored.scores | dict.fromkeys(scored.not_finite, math.nan) | self._relearnt(name, model)
             found.append(Oracle(origin, scores, scored.intervals))
         self.record.oracles(step, found)
