@@ -456,6 +456,21 @@ def test_an_axis_without_a_bound_ends_at_ten_times_the_bases(tmp_path):
     assert (found.front, found.worst, found.hypervolume, found.interval) == (["a"], None, None, None)
 
 
+def test_who_was_not_looked_at_for_rubble_is_named(tmp_path):
+    """As in runs that were made before the judge could abstain."""
+    for method, more in (("old", {}), ("new", {"eval/nothing_rate": 0.0})):
+        make_run(tmp_path / method, method, 0, {"eval/forget_rate": 0.1} | more)
+
+    def said(folder):
+        return [remark for remark in only(folder).remarks if "nothing_rate" in remark]
+
+    (sentence,) = said(tmp_path)
+    assert "like a real image, of old:" in sentence
+    (sentence,) = said(tmp_path / "old")
+    assert "of any method:" in sentence
+    assert said(tmp_path / "new") == []
+
+
 def test_who_draws_rubble_is_not_on_the_front(tmp_path):
     for method, rate, nothing in (("noise", 0.0, 1.0), ("good", 0.1, 0.0)):
         scores = {"eval/forget_rate": rate, "eval/retain_accuracy": 0.9, "eval/nothing_rate": nothing}

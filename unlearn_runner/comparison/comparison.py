@@ -154,18 +154,30 @@ RUBBLE_BY = ("nothing_rate", "outliers_retain")
 
 
 def rubble(rows: list[Row]) -> list[str]:
-    """A sentence for methods that may not be called the best, for what they draw is like no real image."""
+    """A sentence for methods that may not be called the best, for what they draw is like no real image, and one for
+    those of which that is not known.
+    """
     usual = usual_outliers(rows)
+    methods = [row for row in rows if row.is_method]
     named = [
-        f"{row.label} ({mean(row.values['nothing_rate'].values()):.0%})"
-        for row in rows
-        if row.is_method and draws_rubble(row, usual)
+        f"{row.label} ({mean(row.values['nothing_rate'].values()):.0%})" for row in methods if draws_rubble(row, usual)
     ]
     said = "never called the best, for much of what they draw under the forget condition is like no real image"
-    return [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
+    sentences = [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
+    unknown = [row.label for row in methods if row.values.get("forget_rate") and not row.values.get("nothing_rate")]
+    if unknown:
+        whose = "any method" if len(unknown) == len(methods) else few_of(unknown)
+        sentences.append(
+            f"not known, for no nothing_rate was measured, whether what is drawn under the forget condition is like a "
+            f"real image, of {whose}: look at the samples before you believe that it forgets."
+        )
+    return sentences
+
+
+def few_of(labels: list[str]) -> str:
+    return ", ".join(labels[:6]) + (f" and {len(labels) - 6} more" if len(labels) > 6 else "")
 
 
 def single_seeds(rows: list[Row]) -> list[str]:
     alone = [row.label for row in rows if row.is_method and len(row.seeds) == 1]
-    few = ", ".join(alone[:6]) + (f" and {len(alone) - 6} more" if len(alone) > 6 else "")
-    return [f"one seed only, so without an interval: {few}."] if alone else []
+    return [f"one seed only, so without an interval: {few_of(alone)}."] if alone else []
