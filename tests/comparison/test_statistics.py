@@ -193,8 +193,8 @@ def test_equal_methods_are_told_apart_once_in_twenty_tables_at_the_most(null, se
 @pytest.mark.parametrize("seeds, methods", [*SIZES, (9, 5)])
 @pytest.mark.parametrize("test, times", [("t", 2000), ("permutation", 300)])
 def test_family_wise_error_of_both_tests(test, times, seeds, methods):
-    """With a shared effect of each seed. The permutation test tells nothing apart by 3 or 5 seeds: before correction its
-    least p is 0.25 and 0.0625. With 9 seeds and 5 methods it is 0.039 after correction.
+    """With a shared effect of each seed. The permutation test tells nothing apart by 3 or 5 seeds: its least p is 0.25
+    and 0.0625 before correction. With 9 seeds and 5 methods it is 0.039 after correction.
     """
     rate = rate_of(partial(tells_apart, test=test), gaussian, (), seeds, methods, times)
     assert rate <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / times)
