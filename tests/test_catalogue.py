@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -21,6 +23,8 @@ from unlearn_runner.catalogue import (
     made_by,
     markdown,
     title,
+    what_z_says,
+    z_of,
 )
 from unlearn_runner.comparison.columns import better, key_of
 from unlearn_runner.comparison.verdicts import QUESTIONS
@@ -32,6 +36,27 @@ def published():
         for key, value in json.loads(path.read_text())["metrics"].items():
             prefix, _, rest = key.partition("/")
             yield rest if prefix in ("eval", "base", "oracle") else key, value
+
+
+def test_z_is_the_distance_in_standard_deviations_of_several_oracles():
+    assert z_of(4.0, [1.0, 2.0, 3.0]) == pytest.approx(2.0)
+    assert z_of(0.0, [1.0, 3.0]) == pytest.approx(-(2**0.5))
+    assert z_of(4.0, [1.0]) is None
+    assert z_of(4.0, []) is None
+    assert z_of(4.0, [0.0, 0.0, 0.0]) is None
+    assert z_of(4.0, [0.3, 0.1 + 0.2, 0.3]) is None, "they differ by rounding"
+    assert z_of(2e-6, [0.0, 1e-6, 2e-6]) == pytest.approx(1.0), "small, but no rounding"
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_one_more_oracle_lies_within_what_is_said_of_z(count):
+    """In 95 % of cases, of normal scores."""
+    limit = float(re.search(r"within ±([\d.]+) in 95 %", what_z_says(count))[1])
+    rng = np.random.default_rng(count)
+    drawn = rng.normal(size=(20_000, count + 1))
+    z = (drawn[:, 0] - drawn[:, 1:].mean(1)) / drawn[:, 1:].std(1, ddof=1)
+    assert np.mean(np.abs(z) <= limit) == pytest.approx(0.95, abs=0.006)
+    assert f"the {count} oracles" in what_z_says(count)
 
 
 def test_the_docs_have_its_table():

@@ -142,13 +142,13 @@ TWO = ("debug=default", "logger=jsonl", "hardware=cpu", "hardware.num_processes=
 def test_the_command_leaves_one_folder_with_the_scores_of_one_process(tmp_path, shared_cache):
     """With an empty cache: the base is trained by both."""
     one = command(
-        *TWO, "hardware.num_processes=1", "evaluation.oracle=true", outputs=tmp_path / "1", cache=shared_cache
+        *TWO, "hardware.num_processes=1", "evaluation.oracle_seeds=[0,1]", outputs=tmp_path / "1", cache=shared_cache
     )
     assert one.returncode == 0, one.stderr
     launcher = [[sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]]
     for number, start in enumerate(launcher):
         done = subprocess.run(
-            [*start, str(ROOT / "train.py"), *TWO, "evaluation.oracle=true"],
+            [*start, str(ROOT / "train.py"), *TWO, "evaluation.oracle_seeds=[0,1]"],
             capture_output=True, text=True, env=environment(tmp_path / f"2{number}", tmp_path / "cache"),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -161,6 +161,10 @@ def test_the_command_leaves_one_folder_with_the_scores_of_one_process(tmp_path, 
         for name in ("fid_retain", "kid_retain", "is_retain", "forget_rate"):  # torchmetrics must not add processes up
             scores = [summary(place)["metrics"][f"base/{name}"] for place in (folder, alone)]
             assert scores[0] == pytest.approx(scores[1], rel=0.02, abs=1e-3)
+        there = summary(folder)["oracles"]
+        assert [oracle["seed"] for oracle in there] == [0, 1]
+        for ours, theirs in zip(there, summary(alone)["oracles"], strict=True):
+            assert ours["metrics"]["fid_retain"] == pytest.approx(theirs["metrics"]["fid_retain"], rel=0.02)
         for name in ("network_evaluations", "images"):
             assert summary(folder)["metrics"][f"cost/{name}"] == summary(alone)["metrics"][f"cost/{name}"]
 

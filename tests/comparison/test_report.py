@@ -176,6 +176,18 @@ def test_what_is_plotted(runs):
     assert data["tradeoffs"][0]["worst"] == [1, 0]
 
 
+def test_several_oracles_have_their_spread_and_methods_z(tmp_path):
+    named = [{"digest": name, "metrics": {"retain_accuracy": 0.8 + 0.05 * place}} for place, name in enumerate("abc")]
+    metrics = {"eval/retain_accuracy": 0.7, "oracle/retain_accuracy": 0.85}
+    make_run(tmp_path, "siss", 0, metrics, oracles=named)
+    page = page_of(tmp_path)
+    (oracle,), (siss,) = (re.findall(rf'data-value="{label}">.*?</tr>', page, re.S) for label in ("oracle", "siss"))
+    assert "0.850<br><small>± 0.050</small>" in oracle
+    assert "<small>z=" not in oracle
+    assert "<br><small>z=-3.0</small>" in siss
+    assert "Oracle: mean ± standard deviation of 3 models" in page
+
+
 def test_forgetting_is_plotted_as_the_distance_from_the_oracle(tmp_path):
     for method, rate in (("less", 0.0), ("near", 0.3)):
         scores = {"eval/forget_rate": rate, "oracle/forget_rate": 0.25, "eval/retain_accuracy": 0.9}

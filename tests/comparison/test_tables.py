@@ -150,6 +150,7 @@ def test_the_distance_is_to_the_mean_of_oracles_that_are_shared(tmp_path):
     found = {row.label: badness(table.rows, row, "forget_rate") for row in table.rows if row.is_method}
     assert found == {"near": pytest.approx({0: 0.02, 1: 0.02}), "far": pytest.approx({0: 0.1, 1: 0.1})}
     assert best(table, "forget_rate") == ["near"]
+    assert list(badness(table.rows, table.rows[0], "forget_rate").values()) == pytest.approx([0.1, 0.1, 0.2])
 
 
 def test_the_distance_is_to_the_seeds_own_oracle_where_each_has_one(tmp_path):

@@ -103,6 +103,30 @@ def test_latex_escapes_names(two_methods):
     assert said.count("{") == said.count("}")
 
 
+def test_several_oracles_have_their_spread_and_methods_z_in_every_form(tmp_path):
+    named = [{"digest": digest, "metrics": {"fid_retain": 1.0 + 0.1 * place}} for place, digest in enumerate("abc")]
+    for seed in (0, 1):
+        metrics = {"eval/fid_retain": 1.4 + 0.2 * seed, "oracle/fid_retain": 1.1}
+        make_run(tmp_path, "siss", seed, metrics, oracles=named)
+    table = table_of(command(tmp_path))
+    assert table["oracle"] == ["3", "1.100 ± 0.100"]
+    assert table["siss"] == ["2", "1.500 ± 1.271, z=+4.0"]
+    said = "oracle: mean ± standard deviation of 3 models that never saw the forget set"
+    for form, cell in (
+        ((), "z=+4.0"),
+        (("--markdown",), "| 1.100 ± 0.100 | 1.500 ± 1.271, z=+4.0 |"),
+        (("--latex",), r"siss & 2 & $1.500 \pm 1.271, z=+4.0$ \\"),
+    ):
+        shown = command(tmp_path, *form).stdout
+        assert cell in shown
+        assert ("standard deviation of 3 models" if form else said) in shown
+        assert "one more oracle would lie within" in shown
+    rows = {row["row"]: row for row in csv.DictReader(io.StringIO(command(tmp_path, "--csv").stdout))}
+    assert float(rows["oracle"]["std"]) == pytest.approx(0.1)
+    assert float(rows["siss"]["z"]) == pytest.approx(4.0)
+    assert (rows["oracle"]["z"], rows["siss"]["std"]) == ("", "")
+
+
 def test_a_baseline_is_tested_and_the_correction_named(two_methods):
     done = command(two_methods, "--baseline", "siss", "--metrics", "forget_rate")
     assert "paired t test" in done.stdout

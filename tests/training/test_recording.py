@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import shlex
 import signal
@@ -18,7 +19,7 @@ from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.clock import Clock, Listener
 from unlearn_runner.training.loggers import Logger, SafeLogger, WandbLogger
 from unlearn_runner.training.progress import ProgressBar, comparison_table
-from unlearn_runner.training.record import Record
+from unlearn_runner.training.record import Oracle, Record
 from unlearn_runner.training.recorder import rubble_in
 from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.signals import Interrupts
@@ -284,6 +285,44 @@ def recorded(path, logger=None, folder=None, interrupts=None, out=None):
     """A record of a run of one step."""
     console = Console(file=out or io.StringIO(), width=200)
     return Record(path, folder, logger, {"seed": 0}, 1, False, console, interrupts or Interrupts())
+
+
+def test_scores_of_several_oracles_and_what_is_left_of_one_that_has_none(tmp_path):
+    """A score that one oracle has as no finite number, or not at all, has no mean and no spread; its own are kept."""
+    (tmp_path / "run").mkdir()
+    out, folder = io.StringIO(), RunFolder(tmp_path / "run", {"seed": 0})
+    scores = (
+        {"fid_retain": 1.0, "kid_retain": 0.5, "forget_rate": 0.25, "nll_retain": 2.0},
+        {"fid_retain": 3.0, "kid_retain": math.nan, "forget_rate": 0.25},
+    )
+    with recorded(tmp_path / "run", None, folder, out=out) as record:
+        record.score(1, {"eval/fid_retain": 5.0, "eval/kid_retain": 0.5, "eval/forget_rate": 0.5})
+        record.oracles(
+            1,
+            [
+                Oracle({"seed": seed, "digest": f"d{seed}"}, each, {"fid_retain": [0.0, 1.0]})
+                for seed, each in enumerate(scores)
+            ],
+        )
+        record.report(1)
+    content = json.loads((tmp_path / "run" / "summary.json").read_text())
+    metrics = content["metrics"]
+    assert (metrics["oracle/fid_retain"], metrics["oracle_std/fid_retain"]) == (2.0, pytest.approx(2**0.5))
+    assert (metrics["oracle_gap/fid_retain"], metrics["gap_z/fid_retain"]) == (3.0, pytest.approx(3 / 2**0.5))
+    assert (metrics["oracle/forget_rate"], metrics["oracle_std/forget_rate"]) == (0.25, 0.0)
+    assert not {"gap_z/forget_rate", "oracle/nll_retain", "oracle/kid_retain", "oracle_std/kid_retain"} & set(metrics)
+    assert content["not_finite"] == ["oracle/kid_retain"]
+    assert content["oracles"] == [
+        {"seed": 0, "digest": "d0", "metrics": scores[0], "intervals": {"fid_retain": [0.0, 1.0]}},
+        {
+            "seed": 1,
+            "digest": "d1",
+            "metrics": {"fid_retain": 3.0, "forget_rate": 0.25},
+            "intervals": {"fid_retain": [0.0, 1.0]},
+        },
+    ]
+    assert "oracle/fid_retain" not in content.get("intervals", {}), "an interval of one is none of their mean"
+    assert "2.000 ± 1.414" in out.getvalue()
 
 
 def test_a_run_does_not_depend_on_its_dashboard(tmp_path):

@@ -239,7 +239,7 @@ def badness(rows: list[Row], row: Row, column: str) -> dict[int, float]:
     """How far from the best a row is by seed, the less the better; {} where no direction is good.
 
     The oracle's value is that of the same seed, of several oracles their mean, or where that seed has none the mean
-    over all.
+    over all. Named oracles have no seeds: they are compared with the mean over all.
     """
     values, way = row.values.get(column, {}), way_of(rows, column)
     if way is None:
@@ -248,7 +248,7 @@ def badness(rows: list[Row], row: Row, column: str) -> dict[int, float]:
         return {seed: value if way == LOW else -value for seed, value in values.items()}
     if way != ORACLE:
         return {seed: abs(value - way) for seed, value in values.items()}
-    aims = oracles_by_seed(rows, column)
+    aims = oracles_by_seed(rows, column) if row.aims is None else {}
     return {seed: abs(value - aims.get(seed, oracle_mean(rows, column))) for seed, value in values.items()}
 
 
