@@ -91,7 +91,7 @@ def test_run_on_what_the_base_draws(run, shared_cache):
 
 
 def test_refuses(run):
-    with pytest.raises(ConfigurationError, match=r"evaluation\.oracle=true retrains .* corpus"):
+    with pytest.raises(ConfigurationError, match=r"evaluation\.oracle=true retrains .*corpus"):
         run(*SMALL, "method=siss", "evaluation.oracle=true", folder="a")
     with pytest.raises(ConfigurationError, match="would have to draw the images that it learns from"):
         run("dataset=sd_concepts", "dataset.source=base", "method=siss", folder="b")
