@@ -57,7 +57,8 @@ def test_what_it_draws_is_what_runs_log():
     text = (ROOT / "docs" / "metrics.md").read_text()
     assert {key for key in over_steps if f"`{key}`" not in text} == set()
     record = (ROOT / "unlearn_runner" / "training" / "record.py").read_text()
-    assert 'f"samples/{prefix}"' in record
+    assert 'f"samples/{shown_as or name}"' in record
+    assert "self.picture(step, found, picture, prefix)" in record
     assert '"samples/lambda"' in record
     assert {f"samples/{prefix}" for prefix in ("base", "oracle", "eval", "lambda")} == set(wandb_dashboard.PICTURES)
 
