@@ -26,8 +26,6 @@ def forgets(column: str) -> bool:
 
 def bounds_of(column: str) -> tuple[float, float]:
     """The least and the most that a column can be."""
-    if column.startswith("oracle_gap/"):
-        return 0.0, math.inf
     entry = entry_of(column.removeprefix("base/").removeprefix("oracle/"))
     return (-math.inf, math.inf) if entry is None else entry.bounds
 
@@ -39,9 +37,9 @@ NOT_COUNTED = ("density_forget", "coverage_forget")  # a mean over samples, a sh
 def counted_of(column: str) -> str | None:
     """The set of samples that a column is a share of, as `num_samples` names it; None where it is none of them."""
     entry = entry_of(column)
-    is_count = entry is not None and entry.key == column and entry.made_by in ("Rates", "Outliers")
-    is_count = is_count and column not in NOT_COUNTED
-    return COUNTED.get(entry.about) if is_count and not column.startswith("reached/") else None
+    if entry is None or entry.key != column or column in NOT_COUNTED or column.startswith("reached/"):
+        return None
+    return COUNTED.get(entry.about) if entry.made_by in ("Rates", "Outliers") else None
 
 
 def key_of(column: str, prefix: str = "eval") -> str:

@@ -42,7 +42,7 @@ class Cell(NamedTuple):
     n: int  # seeds that have a value
     of: int  # seeds of the row
     best: bool
-    std: float | None = None  # of several oracles, which is what is told of them
+    std: float | None = None  # of several oracles, shown in place of the interval
     z: float | None = None  # of a method's mean, see `z_of`; None without several oracles that differ
 
 
