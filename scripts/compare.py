@@ -58,6 +58,10 @@ def parser() -> Parser:
         help="who keeps less than this share of the base's retain_accuracy is never called the best; 0: no floor "
         f"(default: {FLOOR})",
     )  # fmt: skip
+    add(
+        "--any-budget", action="store_true",
+        help="runs of any number of steps and any batch size in one table, to compare at equal network evaluations",
+    )  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print a line for each table, row and metric")
     form.add_argument("--latex", action="store_true", help="print tables for booktabs")
@@ -93,7 +97,7 @@ def main() -> None:
         short = not (arguments.all or arguments.csv or arguments.markdown)
         wanted = Wanted(
             arguments.metrics or [], short, arguments.sort, arguments.baseline, arguments.test, not arguments.no_marks,
-            floor=arguments.floor,
+            floor=arguments.floor, any_budget=arguments.any_budget,
         )  # fmt: skip
         comparison = compare(found, wanted)
         console, aside = terminal(), Plain(stderr=True, soft_wrap=True)

@@ -315,6 +315,21 @@ def test_runs_not_measured_alike_stand_in_two_tables(tmp_path, more, said):
     assert "not measured alike" in found.remarks[0]
 
 
+def test_runs_of_any_budget_share_a_table_when_asked_to(tmp_path):
+    for label, steps in (("a", 20), ("b", 20), ("a", 10)):
+        for seed in (0, 1):
+            metrics = {"eval/forget_rate": 0.1 * steps, "cost/network_evaluations": 64 * steps}
+            plan = {"trainer": {"max_steps": steps, "batch_size": 4}}
+            make_run(tmp_path / str(steps), label, seed, metrics, config=plan)
+    assert [table.title for table in comparison(tmp_path).tables] == ["steps 20", "steps 10"]
+    table = only(tmp_path, any_budget=True)
+    assert table.title == ""
+    assert [row.label for row in table.rows] == ["a steps=10", "a steps=20", "b"]
+    assert [cells["forget_rate"].n for cells in table.cells] == [2, 2, 2]
+    make_run(tmp_path, "c", 0, {"eval/forget_rate": 0.1}, provenance=changed(sampler="ddpm"))
+    assert len(comparison(tmp_path, any_budget=True).tables) == 2
+
+
 def test_tables_keep_their_order_whenever_files_were_written(tmp_path):
     titles = []
     for order in ("abc", "cab", "bca"):

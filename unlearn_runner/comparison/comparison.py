@@ -26,6 +26,7 @@ from unlearn_runner.comparison.tables import (
     told_apart,
     usual_outliers,
     what_differs,
+    whatever_budget,
 )
 from unlearn_runner.comparison.verdicts import QUESTIONS, Verdict, passed_over, verdicts_of
 
@@ -41,6 +42,7 @@ class Wanted(NamedTuple):
     marks: bool = True
     whole: bool = False  # every other usual metric too, after these
     floor: float = FLOOR  # share of the base's retain_accuracy; who keeps less is never called the best
+    any_budget: bool = False  # runs of different budgets in one table
 
 
 class Table(NamedTuple):
@@ -76,7 +78,7 @@ def compare(found: Found, wanted: Wanted) -> Comparison:
     by = wanted.sort
     if by not in (None, "label"):
         (by,) = choose([by], keys)
-    groups = groups_of(found.runs)
+    groups = groups_of([whatever_budget(run) for run in found.runs] if wanted.any_budget else found.runs)
     titles, more = what_differs(groups) if len(groups) > 1 else ([""] * len(groups), 0)
     tables, apart = [], list(found.apart)
     for group, title in zip(groups, titles, strict=True):

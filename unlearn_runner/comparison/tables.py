@@ -13,6 +13,7 @@ from unlearn_runner.comparison.statistics import Paired, holm, interval, paired
 from unlearn_runner.errors import ConfigurationError, near
 
 BASE, REFERENCE, REAL = "base", "oracle", "real images"
+BUDGET = ("steps", "batch_size")  # facts that say how long a method trained, not how it was measured
 KEPT = "retain_accuracy"
 FLOOR = 0.9  # of the base's retain_accuracy, below which nobody is called the best
 
@@ -66,6 +67,13 @@ def groups_of(runs: list[Run]) -> list[Group]:
         else:
             groups.append(Group(dict(facts), list(together)))
     return sorted(groups, key=lambda group: (-len(group.runs), min(run.label for run in group.runs)))
+
+
+def whatever_budget(run: Run) -> Run:
+    """The run with its budget among its settings, so that it may stand beside runs of another one."""
+    budget = {key: run.facts[key] for key in BUDGET if key in run.facts}
+    rest = {key: value for key, value in run.facts.items() if key not in budget}
+    return run._replace(facts=rest, settings=budget | run.settings)
 
 
 def what_differs(groups: list[Group]) -> tuple[list[str], int]:
