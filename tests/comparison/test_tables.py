@@ -315,6 +315,22 @@ def test_runs_not_measured_alike_stand_in_two_tables(tmp_path, more, said):
     assert "not measured alike" in found.remarks[0]
 
 
+def test_real_images_have_a_row_of_their_own(tmp_path):
+    """Once if every seed has the same ones; they are never best."""
+    for seed in (0, 1):
+        make_run(tmp_path / "same", "a", seed, {"eval/fid_retain": 0.5, "floor/fid_retain": 0.25})
+        make_run(tmp_path / "other", "a", seed, {"eval/fid_retain": 0.5, "floor/fid_retain": 0.25 + seed})
+        make_run(tmp_path / "none", "a", seed, {"eval/fid_retain": 0.5})
+        for folder in ("same", "other", "none"):
+            make_run(tmp_path / folder, "b", seed, {"eval/fid_retain": 0.75})
+    for folder, n, mean in (("same", 1, 0.25), ("other", 2, 0.75)):
+        table = only(tmp_path / folder)
+        assert [(row.label, row.is_method) for row in table.rows] == [("real images", False), ("a", True), ("b", True)]
+        assert (table.cells[0]["fid_retain"].n, table.cells[0]["fid_retain"].mean) == (n, mean)
+        assert best(table, "fid_retain") == ["a"]
+    assert [row.label for row in only(tmp_path / "none").rows] == ["a", "b"]
+
+
 def test_runs_of_any_budget_share_a_table_when_asked_to(tmp_path):
     for label, steps in (("a", 20), ("b", 20), ("a", 10)):
         for seed in (0, 1):

@@ -12,7 +12,7 @@ from unlearn_runner.comparison.statistics import wilson
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
-from unlearn_runner.evaluation.evaluator import Evaluator, Sampling, require_enough_samples
+from unlearn_runner.evaluation.evaluator import ENOUGH_HELD_OUT, Evaluator, Sampling, require_enough_samples
 from unlearn_runner.evaluation.judge import Judged
 from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.metrics import FID, KID, SSIM, PrecisionRecall, Rates
@@ -281,6 +281,16 @@ def test_references_and_floors_are_of_different_images(digits, judge, tiny_netwo
     assert all(value > 0 for floor in floors.values() for value in floor.values())
     drawn = Evaluator(digits, judge, metrics, SAMPLING, tmp_path)(network).scores
     assert floors["training"]["fid_retain"] < drawn["fid_retain"], "of an untrained network"
+
+
+def test_references_are_held_out_where_enough_images_are(judge, tiny_network, tmp_path):
+    data = DigitsTrousers(test_fraction=0.8).load()
+    assert len(data.forget_test) < ENOUGH_HELD_OUT <= len(data.retain_test)
+    evaluator = Evaluator(data, judge, METRICS, replace(SAMPLING, references="auto"), tmp_path)
+    told = evaluator.provenance(tiny_network(image_shape=(1, 16, 16)))
+    assert told["references"] == {"forget": "training", "retain": "held out"}
+    assert told["num_references"]["forget"] == len(data.forget)
+    assert told["num_references"]["retain"] == int((data.retain_test.labels != 1).sum())
 
 
 def test_held_out_references_that_are_not_there_are_refused(judge, tmp_path):

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from unlearn_runner.assembly import make
+from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.data.forget_retain import LabelledImages
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
+from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
 from unlearn_runner.evaluation.judge import NOTHING, Judged
 from unlearn_runner.evaluation.metrics import Rates, first_distinct
 from unlearn_runner.evaluation.novelty import NoveltyRecipe, Outliers, RealImages, abstaining, appearance, novelty_of
@@ -173,3 +175,31 @@ def test_rates_make_up_one_and_rubble_counts_as_nothing(tmp_path, shared_cache, 
     assert scores["forget_rate"] + scores["nothing_rate"] + scores["other_rate"] == pytest.approx(1)
     assert scores["retain_accuracy"] == 0
     assert "abstains" in judge.provenance()
+
+
+def test_what_real_images_score_is_what_held_out_ones_do(tmp_path, shared_cache, digits, tiny_network):
+    """The ceiling of precision and the floor of nothing_rate: of images that no ball was made for."""
+    named = trained_judge(digits, ClassifierRecipe(max_steps=60), shared_cache, CPU)
+    judge = abstaining(named, digits, NoveltyRecipe(), tmp_path)
+    held_out = judge(digits.retain_test.pixels)
+    model = tiny_network(image_shape=(1, 16, 16))
+
+    def floor(num_samples):
+        evaluator = Evaluator(digits, judge, {"outliers": Outliers()}, Sampling(num_samples=num_samples), tmp_path)
+        return evaluator.floor(model)
+
+    enough, too_many = floor(len(held_out)), floor(len(held_out) + 1)
+    assert enough["nothing_rate"] == pytest.approx((held_out.contents == NOTHING).double().mean().item())
+    assert 0 < enough["nothing_rate"] <= 0.07
+    assert enough["precision_forget"] >= 0.9
+    assert enough["outliers_forget"] == enough["outliers_retain"]
+    assert "coverage_forget" in enough
+    assert too_many == {key: value for key, value in enough.items() if key != "coverage_forget"}
+
+
+def test_without_held_out_images_real_ones_have_no_score(tmp_path, shared_cache, digits, tiny_network):
+    named = trained_judge(digits, ClassifierRecipe(max_steps=60), shared_cache, CPU)
+    everything = DigitsTrousers(test_fraction=0.0).load()
+    judge = abstaining(named, everything, NoveltyRecipe(), tmp_path)
+    evaluator = Evaluator(everything, judge, {"outliers": Outliers()}, Sampling(num_samples=20), tmp_path)
+    assert evaluator.floor(tiny_network(image_shape=(1, 16, 16))) == {}

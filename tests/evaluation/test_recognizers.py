@@ -337,7 +337,7 @@ def test_how_much_it_recognises_is_measured_once(zero_shot, digits, tmp_path, mo
     (sentence, *_) = judge.doubts()
     assert "CLIP recognises" in sentence
     assert "of the held-out retain images, guessing would 9%" in sentence
-    assert "judge.recognizer.prompts" in sentence
+    assert "the recognizer's prompts" in sentence
     assert judge.provenance()["classifier_learnt"] is False
     monkeypatch.setattr("unlearn_runner.evaluation.judge.accuracies", lambda *_, **__: pytest.fail("measured again"))
     assert recipe.judge(digits, tmp_path, CPU).test_accuracy == judge.test_accuracy

@@ -51,7 +51,7 @@ class NudeNet(RecognizerRecipe):
         known = getattr(nudenet, "__labels")  # as `nudenet.__labels` Python would take it for the class's own
         if unknown := sorted(set(classes) - set(known)):
             raise ConfigurationError(
-                f"{recognition.PATH}.classes: the nudenet that is installed knows no {', '.join(unknown)}."
+                f"the recognizer's classes: the nudenet that is installed knows no {', '.join(unknown)}."
             )
         self.classes, self.threshold, self.others = tuple(classes), threshold, others
         self.weights = next(Path(nudenet.__file__).parent.glob("*.onnx"))
@@ -86,7 +86,7 @@ class PartsOfBodies(Recognizer):
     """
 
     called = "NudeNet"
-    mend = "Choose other judge.recognizer.classes, another threshold, or another judge."
+    mend = "Choose other classes of the recognizer, another threshold, or another judge."
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class NetworkFile(RecognizerRecipe):
         size = said.size if image_size is None else (image_size, image_size)
         if size is None:
             raise ConfigurationError(
-                f"{recognition.PATH}.image_size is missing: {file} does not say at how many pixels a side it sees "
+                f"the recognizer's image_size is missing: {file} does not say at how many pixels a side it sees "
                 "images."
             )
         channels = channels or said.channels
@@ -91,9 +91,9 @@ class NetworkFile(RecognizerRecipe):
                 outputs, features = self.network(torch.zeros(1, self.pictures.channels, *self.pictures.size))
             except Exception as error:  # whatever a network raises that wants other pictures
                 raise ConfigurationError(
-                    f"{recognition.PATH}.file={self.file} cannot see {self.pictures.channels} channels of "
+                    f"the recognizer's file={self.file} cannot see {self.pictures.channels} channels of "
                     f"{self.pictures.size[0]} x {self.pictures.size[1]} pixels ({first_line(error)}); give "
-                    f"{recognition.PATH}.image_size and {recognition.PATH}.channels."
+                    "its image_size and channels."
                 ) from error
         return outputs.shape[1], features.shape[1]
 
@@ -101,7 +101,7 @@ class NetworkFile(RecognizerRecipe):
         self._groups(spec)
         if self.pictures.channels == 1 and spec.image_shape[0] != 1:
             raise ConfigurationError(
-                f"{recognition.PATH}.file={self.file} sees grey pictures, and the dataset's are coloured; give another "
+                f"the recognizer's file={self.file} sees grey pictures, and the dataset's are coloured; give another "
                 "judge."
             )
 
@@ -123,7 +123,7 @@ class NetworkFile(RecognizerRecipe):
 def _for_each(option: str, values: Sequence[float], channels: int) -> list[float]:
     if len(values) not in (1, channels):
         raise ConfigurationError(
-            f"{recognition.PATH}.{option} must be one number, or one for each of {channels} channels; got "
+            f"the recognizer's {option} must be one number, or one for each of {channels} channels; got "
             f"{list(values)}."
         )
     return list(values) * (channels if len(values) == 1 else 1)
@@ -166,7 +166,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _no_classifier(place: Path, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{recognition.PATH}.file={place} is no image classifier in transformers' format ({first_line(error)})."
+        f"the recognizer's file={place} is no image classifier in transformers' format ({first_line(error)})."
     )
 
 
@@ -207,7 +207,7 @@ class Scripted(nn.Module):
                 self.network = torch.jit.load(str(file), map_location="cpu").eval()
         except Exception as error:  # whatever another file makes torch raise
             raise ConfigurationError(
-                f"{recognition.PATH}.file={file} is no TorchScript that torch can read ({first_line(error)}); save the "
+                f"the recognizer's file={file} is no TorchScript that torch can read ({first_line(error)}); save the "
                 "network with torch.jit.script or torch.jit.trace, or give a folder with config.json and "
                 "model.safetensors."
             ) from error
@@ -231,7 +231,7 @@ class OutputsOfContents(Recognizer):
 
     called = "the judge's network"
     mend = (
-        "Say which outputs are whose (judge.recognizer.outputs) and how it wants pictures (image_size, mean, std), or "
+        "Say which outputs are whose (the recognizer's outputs) and how it wants pictures (image_size, mean, std), or "
         "take another judge."
     )
     layer = "pooled"

@@ -34,7 +34,7 @@ class ZeroShotClip(RecognizerRecipe):
         prompts: Mapping[str, str | Sequence[str]] | None = None,
         nothing: Sequence[str] = (),
     ):
-        self.clip = named_clip(model, pretrained, f"{recognition.PATH}.model", f"{recognition.PATH}.pretrained")
+        self.clip = named_clip(model, pretrained, "the recognizer's model", "the recognizer's pretrained")
         self.templates, self.prompts, self.nothing = templates, prompts, nothing
         self.num_features = self.clip.num_features
 
@@ -57,7 +57,7 @@ class TextsOfContents(Recognizer):
     """
 
     called = "CLIP"
-    mend = "Say better what they show (judge.recognizer.prompts), or take a larger CLIP or another judge."
+    mend = "Say better what they show (the recognizer's prompts), or take a larger CLIP or another judge."
     layer = "image embedding"
 
     def __init__(self, clip: Clip, texts: Sequence[Sequence[str]], num_contents: int):
