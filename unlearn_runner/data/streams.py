@@ -58,18 +58,30 @@ class Pool:
 
 @final
 class ImageSet:
-    """All images to forget, or all to retain, as a network is given them: in [-1, 1], or their latents."""
+    """All images to forget, or all to retain, as a network is given them: in [-1, 1], or their latents.
+
+    `resident`: they fit on the device. `mirrored`: batches hold each of them left to right half of the times.
+    """
 
     def __init__(self, images: LabelledImages, stream: "BatchStream"):
         self._pool, self._stream = Pool([images], stream.keep_on), stream
+        self.resident, self.mirrored = stream.data.resident, stream.horizontal_flip
 
     def __len__(self) -> int:
         return len(self._pool)
 
-    def take(self, rows: Int64[Tensor, "b"]) -> tuple[Float[Tensor, "b ..."], Int64[Tensor, "b"] | None]:
-        """Images and their labels by row number; the labels are None where the model is unconditional."""
+    @property
+    def labels(self) -> Int64[Tensor, "n"] | None:
+        """Of all images, as `take` has them."""
+        return self._stream.condition(self._pool.labels)
+
+    def take(
+        self, rows: Int64[Tensor, "b"], mirrored: bool = False
+    ) -> tuple[Float[Tensor, "b ..."], Int64[Tensor, "b"] | None]:
+        """Images, or left to right, and their labels by row number; labels are None where the model is unconditional."""
         pixels, labels, _ = self._pool.take(rows)
         images, encode = to_unit_range(moved(pixels, self._stream.device)), self._stream.encode
+        images = images.flip(-1) if mirrored else images
         return images if encode is None else encode(images), self._stream.condition(labels)
 
 

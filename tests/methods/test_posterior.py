@@ -1,0 +1,212 @@
+"""Deletion by posterior targets: the mean against brute force, and what it makes of a model whose score is known."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.distributions import Normal
+from toy import gaussian_flow, gaussian_model
+
+from unlearn_runner.data.streams import Images, ImageSet
+from unlearn_runner.methods import posterior as module
+from unlearn_runner.methods.method import Setting, Update
+from unlearn_runner.methods.posterior import Posterior, RetainedImages, posterior
+from unlearn_runner.models.model import Noising
+from unlearn_runner.spec import Labels
+from unlearn_runner.types import Batch, make_generator
+
+F64 = torch.float64
+
+
+class Given(ImageSet):
+    """A set of floating-point images."""
+
+    labels = None
+
+    def __init__(self, x0, labels=None, mirrored=False, resident=True):
+        self.x0, self.labels, self.mirrored, self.resident = x0, labels, mirrored, resident
+
+    def __len__(self):
+        return len(self.x0)
+
+    def take(self, rows, mirrored=False):
+        x0 = self.x0[rows]
+        return x0.flip(-1) if mirrored else x0, None if self.labels is None else self.labels[rows]
+
+
+def images(n, shape=(1, 4, 4), seed=0, dtype=F64):
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed), dtype=dtype) * 2 - 1
+
+
+def noisy(model, x0, timesteps, seed=1):
+    """Samples of these images, and their noising."""
+    noising = model.noising(x0, timesteps, None)
+    return noising.sample(torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype)), noising
+
+
+def brute_force(m, noising, candidates):
+    """The mean of `candidates`, each weighed by the density of m as a noisy sample of it."""
+    means = []
+    for row, scale, std in zip(m, noising.scale, noising.std, strict=True):
+        logs = torch.stack([Normal(scale * image, std.expand_as(image)).log_prob(row).sum() for image in candidates])
+        weights = (logs - logs.max()).exp()
+        means.append((weights[:, None, None, None] * candidates).sum(0) / weights.sum())
+    return torch.stack(means)
+
+
+def posterior_mean(retained, m, noising, cond=None, k=None):
+    return retained.mean(posterior(retained.log_densities(m, noising, cond), k), m)
+
+
+@pytest.fixture(params=[gaussian_model, gaussian_flow])
+def model(request):
+    """A diffusion model, and a flow; in double precision."""
+    torch.set_default_dtype(F64)
+    yield request.param([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], side=4)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("chunk", [16 * 5, 2**24])
+def test_the_mean_is_that_of_brute_force(model, resident, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    known = images(23)
+    retained = RetainedImages(model, Given(known, resident=resident), ())
+    timesteps = torch.tensor([0, 1, 50, 200, 500, 900, 999])
+    m, noising = noisy(model, images(7, seed=5), timesteps)
+    torch.testing.assert_close(posterior_mean(retained, m, noising), brute_force(m, noising, known))
+    if not (noising.scale[-1] > 0).all():  # a flow's last sample is noise alone, which every image explains alike
+        torch.testing.assert_close(posterior_mean(retained, m, noising)[-1], known.mean(0))
+
+
+def test_single_precision_is_enough():
+    """Also at the least noise, where densities differ by tens of thousands."""
+    torch.manual_seed(0)
+    known = images(500, (1, 28, 28))
+    deep, plain = (gaussian_model([0.0], [1.0], side=28) for _ in range(2))
+    timesteps = torch.arange(0, 1000, 37)
+    m, noising = noisy(deep, images(len(timesteps), (1, 28, 28), seed=5), timesteps)
+    wanted = brute_force(m, noising, known)
+    retained = RetainedImages(plain, Given(known.float()), ())
+    found = posterior_mean(retained, m.float(), Noising(*(part.float() for part in noising)))
+    torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)
+
+
+def test_mirrored_images_are_among_them(model):
+    known = images(9)
+    retained = RetainedImages(model, Given(known, mirrored=True), ())
+    assert len(retained) == 18
+    m, noising = noisy(model, known[:4].flip(-1), torch.tensor([20, 100, 300, 600]))
+    both = torch.cat([known, known.flip(-1)])
+    torch.testing.assert_close(posterior_mean(retained, m, noising), brute_force(m, noising, both))
+    x0, _ = retained.take(torch.tensor([0, 8, 9, 17]))
+    torch.testing.assert_close(x0, both[[0, 8, 9, 17]])
+
+
+@pytest.mark.parametrize("forget_labels", [(1,), (1, 2), (0, 1, 2)])
+def test_images_of_the_condition_explain_it_or_all_if_there_are_none(model, forget_labels):
+    """No image has label 2."""
+    known, labels = images(20), torch.arange(20) % 2
+    retained = RetainedImages(model, Given(known, labels), forget_labels)
+    assert len(retained) == (10 if forget_labels == (1,) else 20)
+    timesteps, cond = torch.tensor([100, 400, 800]), torch.tensor([1, forget_labels[-1], 1])
+    m, noising = noisy(model, images(3, seed=5), timesteps)
+    found = posterior_mean(retained, m, noising, cond)
+    for row, label in enumerate(cond.tolist()):
+        those = known[labels == label] if label < 2 else known
+        part = Noising(noising.scale[row : row + 1], None, noising.std[row : row + 1])
+        torch.testing.assert_close(found[row : row + 1], brute_force(m[row : row + 1], part, those))
+
+
+def test_nearest_images_only(model):
+    known = images(12)
+    retained = RetainedImages(model, Given(known), ())
+    m, noising = noisy(model, images(4, seed=5), torch.tensor([100, 300, 600, 900]))
+    every = posterior_mean(retained, m, noising)
+    for k in (12, 100):
+        torch.testing.assert_close(posterior_mean(retained, m, noising, k=k), every, atol=0, rtol=0)
+    squares = (m[:, None] - noising.scale[:, None] * known).square().flatten(2).sum(2)
+    torch.testing.assert_close(posterior_mean(retained, m, noising, k=1), known[squares.argmin(1)])
+    for row, near in enumerate(squares.topk(3, largest=False).indices):
+        part = Noising(noising.scale[row : row + 1], None, noising.std[row : row + 1])
+        wanted = brute_force(m[row : row + 1], part, known[near])
+        torch.testing.assert_close(posterior_mean(retained, m, noising, k=3)[row : row + 1], wanted)
+
+
+def test_duplicates_count_as_often_as_they_are_there(model):
+    known = images(5)[[0, 0, 0, 1, 2]]
+    retained = RetainedImages(model, Given(known), ())
+    m, noising = noisy(model, images(3, seed=5), torch.tensor([200, 600, 900]))
+    torch.testing.assert_close(posterior_mean(retained, m, noising), brute_force(m, noising, known))
+
+
+def test_the_posteriors_of_a_vae_are_its_encoders(tiny_vae):
+    """Standard deviations differ between images, and the conditions that images were encoded under are their own."""
+    vae = tiny_vae((1, 8, 8), num_labels=3).double()
+    known, labels = images(14, (1, 8, 8)), torch.arange(14) % 2
+    retained = RetainedImages(vae, Given(known, labels), (2,))
+    z = torch.randn((6, 3), generator=torch.Generator().manual_seed(2), dtype=F64)
+    with torch.no_grad():
+        q = vae.noising(known, torch.zeros(14, dtype=torch.int64), labels)
+        logs = Normal(q.center, q.std).log_prob(z[:, None]).sum(2)
+        weights = posterior(retained.log_densities(z, Noising(1.0, z, z), torch.full((6,), 2)))
+        torch.testing.assert_close(weights, logs.softmax(1))
+        wanted = (weights[..., None, None, None] * known).sum(1)
+        torch.testing.assert_close(retained.mean(weights, known[:6]), wanted)
+
+
+def trained(model, retain, forget, steps=250, labels=(0, 0), **options):
+    """A model after so many steps of Adam."""
+    g = make_generator(0, "method")
+    setting = Setting(model, g, Labels((labels[0],), (labels[1],)))
+    decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
+    update = partial(Update, optimizer=partial(torch.optim.Adam, lr=0.03), lr_schedule=decay)
+    method = Posterior(setting, update, **options)
+    conds = [torch.full((len(part),), label) for part, label in zip((retain, forget), labels, strict=True)]
+    method.begin(Images(Given(retain, conds[0]), Given(forget, conds[1])))
+    for _ in range(steps):
+        rows = [torch.randint(len(part), (128,), generator=g) for part in (retain, forget)]
+        method.step(Batch(retain[rows[0]], forget[rows[1]], conds[0][:128], conds[1][:128], 0.1))
+    return method
+
+
+def spread(mean, std, n=2000):
+    """Images of one pixel with the quantiles of a Gaussian."""
+    return Normal(mean, std).icdf((torch.arange(n) + 0.5) / n).view(n, 1, 1, 1)
+
+
+@pytest.mark.parametrize("build", [gaussian_model, gaussian_flow])
+@pytest.mark.parametrize(
+    "options",
+    [{"lambd": 0.25, "follow": 0.0}, {"lambd": 0.9, "follow": 0.0}, {"lambd": 1.0, "follow": 0.5}, {"lambd": 0.0}],
+)
+def test_whatever_the_proposal_the_minimiser_is_the_retained_images_score(build, options):
+    """The base knows both; even without a single retained sample what is learnt is their distribution alone."""
+    model = build([-0.2], [0.5], side=1)
+    method = trained(model, spread(-0.5, 0.3), spread(0.3, 0.1, 200), cap=None, **options)
+    unet = method.trained.backbone.unet
+    assert unet.means.item() == pytest.approx(-0.5, abs=0.03)
+    assert unet.log_stds.exp().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_condition_that_keeps_no_image_learns_to_draw_all_that_are_kept():
+    model = gaussian_model([-0.5, 0.2], [0.3, 0.1], side=1)
+    method = trained(model, spread(-0.5, 0.3), spread(0.2, 0.1, 200), labels=(0, 1), lambd=0.5, cap=None)
+    unet = method.trained.backbone.unet
+    assert unet.means[1].item() == pytest.approx(-0.5, abs=0.05)
+    assert unet.log_stds[1].exp().item() == pytest.approx(0.3, abs=0.05)
+
+
+def test_far_targets_count_less(monkeypatch):
+    """By cap D / ||eps||^2 where that is below 1, and only of samples under the forget conditions."""
+    model = gaussian_model([-0.2], [0.5], side=2)
+    seen = []
+    monkeypatch.setattr(Update, "gradient", lambda self, loss: seen.append(loss.item()) or torch.zeros(2))
+    losses = {}
+    retain, forget = images(150, (1, 2, 2), 0, torch.float32), images(150, (1, 2, 2), 3, torch.float32)
+    for cap in (None, 1e9, 0.5):
+        method = trained(model, retain, forget, 1, cap=cap, lambd=1.0)
+        losses[cap] = seen.pop()
+        assert method.trained is model
+    assert losses[None] == losses[1e9]
+    assert losses[0.5] < losses[None]

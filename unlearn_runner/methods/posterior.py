@@ -1,0 +1,268 @@
+"""Deletion by posterior targets: at a noisy forget image the network learns what the retained images say of it.
+
+Bounded, without ascent, importance weights or a norm fix. ReTrack (2509.13007) comes to nearly the same target from
+importance sampling, and keeps the k nearest images of it.
+
+# Notation (variable -> 2206.00364, appendix B.3, where the ideal denoiser of a finite set is derived)
+# m, scale, std -> x, s(t), s(t) sigma(t); retained images -> y_1..y_Y; target -> D(x; sigma)
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, NamedTuple, final
+
+import torch
+from annotated_types import Gt
+from jaxtyping import Bool, Float, Int64, Shaped
+from torch import Tensor
+
+from unlearn_runner.data.streams import Images, ImageSet
+from unlearn_runner.methods.denoising import draw_eps
+from unlearn_runner.methods.method import Method, Setting, Update
+from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
+from unlearn_runner.models.model import GenerativeModel, Noising
+from unlearn_runner.options import PositiveInt, UnitInterval
+from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
+
+CHUNK = 2**24  # numbers of a set that are compared at once: 64 MiB
+
+
+def posterior(log_densities: Float[Tensor, "b n"], k: int | None = None) -> Float[Tensor, "b n"]:
+    """p(x_i | m) of n images that were equally likely, of each m: softmax of log q(m|x_i) (2206.00364, equation 57).
+
+    With `k`, of the k images alone from which m is likeliest (2509.13007); an image whose log-density is -inf has none.
+    """
+    if k is None or k >= log_densities.shape[1]:
+        return log_densities.softmax(1)
+    largest, rows = log_densities.topk(k, dim=1)
+    return torch.zeros_like(log_densities).scatter(1, rows, largest.softmax(1))
+
+
+class Seen(NamedTuple):
+    """Some of the retained images, flat, as the posterior sees them."""
+
+    centers: Float[Tensor, "n d"]  # of q(m|x)
+    stds: Float[Tensor, "n d"] | None  # of q(m|x); None: the same of every image
+    targets: Float[Tensor, "n p"]  # what the network should answer with
+
+
+@final
+class RetainedImages:
+    """The retained images as a distribution that noisy samples are explained by.
+
+    Under a label: the retained images that have it; all of them, if none has. Mirrored ones are among them where
+    training mirrors. A set that fits on the device is kept there as floats; of one that does not, parts are read at
+    every step. Of a set with labels only images are kept that explain one of `forget_labels`.
+    """
+
+    def __init__(self, model: GenerativeModel, images: ImageSet, forget_labels: tuple[int, ...]):
+        self.model, self.images = model, images
+        self.rows = torch.arange(len(images))
+        self.labels, self.has = images.labels, None
+        if self.labels is not None:
+            self.has = torch.bincount(self.labels, minlength=model.num_labels) > 0
+            wanted = torch.tensor(forget_labels, device=self.labels.device)
+            if bool(self.has[wanted].all()):
+                self.rows = torch.isin(self.labels, wanted).nonzero()[:, 0].cpu()
+            self.labels = self.labels[self.rows.to(self.labels.device)]
+        self.both = (False, True) if images.mirrored else (False,)
+        self.kept = list(self._read()) if images.resident else None
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.both)
+
+    def _read(self) -> Iterator[Seen]:
+        size = max(1, CHUNK // max(1, self.model.num_entries))
+        for mirrored in self.both:
+            for rows in self.rows.split(size):
+                x0, labels = self._taken(rows, mirrored)
+                if self.model.is_diffusion:
+                    yield Seen(x0.flatten(1), None, x0.flatten(1))
+                else:
+                    q = self.model.noising(x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device), labels)
+                    yield Seen(q.center.flatten(1), q.std.flatten(1), x0.flatten(1))
+
+    def _taken(self, rows: Int64[Tensor, "b"], mirrored: bool) -> tuple[Tensor, Tensor | None]:
+        x0, labels = self.images.take(rows, mirrored)
+        return self.model.encode(x0), labels
+
+    def _parts(self) -> Iterator[Seen]:
+        yield from self._read() if self.kept is None else self.kept
+
+    def log_densities(
+        self, m: Float[Tensor, "b ..."], noising: Noising, cond: Shaped[Tensor, "b"] | None
+    ) -> Float[Tensor, "b n"]:
+        """log q(m|x_i) of each image, but for what is the same of all; -inf where it does not explain the condition.
+
+        `noising` is that of the images that the m were drawn from; of a diffusion model its scale and std are those of
+        every image at the same timestep.
+        """
+        found = []
+        flat = m.flatten(1)
+        for centers, stds, _ in self._parts():
+            if stds is None:
+                scale, std = (noising.scale.flatten(1), noising.std.flatten(1))
+                inner = flat @ centers.T - scale / 2 * centers.square().sum(1)
+                found.append(scale / std.square() * inner)
+            else:
+                precisions = stds.square().reciprocal()
+                inner = flat @ (centers * precisions).T - flat.square() @ precisions.T / 2
+                found.append(inner - ((centers.square() * precisions) / 2 + stds.log()).sum(1))
+        densities = torch.cat(found, 1)
+        if cond is None or self.labels is None:
+            return densities
+        explains = (self.labels == cond[:, None]) | ~self.has[cond][:, None]
+        return densities.masked_fill(~explains.repeat(1, len(self.both)), -torch.inf)
+
+    def mean(self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """The mean of the images with these weights, in the shape of images like these."""
+        total, start = None, 0
+        for part in self._parts():
+            stop = start + len(part.targets)
+            found = weights[:, start:stop] @ part.targets
+            total, start = found if total is None else total + found, stop
+        return total.view_as(like)
+
+    def take(self, indices: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor | None]:
+        """Images by their number in `log_densities`, and their labels."""
+        rows = self.rows[indices.cpu() % len(self.rows)]
+        x0, labels = self._taken(rows, False)
+        if self.images.mirrored:
+            flipped, _ = self._taken(rows, True)
+            second = (indices >= len(self.rows)).view(-1, *[1] * (x0.ndim - 1))
+            x0 = torch.where(second.to(x0.device), flipped, x0)
+        return x0, labels
+
+
+@final
+class Posterior(Method):
+    """Fine-tunes on noisy retained images, each to be denoised into itself, and under the forget conditions on noisy
+    samples that are to be denoised into the posterior mean of the retained images.
+
+    That mean is what a network with the least denoising loss on the retained images answers, so whatever the samples
+    are drawn from, the minimiser is the same: the retrained oracle's. Where no retained image has a forget condition,
+    an oracle's answer under it is anyone's guess; here all retained images are alike then.
+
+    Args:
+        lambd: share of samples under the forget conditions, in [0, 1]. 0 is naive deletion.
+        follow: share of these that begin at a retained image instead of a forget image: one that a forget image at a
+            high noise level may be taken for, at which the sampler arrives once it has been turned away.
+        k: how many retained images explain a sample, those that are nearest to it; null: all.
+        cap: a sample counts by min(1, cap D / ||eps||^2), D the number of entries and eps the noise that would lead
+            from the target to the sample: at little noise that is far, and the sampler does not come there any more.
+            null: each counts by 1. Without effect on a VAE, whose targets are images.
+        timesteps: which timesteps to look at; None: uniformly drawn ones.
+    """
+
+    requires = ("images",)
+
+    def __init__(
+        self,
+        setting: Setting,
+        update: Callable[[GenerativeModel], Update],
+        lambd: UnitInterval = 0.25,
+        follow: UnitInterval = 0.5,
+        k: PositiveInt | None = None,
+        cap: Annotated[float, Gt(0)] | None = 0.1,
+        timesteps: TimestepSampler | None = None,
+    ):
+        self.reads = Streams(retain="retain", forget=True)
+        self.networks = (setting.model,)
+        self.trained = setting.model
+        self.labels = setting.labels
+        self.lambd, self.follow, self.k, self.cap = lambd, follow, k, cap
+        self.timesteps = Uniform() if timesteps is None else timesteps
+        self.update = update(setting.model)
+        self.generator = setting.generator
+
+    @property
+    def model(self) -> GenerativeModel:
+        return self.update.model
+
+    def begin(self, images: Images | None) -> None:
+        forget_labels = () if self.labels is None else self.labels.forget
+        with torch.no_grad():
+            self.retained = RetainedImages(self.trained, images.retain, forget_labels)
+
+    def step(self, batch: Batch) -> Metrics:
+        model, g, b = self.trained, self.generator, len(batch.x0_retain)
+        device = batch.x0_retain.device
+
+        # 1. which samples are under the forget conditions, and the images that they are drawn from
+        timesteps, t_weights = self.timesteps.draw(b, model.num_train_timesteps, g, device)
+        eps = draw_eps(model, batch.x0_retain, g)
+        forgets, follows = torch.rand((2, b), generator=g, device=device)
+        forgets = forgets < self.lambd
+        rows = forgets.nonzero()[:, 0]
+        follows = rows[follows[rows] < self.follow]
+        with torch.no_grad():
+            x0 = model.encode(torch.where(_beside(forgets, batch.x0_retain), batch.x0_forget, batch.x0_retain))
+        cond = batch.cond_retain
+        if cond is not None:
+            cond = torch.where(_beside(forgets, cond), batch.cond_forget, cond)
+        own = cond  # of the image that a sample is drawn from
+        if len(follows):
+            x0[follows], labels = self._arrived_at(x0[follows], _some(cond, follows))
+            if own is not None:
+                own = own.index_copy(0, follows, labels)
+
+        # 2. the samples, and what they are to be denoised into
+        noising = model.noising(x0, timesteps, own)
+        m = noising.sample(eps)
+        if len(rows):
+            drawn = Noising(*(part if isinstance(part, float) else part[rows] for part in noising))
+            x0[rows] = self._means(m[rows], drawn, _some(cond, rows), x0[rows])
+        if model.is_diffusion:
+            eps = (m - noising.scale * x0) / noising.std
+
+        # 3. the loss, and the update
+        answer = model.predict(m, timesteps, cond)
+        losses = model.loss(answer, x0, m, eps, noising.std, timesteps) / model.num_entries
+        weights = t_weights
+        if self.cap is not None and model.is_diffusion:
+            capped = (self.cap / eps.square().flatten(1).mean(1)).clamp(max=1)
+            weights = torch.where(forgets, t_weights * capped, t_weights)
+        gradient = self.update.gradient((weights * losses).mean())
+        self.update.apply(gradient)
+
+        losses = losses.detach()
+        self.timesteps.learn(timesteps / model.num_train_timesteps, losses)
+        return {
+            "loss/retain": _mean_of(losses, ~forgets),
+            "loss/forget": _mean_of(losses * weights, forgets),
+            "grad_norm/update": gradient.norm(),
+        }
+
+    @torch.no_grad()
+    def _means(
+        self, m: Tensor, noising: Noising, cond: Shaped[Tensor, "b"] | None, like: Float[Tensor, "b ..."]
+    ) -> Float[Tensor, "b ..."]:
+        weights = posterior(self.retained.log_densities(m, noising, cond), self.k)
+        return self.retained.mean(weights, like)
+
+    @torch.no_grad()
+    def _arrived_at(
+        self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None
+    ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
+        """For each image one of the retained images that it may be taken for in the noisier half of the timesteps."""
+        model, g, T = self.trained, self.generator, self.trained.num_train_timesteps
+        timesteps = torch.randint(T // 2, T, (len(x0),), generator=g, device=x0.device)
+        noising = model.noising(x0, timesteps, cond)
+        m = noising.sample(draw_eps(model, x0, g))
+        weights = posterior(self.retained.log_densities(m, noising, cond), self.k)
+        return self.retained.take(torch.multinomial(weights, 1, generator=g)[:, 0])
+
+    def stateful(self) -> dict[str, Stateful]:
+        return {**self.update.stateful(), "noise": GeneratorState(self.generator), "timesteps": self.timesteps}
+
+
+def _beside(rows: Bool[Tensor, "b"], others: Shaped[Tensor, "b ..."]) -> Bool[Tensor, "b ..."]:
+    return rows.view(-1, *[1] * (others.ndim - 1))
+
+
+def _some(cond: Shaped[Tensor, "b ..."] | None, rows: Int64[Tensor, "n"]) -> Shaped[Tensor, "n ..."] | None:
+    return None if cond is None else cond[rows]
+
+
+def _mean_of(losses: Float[Tensor, "b"], rows: Bool[Tensor, "b"]) -> Float[Tensor, ""]:
+    """Their mean over these rows; 0 if there are none."""
+    return (losses * rows).sum() / rows.sum().clamp(min=1)
