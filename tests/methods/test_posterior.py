@@ -133,6 +133,18 @@ def test_nearest_images_only(model):
         torch.testing.assert_close(posterior_mean(retained, m, noising, k=3)[row : row + 1], wanted)
 
 
+def test_of_some_images_the_mean_is_that_of_these(model):
+    known = images(12)
+    retained = RetainedImages(model, Given(known), ())
+    g = make_generator(0, "method")
+    assert retained.some(None, g) is retained.some(12, g) is None
+    numbers = retained.some(5, g)
+    assert len(numbers) == 5
+    m, noising = noisy(model, images(4, seed=5), torch.tensor([100, 300, 600, 900]))
+    found = retained.mean(posterior(retained.log_densities(m, noising, None, numbers)), m, numbers)
+    torch.testing.assert_close(found, brute_force(m, noising, known[numbers]))
+
+
 def test_duplicates_count_as_often_as_they_are_there(model):
     known = images(5)[[0, 0, 0, 1, 2]]
     retained = RetainedImages(model, Given(known), ())

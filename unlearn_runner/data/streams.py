@@ -78,7 +78,7 @@ class ImageSet:
     def take(
         self, rows: Int64[Tensor, "b"], mirrored: bool = False
     ) -> tuple[Float[Tensor, "b ..."], Int64[Tensor, "b"] | None]:
-        """Images, or left to right, and their labels by row number; labels are None where the model is unconditional."""
+        """Images, or left to right, and labels by row number; labels are None where the model is unconditional."""
         pixels, labels, _ = self._pool.take(rows)
         images, encode = to_unit_range(moved(pixels, self._stream.device)), self._stream.encode
         images = images.flip(-1) if mirrored else images

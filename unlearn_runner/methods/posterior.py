@@ -56,51 +56,72 @@ class RetainedImages:
 
     def __init__(self, model: GenerativeModel, images: ImageSet, forget_labels: tuple[int, ...]):
         self.model, self.images = model, images
-        self.rows = torch.arange(len(images))
+        rows = torch.arange(len(images))
         self.labels, self.has = images.labels, None
         if self.labels is not None:
             self.has = torch.bincount(self.labels, minlength=model.num_labels) > 0
             wanted = torch.tensor(forget_labels, device=self.labels.device)
             if bool(self.has[wanted].all()):
-                self.rows = torch.isin(self.labels, wanted).nonzero()[:, 0].cpu()
+                rows = torch.isin(self.labels, wanted).nonzero()[:, 0].cpu()
+        self.rows = torch.cat([rows] * (2 if images.mirrored else 1))  # the second half left to right
+        if self.labels is not None:
             self.labels = self.labels[self.rows.to(self.labels.device)]
-        self.both = (False, True) if images.mirrored else (False,)
-        self.kept = list(self._read()) if images.resident else None
+        self.num_plain, self.kept = len(rows), None
+        if images.resident:
+            parts = zip(*self._parts(None), strict=True)
+            self.kept = Seen(*(None if part[0] is None else torch.cat(part) for part in parts))
 
     def __len__(self) -> int:
-        return len(self.rows) * len(self.both)
+        return len(self.rows)
 
-    def _read(self) -> Iterator[Seen]:
-        size = max(1, CHUNK // max(1, self.model.num_entries))
-        for mirrored in self.both:
-            for rows in self.rows.split(size):
-                x0, labels = self._taken(rows, mirrored)
-                if self.model.is_diffusion:
-                    yield Seen(x0.flatten(1), None, x0.flatten(1))
-                else:
-                    q = self.model.noising(x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device), labels)
-                    yield Seen(q.center.flatten(1), q.std.flatten(1), x0.flatten(1))
+    def some(self, count: int | None, generator: torch.Generator) -> Int64[Tensor, "n"] | None:
+        """The numbers of so many of them, drawn with replacement; None, which stands for all, if there are no more."""
+        if count is None or count >= len(self):
+            return None
+        return torch.randint(len(self), (count,), generator=generator, device=generator.device)
 
-    def _taken(self, rows: Int64[Tensor, "b"], mirrored: bool) -> tuple[Tensor, Tensor | None]:
-        x0, labels = self.images.take(rows, mirrored)
+    def take(self, numbers: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor | None]:
+        """Images, encoded, by their number, and their labels."""
+        rows = self.rows[numbers.cpu()]
+        x0, labels = self.images.take(rows)
+        if self.images.mirrored:
+            flipped, _ = self.images.take(rows, mirrored=True)
+            x0 = torch.where(_beside(numbers >= self.num_plain, x0), flipped, x0)
         return self.model.encode(x0), labels
 
-    def _parts(self) -> Iterator[Seen]:
-        yield from self._read() if self.kept is None else self.kept
+    def _parts(self, numbers: Int64[Tensor, "n"] | None) -> Iterator[Seen]:
+        """These images, or all, a part at a time."""
+        if self.kept is not None:
+            kept = self.kept
+            yield kept if numbers is None else Seen(*(None if part is None else part[numbers] for part in kept))
+            return
+        numbers = torch.arange(len(self)) if numbers is None else numbers
+        for part in numbers.split(max(1, CHUNK // self.model.num_entries)):
+            x0, labels = self.take(part)
+            if self.model.is_diffusion:
+                yield Seen(x0.flatten(1), None, x0.flatten(1))
+            else:
+                q = self.model.noising(x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device), labels)
+                yield Seen(q.center.flatten(1), q.std.flatten(1), x0.flatten(1))
 
     def log_densities(
-        self, m: Float[Tensor, "b ..."], noising: Noising, cond: Shaped[Tensor, "b"] | None
+        self,
+        m: Float[Tensor, "b ..."],
+        noising: Noising,
+        cond: Shaped[Tensor, "b"] | None,
+        numbers: Int64[Tensor, "n"] | None = None,
     ) -> Float[Tensor, "b n"]:
-        """log q(m|x_i) of each image, but for what is the same of all; -inf where it does not explain the condition.
+        """log q(m|x_i) of each image, or of those with these numbers, but for what is the same of all; -inf where it
+        does not explain the condition.
 
         `noising` is that of the images that the m were drawn from; of a diffusion model its scale and std are those of
         every image at the same timestep.
         """
         found = []
         flat = m.flatten(1)
-        for centers, stds, _ in self._parts():
+        for centers, stds, _ in self._parts(numbers):
             if stds is None:
-                scale, std = (noising.scale.flatten(1), noising.std.flatten(1))
+                scale, std = noising.scale.flatten(1), noising.std.flatten(1)
                 inner = flat @ centers.T - scale / 2 * centers.square().sum(1)
                 found.append(scale / std.square() * inner)
             else:
@@ -110,27 +131,18 @@ class RetainedImages:
         densities = torch.cat(found, 1)
         if cond is None or self.labels is None:
             return densities
-        explains = (self.labels == cond[:, None]) | ~self.has[cond][:, None]
-        return densities.masked_fill(~explains.repeat(1, len(self.both)), -torch.inf)
+        labels = self.labels if numbers is None else self.labels[numbers]
+        return densities.masked_fill((labels != cond[:, None]) & self.has[cond][:, None], -torch.inf)
 
-    def mean(self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """The mean of the images with these weights, in the shape of images like these."""
-        total, start = None, 0
-        for part in self._parts():
+    def mean(
+        self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."], numbers: Int64[Tensor, "n"] | None = None
+    ) -> Float[Tensor, "b ..."]:
+        """The mean of the images, or of those with these numbers, by these weights; in the shape of `like`."""
+        total, start = torch.zeros_like(like).flatten(1), 0
+        for part in self._parts(numbers):
             stop = start + len(part.targets)
-            found = weights[:, start:stop] @ part.targets
-            total, start = found if total is None else total + found, stop
+            total, start = total + weights[:, start:stop] @ part.targets, stop
         return total.view_as(like)
-
-    def take(self, indices: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor | None]:
-        """Images by their number in `log_densities`, and their labels."""
-        rows = self.rows[indices.cpu() % len(self.rows)]
-        x0, labels = self._taken(rows, False)
-        if self.images.mirrored:
-            flipped, _ = self._taken(rows, True)
-            second = (indices >= len(self.rows)).view(-1, *[1] * (x0.ndim - 1))
-            x0 = torch.where(second.to(x0.device), flipped, x0)
-        return x0, labels
 
 
 @final
@@ -146,10 +158,12 @@ class Posterior(Method):
         lambd: share of samples under the forget conditions, in [0, 1]. 0 is naive deletion.
         follow: share of these that begin at a retained image instead of a forget image: one that a forget image at a
             high noise level may be taken for, at which the sampler arrives once it has been turned away.
-        k: how many retained images explain a sample, those that are nearest to it; null: all.
+        k: how many retained images explain a sample, those that are nearest to it; None: all.
+        subset: of so many retained images only, drawn anew at every step, which the target is then an estimate from;
+            None: of all.
         cap: a sample counts by min(1, cap D / ||eps||^2), D the number of entries and eps the noise that would lead
             from the target to the sample: at little noise that is far, and the sampler does not come there any more.
-            null: each counts by 1. Without effect on a VAE, whose targets are images.
+            None: each counts by 1. Without effect on a VAE, whose targets are images.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
     """
 
@@ -162,6 +176,7 @@ class Posterior(Method):
         lambd: UnitInterval = 0.25,
         follow: UnitInterval = 0.5,
         k: PositiveInt | None = None,
+        subset: PositiveInt | None = None,
         cap: Annotated[float, Gt(0)] | None = 0.1,
         timesteps: TimestepSampler | None = None,
     ):
@@ -169,7 +184,7 @@ class Posterior(Method):
         self.networks = (setting.model,)
         self.trained = setting.model
         self.labels = setting.labels
-        self.lambd, self.follow, self.k, self.cap = lambd, follow, k, cap
+        self.lambd, self.follow, self.k, self.subset, self.cap = lambd, follow, k, subset, cap
         self.timesteps = Uniform() if timesteps is None else timesteps
         self.update = update(setting.model)
         self.generator = setting.generator
@@ -200,8 +215,9 @@ class Posterior(Method):
         if cond is not None:
             cond = torch.where(_beside(forgets, cond), batch.cond_forget, cond)
         own = cond  # of the image that a sample is drawn from
+        numbers = self.retained.some(self.subset, g)
         if len(follows):
-            x0[follows], labels = self._arrived_at(x0[follows], _some(cond, follows))
+            x0[follows], labels = self._arrived_at(x0[follows], _some(cond, follows), numbers)
             if own is not None:
                 own = own.index_copy(0, follows, labels)
 
@@ -210,7 +226,7 @@ class Posterior(Method):
         m = noising.sample(eps)
         if len(rows):
             drawn = Noising(*(part if isinstance(part, float) else part[rows] for part in noising))
-            x0[rows] = self._means(m[rows], drawn, _some(cond, rows), x0[rows])
+            x0[rows] = self._means(m[rows], drawn, _some(cond, rows), x0[rows], numbers)
         if model.is_diffusion:
             eps = (m - noising.scale * x0) / noising.std
 
@@ -234,22 +250,29 @@ class Posterior(Method):
 
     @torch.no_grad()
     def _means(
-        self, m: Tensor, noising: Noising, cond: Shaped[Tensor, "b"] | None, like: Float[Tensor, "b ..."]
+        self,
+        m: Float[Tensor, "b ..."],
+        noising: Noising,
+        cond: Shaped[Tensor, "b"] | None,
+        like: Float[Tensor, "b ..."],
+        numbers: Int64[Tensor, "n"] | None,
     ) -> Float[Tensor, "b ..."]:
-        weights = posterior(self.retained.log_densities(m, noising, cond), self.k)
-        return self.retained.mean(weights, like)
+        """The posterior means of these samples."""
+        weights = posterior(self.retained.log_densities(m, noising, cond, numbers), self.k)
+        return self.retained.mean(weights, like, numbers)
 
     @torch.no_grad()
     def _arrived_at(
-        self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None
+        self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None, numbers: Int64[Tensor, "n"] | None
     ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
-        """For each image one of the retained images that it may be taken for in the noisier half of the timesteps."""
-        model, g, T = self.trained, self.generator, self.trained.num_train_timesteps
-        timesteps = torch.randint(T // 2, T, (len(x0),), generator=g, device=x0.device)
+        """For each image a retained image that it may be taken for in the noisier half of the timesteps."""
+        model, g, most = self.trained, self.generator, self.trained.num_train_timesteps
+        timesteps = torch.randint(most // 2, most, (len(x0),), generator=g, device=x0.device)
         noising = model.noising(x0, timesteps, cond)
         m = noising.sample(draw_eps(model, x0, g))
-        weights = posterior(self.retained.log_densities(m, noising, cond), self.k)
-        return self.retained.take(torch.multinomial(weights, 1, generator=g)[:, 0])
+        weights = posterior(self.retained.log_densities(m, noising, cond, numbers), self.k)
+        drawn = torch.multinomial(weights, 1, generator=g)[:, 0]
+        return self.retained.take(drawn if numbers is None else numbers[drawn])
 
     def stateful(self) -> dict[str, Stateful]:
         return {**self.update.stateful(), "noise": GeneratorState(self.generator), "timesteps": self.timesteps}
