@@ -36,7 +36,8 @@ LAMBDAS = [
 DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
 ASKING_A_DIFFUSION_MODEL = ("erase_diff", *DISTILLING, *ROLLING_OUT)
-ASKING_PROMPTS = ("esd",)  # built and stepped in tests/methods/test_on_latents.py
+CLOSED_FORM = ("uce", "rece")
+ASKING_PROMPTS = ("esd", *CLOSED_FORM)  # built and stepped in tests/methods/test_on_latents.py
 VAES = [(method, "model=vae") for method in COMPLETE if method not in ASKING_A_DIFFUSION_MODEL + ASKING_PROMPTS]
 CRITICS = [
     ("critic_guided", "method.critic_sees=clean", "method.kl_weight=0.1"),
@@ -66,12 +67,14 @@ def overrides(method: tuple[str, ...], decay: str) -> list[str]:
     """
     short = ["method.num_inference_steps=4", "model.network.beta_schedule=linear"] * (method[0] in ROLLING_OUT)
     short += ["method.update_every=2", "method.agent.batch_size=2"] * (method[0] == "rl_lambda")  # whole rollouts
-    return [f"method={method[0]}", *short, *method[1:], ema(method[0], decay)]
+    return [f"method={method[0]}", *short, *method[1:], *ema(method[0], decay)]
 
 
-def ema(method: str, decay: str) -> str:
-    """The override of the averaging's decay; `retrain` has the base's recipe."""
-    return f"{'model.pretraining' if method == 'retrain' else 'method'}.update.ema_decay={decay}"
+def ema(method: str, decay: str) -> list[str]:
+    """The override of the averaging's decay; `retrain` has the base's recipe, a closed form averages nothing."""
+    if method in CLOSED_FORM:
+        return []
+    return [f"{'model.pretraining' if method == 'retrain' else 'method'}.update.ema_decay={decay}"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ ON_STABLE_DIFFUSION = {
     "siss": ("siss", *ON_SD),
     "esd": ("esd", "method.num_inference_steps=3", *ON_SD),
     "sfd": ("sfd", *ON_SD),
+    "uce": ("uce", *ON_SD),
 }
 LOSS_BASED = {
     "naive_deletion": ("naive_deletion",),
@@ -39,6 +40,8 @@ LOSS_BASED = {
     "siss_vae": ("siss", "model=vae"),
     "vae": ("retrain", "model=vae"),
     "rl_lambda": PPO,
+    "posterior": ("posterior",),
+    "posterior_vae": ("posterior", "model=vae"),
 }
 DISTILLING = {
     "sfd": ("sfd",),

@@ -25,6 +25,7 @@ from unlearn_runner.spec import spec_of
 from unlearn_runner.validation import checked
 
 SD = ("model=sd_tiny", "dataset=sd_concepts")
+ON_SD_ALONE = ("critic_guided", "ddpo", "esd", "uce", "rece")
 ADAPTIVE = "method.lambd"
 WRONG = [
     # types
@@ -227,7 +228,7 @@ def test_the_noise_of_a_schedule_is_known_before_it_is_made(schedule, timesteps)
 @pytest.mark.parametrize("method", COMPLETE)
 def test_annotations_of_every_method_are_understood(composed, method):
     """No option of our own constructors is unknown to the check, or it would take anything."""
-    dataset = SD if method in ("critic_guided", "ddpo", "esd") else ()
+    dataset = SD if method in ON_SD_ALONE else ()
     cfg = composed(f"method={method}", *dataset, "evaluation=full", "evaluation.num_samples=2000", debug=False)
     unknown = [
         f"{path}.{name}"
@@ -425,8 +426,10 @@ def wrong_value(path: str, value, rng: random.Random) -> str | None:
 def wrong_configurations(count: int, seed: int, compose) -> list[tuple[str, ...]]:
     """Overrides that are wrong in one place, by a fixed seed."""
     rng = random.Random(seed)
-    starts = [(f"method={method}",) for method in COMPLETE if method not in ("critic_guided", "ddpo", "esd")]
-    starts += [(*SD, f"method={method}") for method in ("critic_guided", "ddpo", "esd", "siss")]
+    starts = [
+        (f"method={method}",) for method in COMPLETE if method not in ("critic_guided", "ddpo", "esd", "uce", "rece")
+    ]
+    starts += [(*SD, f"method={method}") for method in (*ON_SD_ALONE, "siss")]
     starts += [("model=vae", "method=siss"), ("evaluation=full",), ("dataset=digits",), ("clip=tiny",)]
     known = {start: list(leaves(compose(*start))) for start in starts}
     groups = ["dataset", "model", "method", "hardware", "evaluation", "judge", "logger", "experiment", "clip"]

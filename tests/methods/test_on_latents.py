@@ -15,7 +15,7 @@ from unlearn_runner.training.checkpoint import open_checkpoint
 
 METHODS = (
     "siss", "siss_no_is", "adaptive_siss", "rl_lambda", "naive_deletion", "neg_grad", "erase_diff",
-    "critic_guided", "ddpo", "esd",
+    "critic_guided", "ddpo", "esd", "posterior",
 )  # fmt: skip
 DISTILLING = {
     "sfd": (), "sfd_two_stage": (), "hybrid": (),
@@ -49,8 +49,8 @@ def dataset_of(cfg) -> SDConcepts:
 
 def test_every_method_is_looked_at():
     looked_at = {*METHODS, *(name for name in DISTILLING if " " not in name)}
-    assert set(options("method")) == looked_at | {"retrain", "given"}, (
-        "retrain has the base's recipe, which sd15 has not; given: test_given.py"
+    assert set(options("method")) == looked_at | {"retrain", "given", "uce", "rece"}, (
+        "retrain has the base's recipe, which sd15 has not; given: test_given.py; uce and rece: test_uce.py"
     )
 
 

@@ -127,6 +127,14 @@ class Backbone(Part):
     def embed(self, prompts: "Sequence[str]") -> Float[Tensor, "n s d"]:
         """Conditions for any texts, if it has `prompts`."""
 
+    def num_tokens(self, text: str) -> int:
+        """How many tokens of a text are read, its start and its end among them; if it has `prompts`."""
+        raise TypeError("it draws under class labels, not under texts")
+
+    def text_projections(self) -> list[nn.Module]:
+        """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""
+        return []
+
     @abstractmethod
     def freeze_for_unlearning(self) -> None:
         """Take from training what unlearning shall not move."""
@@ -193,6 +201,14 @@ class Diffusion(DiffusionModel):
     def embed(self, prompts: "Sequence[str]") -> Float[Tensor, "n s d"]:
         """Conditions for any texts, if it has `prompts`."""
         return self.backbone.embed(prompts)
+
+    def num_tokens(self, text: str) -> int:
+        """How many tokens of a text are read, its start and its end among them; if it has `prompts`."""
+        return self.backbone.num_tokens(text)
+
+    def text_projections(self) -> list[nn.Module]:
+        """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""
+        return self.backbone.text_projections()
 
     def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
         """Of prompts by their number, -1 being the empty one, or of embeddings; if it has `prompts`."""

@@ -193,6 +193,14 @@ class TextUNet(Backbone):
         """The text encoder's last hidden states, as the pipeline takes them."""
         return self.text_encoder(self.tokens(prompts).to(self.text_encoder.device), return_dict=False)[0]
 
+    def num_tokens(self, text: str) -> int:
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return min(len(self._called_tokenizer(text, truncation=False, padding=False, verbose=False).input_ids), length)
+
+    def text_projections(self) -> list[torch.nn.Module]:
+        modules = self.unet.named_modules()
+        return [module for name, module in modules if name.endswith((".attn2.to_k", ".attn2.to_v"))]
+
     def conditions(self, cond: Shaped[Tensor, "b ..."]) -> Condition:
         """Of prompts given by index, -1 being the empty one, or by embedding."""
         if cond.is_floating_point():

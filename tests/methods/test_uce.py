@@ -1,0 +1,98 @@
+"""UCE and RECE against least squares by numpy, and what becomes of a model's keys and values."""
+
+import numpy as np
+import pytest
+import torch
+from pipelines import PROMPTS, tiny
+
+from unlearn_runner.methods.method import Setting
+from unlearn_runner.methods.uce import UCE, edited, still_says
+from unlearn_runner.spec import Labels
+from unlearn_runner.types import Batch, make_generator
+
+LABELS = Labels(retain=(0,), forget=(1, 2), names=PROMPTS, contents=(0, 1, 1))
+NOTHING = Batch(None, None, None, None, 0.0)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("erase, preserve, ridge", [(1.0, 1.0, 0.5), (2.0, 0.1, 0.01), (1.0, 0.0, 1e-6)])
+def test_an_edit_is_the_least_squares_solution(erase, preserve, ridge):
+    before, concepts, targets, kept = random(5, 7), random(3, 7, seed=1), random(3, 5, seed=2), random(4, 7, seed=3)
+    found = edited(before, concepts, targets, kept, erase, preserve, ridge)
+    rows = np.concatenate([erase**0.5 * concepts, preserve**0.5 * kept, ridge**0.5 * np.eye(7)])
+    wanted = np.concatenate([erase**0.5 * targets, preserve**0.5 * kept @ before.T, ridge**0.5 * before.T])
+    np.testing.assert_allclose(found, np.linalg.lstsq(rows, wanted, rcond=None)[0].T, atol=1e-8)
+
+
+def test_what_still_makes_a_concept_is_the_least_squares_solution():
+    weights, before = [random(5, 7), random(6, 7, seed=1)], [random(5, 7, seed=2), random(6, 7, seed=3)]
+    concepts = random(3, 7, seed=4)
+    found = still_says(weights, before, concepts, 0.1)
+    rows = np.concatenate([*weights, 0.1**0.5 * np.eye(7)])
+    wanted = np.concatenate([*(old @ concepts.T for old in before), np.zeros((7, 3))])
+    np.testing.assert_allclose(found, np.linalg.lstsq(rows, wanted, rcond=None)[0].T, atol=1e-8)
+
+
+def uce(model, **options):
+    return UCE(Setting(model, make_generator(0, "method"), LABELS), **options)
+
+
+def read(model, text, weights):
+    """What the projections make of a text's tokens from its last word on."""
+    with torch.no_grad():
+        tokens = model.embed([text])[0, model.num_tokens(text) - 2 :].double()
+    return [tokens @ weight.T for weight in weights]
+
+
+def weights_of(model):
+    return [layer.weight.detach().double().clone() for layer in model.text_projections()]
+
+
+@pytest.mark.parametrize("tokens", ["last", "onwards"])
+def test_concepts_are_read_as_the_anchor_and_other_texts_as_before(tokens):
+    model = tiny()
+    model.freeze_for_unlearning()
+    before = weights_of(model)
+    everything = {name: value.clone() for name, value in model.state_dict().items()}
+    metrics = uce(model, ridge=1e-6, anchor=PROMPTS[0], preserved=[], tokens=tokens).step(NOTHING)
+    after = weights_of(model)
+    assert len(before) == 2 * sum(".attn2.to_k." in name for name in everything)
+    for text in PROMPTS[1:]:
+        for old, new in zip(read(model, PROMPTS[0], before), read(model, text, after), strict=True):
+            places = min(len(old), len(new)) if tokens == "onwards" else 1
+            torch.testing.assert_close(new[:places], old[:places], atol=2e-2, rtol=0)
+    moved = torch.stack([(new - old).norm() for new, old in zip(after, before, strict=True)]).norm()
+    assert metrics["edit/distance"].item() == pytest.approx(moved.item(), rel=1e-3)
+    touched = {name for name, value in model.state_dict().items() if not torch.equal(value, everything[name])}
+    assert touched and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in touched)
+
+
+def test_preserved_texts_move_less():
+    distances = {}
+    for preserve in (0.0, 100.0):
+        model = tiny()
+        before = weights_of(model)
+        uce(model, preserve=preserve, concepts=[PROMPTS[1]], preserved=[PROMPTS[0]], tokens="onwards").step(NOTHING)
+        pairs = zip(read(model, PROMPTS[0], before), read(model, PROMPTS[0], weights_of(model)), strict=True)
+        distances[preserve] = sum((new - old).norm().item() for old, new in pairs)
+    assert distances[100.0] < distances[0.0] / 5
+
+
+def test_rounds_take_away_what_still_makes_the_concept():
+    """After them no token of moderate length is read as the concept was."""
+    left = {}
+    for rounds in (0, 3):
+        model = tiny()
+        before = weights_of(model)
+        uce(model, rounds=rounds, concepts=[PROMPTS[1]], anchor=PROMPTS[0], preserved=[]).step(NOTHING)
+        after = weights_of(model)
+        with torch.no_grad():
+            concept = model.embed([PROMPTS[1]])[0].double()[[model.num_tokens(PROMPTS[1]) - 2]]
+        found = still_says(after, before, concept, 0.1)
+        left[rounds] = sum(
+            (found @ new.T - concept @ old.T).norm().item() for new, old in zip(after, before, strict=True)
+        )
+    assert left[3] > 2 * left[0]
