@@ -222,7 +222,9 @@ def test_a_single_seed_is_not_the_best_where_others_have_several(tmp_path):
     for method, value in (("b", 0.1), ("c", 0.2)):
         for seed in (0, 1):
             make_run(tmp_path, method, seed, {"eval/forget_rate": value})
-    assert best(only(tmp_path), "forget_rate") == ["b"]
+    table = only(tmp_path)
+    assert best(table, "forget_rate") == ["b"]
+    assert "and not called the best where a method of several may be: a." in table.remarks[0]
 
 
 def test_who_draws_rubble_is_not_the_best(tmp_path):
@@ -346,6 +348,15 @@ def test_runs_of_any_budget_share_a_table_when_asked_to(tmp_path):
     assert len(comparison(tmp_path, any_budget=True).tables) == 2
 
 
+def test_a_methods_own_batch_size_hides_no_budget(tmp_path):
+    for batch_size in (4, 8):
+        settings = {"trainer": {"max_steps": 10, "batch_size": batch_size}, "method": {"batch_size": 2}}
+        make_run(tmp_path / str(batch_size), "esd", 0, {"eval/forget_rate": 0.1}, config=settings)
+    found = comparison(tmp_path, any_budget=True)
+    assert [row.label for row in found.tables[0].rows] == ["esd batch_size=4", "esd batch_size=8"]
+    assert found.apart == []
+
+
 def test_tables_keep_their_order_whenever_files_were_written(tmp_path):
     titles = []
     for order in ("abc", "cab", "bca"):
@@ -419,6 +430,22 @@ def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
     assert sentence(forgets) == "equal: b; told apart from: c"
     (forgets,) = verdicts_of([row for row in table.rows if row.label != "b"], {})
     assert sentence(forgets) == "told apart from: c"
+
+
+@pytest.mark.parametrize("test", ["t", "permutation"])
+def test_what_subtracting_leaves_is_no_difference(tmp_path, test):
+    """0.05 and 0.06 are equally far from 0.055, and 0.45 and 0.55 from 0.5, but not in floating point."""
+    for seed, (oracle, away) in enumerate([(0.055, 0.005), (0.13, 0.03), (0.07, 0.02), (3000.3, 0.7)]):
+        for method, rate in (("above", oracle + away), ("below", oracle - away), ("far", oracle + 2)):
+            auc = 0.5 + 0.05 * (seed + 1) * {"above": 1, "below": -1, "far": 1.5}[method]
+            scores = {"oracle/forget_rate": oracle, "eval/forget_rate": round(rate, 9), "eval/mia_auc": round(auc, 9)}
+            make_run(tmp_path, method, seed, scores)
+    table = only(tmp_path, test=test)
+    (forgets,) = table.verdicts
+    assert (forgets.label, forgets.equal) == ("above", ["below"])
+    assert best(table, "mia_auc") == ["above", "below"]
+    above, below, _ = (badness(table.rows, row, "mia_auc") for row in table.rows if row.is_method)
+    assert above == below
 
 
 def test_tradeoffs_have_a_front_and_a_hypervolume(tmp_path):
@@ -501,6 +528,9 @@ def test_who_was_not_looked_at_for_rubble_is_named(tmp_path):
     (sentence,) = said(tmp_path / "old")
     assert "of any method:" in sentence
     assert said(tmp_path / "new") == []
+    make_run(tmp_path / "new", "new", 1, {"eval/forget_rate": 0.1})
+    (sentence,) = said(tmp_path / "new")
+    assert "like a real image, of new (1 of 2 seeds):" in sentence
 
 
 def test_who_draws_rubble_is_not_on_the_front(tmp_path):
