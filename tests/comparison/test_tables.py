@@ -245,6 +245,14 @@ def test_who_draws_rubble_is_not_the_best(tmp_path):
     assert best(only(tmp_path, metrics=["forget_rate"]), "forget_rate") == ["good"], "asked or not"
 
 
+def test_a_base_that_draws_rubble_hides_it(tmp_path):
+    """Black squares are no more than 0.2 beyond what such a base draws, so it is said that they may be such."""
+    for method, nothing in (("black", 1.0), ("good", 0.8)):
+        make_run(tmp_path, method, 0, {"eval/nothing_rate": nothing, "base/outliers_retain": 0.85})
+    (sentence,) = [remark for remark in only(tmp_path).remarks if "rubble" in remark]
+    assert sentence.startswith("85% of what the base or the oracle draws is like no real image")
+
+
 def test_who_keeps_too_little_is_not_the_best(tmp_path):
     """At anything: neither at forgetting, which is easy for what forgets all, nor at costs."""
     for method, rate, kept, cost in (("all", 0.0, 0.1, 1.0), ("some", 0.1, 0.85, 2.0), ("good", 0.2, 0.9, 3.0)):

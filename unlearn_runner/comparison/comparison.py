@@ -6,6 +6,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from unlearn_runner import catalogue
+from unlearn_runner.catalogue import hides_rubble
 from unlearn_runner.comparison.columns import COUNTED, HEADLINES, choose, key_of, shown
 from unlearn_runner.comparison.runs import Apart, Found, Run
 from unlearn_runner.comparison.statistics import Paired
@@ -166,6 +167,11 @@ def rubble(rows: list[Row]) -> list[str]:
     ]
     said = "never called the best, for much of what they draw under the forget condition is like no real image"
     sentences = [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
+    if hides_rubble(usual) and any(row.values.get("nothing_rate") for row in methods):
+        sentences.append(
+            f"{usual:.0%} of what the base or the oracle draws is like no real image, so nobody's samples can be told "
+            "from rubble: look at them before you believe that a method forgets."
+        )
     unknown = {}  # and in how many of the seeds
     for row in methods:
         rated, looked_at = (row.values.get(column, {}).keys() for column in ("forget_rate", "nothing_rate"))

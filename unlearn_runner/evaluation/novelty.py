@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.cache import cached, fingerprint
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_unit_range
@@ -48,10 +49,13 @@ class NoveltyRecipe:
         abstain: share of real images that are to be outliers of the others; it sets the threshold.
     """
 
-    max_images: Annotated[int, Ge(20), Le(100_000)] = 4000
+    max_images: Annotated[int, Ge(20), Le(20_000)] = 4000  # more take a distance matrix of gigabytes
     neighbours: Annotated[int, Ge(1), Le(1000)] = 5
     abstain: Annotated[float, Gt(0), Lt(0.5)] = 0.05
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        rules.number_of_balls(self.neighbours, self.max_images)
 
 
 @final
