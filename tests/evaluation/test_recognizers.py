@@ -150,7 +150,7 @@ def test_a_torchscript_that_cannot_be(script, tmp_path):
     with pytest.raises(ConfigurationError, match=r"its outputs are no tensor of one row for each picture"):
         NetworkFile(script(nn.Identity(), (3, 8, 8)), 8)
     with pytest.raises(
-        ConfigurationError, match=r"cannot see 3 channels of 8 x 8 pixels .*\.image_size and .*channels"
+        ConfigurationError, match=r"cannot see 3 channels of 8 x 8 pixels .*; give its image_size and channels"
     ):
         NetworkFile(script(nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten()), (1, 8, 8)), 8)
     grey_only = NetworkFile(script(Brightness(True), (1, 8, 8)), 8, channels=1, outputs={"dark": 0, "bright": 1})

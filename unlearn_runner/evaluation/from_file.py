@@ -71,8 +71,7 @@ class NetworkFile(RecognizerRecipe):
         size = said.size if image_size is None else (image_size, image_size)
         if size is None:
             raise ConfigurationError(
-                f"the recognizer's image_size is missing: {file} does not say at how many pixels a side it sees "
-                "images."
+                f"the recognizer's image_size is missing: {file} does not say at how many pixels a side it sees images."
             )
         channels = channels or said.channels
         self.pictures = Pictures(
@@ -123,8 +122,7 @@ class NetworkFile(RecognizerRecipe):
 def _for_each(option: str, values: Sequence[float], channels: int) -> list[float]:
     if len(values) not in (1, channels):
         raise ConfigurationError(
-            f"the recognizer's {option} must be one number, or one for each of {channels} channels; got "
-            f"{list(values)}."
+            f"the recognizer's {option} must be one number, or one for each of {channels} channels; got {list(values)}."
         )
     return list(values) * (channels if len(values) == 1 else 1)
 
