@@ -158,7 +158,7 @@ def test_a_torchscript_that_cannot_be(script, tmp_path):
         grey_only.require(TWO._replace(image_shape=(3, 8, 8)))
     with pytest.raises(ConfigurationError, match=r"which of the network's 4 outputs"):
         NetworkFile(script(Brightness(True), (1, 8, 8)), 8, channels=1).require(TWO)
-    with pytest.raises(ConfigurationError, match=r"judge\.recognizer\.mean must be one number, or one for each of 3"):
+    with pytest.raises(ConfigurationError, match=r"the recognizer's mean must be one number, or one for each of 3"):
         NetworkFile(script(Brightness(True), (3, 8, 8)), 8, mean=[0.5, 0.5])
 
 
