@@ -348,13 +348,16 @@ def oracles_of(rows: list[Row], column: str) -> list[float]:
 
 def spread_of_oracles(rows: list[Row]) -> list[str]:
     """What the spread in the row of several oracles is, and z in the methods' rows."""
-    count = sum(len(row.seeds) for row in rows if row.aims is not None)
+    named = [row for row in rows if row.aims is not None]
+    count = sum(len(row.seeds) for row in named)
     if count < 2:
         return []
     said = (
         f"oracle: mean ± standard deviation of {count} models that never saw the forget set; all else ± half the 95 %"
     )
-    return [f"{said} interval over seeds. {what_z_says(count)}"]
+    differ = any(z_of(0.0, oracles_of(rows, column)) is not None for row in named for column in row.values)
+    of_z = what_z_says(count) if differ else "No z, for all of them have the same scores."
+    return [f"{said} interval over seeds. {of_z}"]
 
 
 def number(value: float) -> str:
