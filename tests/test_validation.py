@@ -26,6 +26,7 @@ from unlearn_runner.validation import checked
 
 SD = ("model=sd_tiny", "dataset=sd_concepts")
 ON_SD_ALONE = ("critic_guided", "ddpo", "esd", "uce", "rece")
+PROMPTS = (*SD, "method=siss", "evaluation=prompts")
 ADAPTIVE = "method.lambd"
 WRONG = [
     # types
@@ -160,6 +161,13 @@ WRONG = [
     (["dataset.image_size=17"], "its sides must divide by 4; the dataset's are 17 x 17"),
     (["evaluation.probe.metrics.rates=null"], "evaluation.probe.metrics.rates must not be null"),
     (["dataset=image_folder", "dataset.forget_dir=tests", "dataset.retain_dir=tests/../tests"], "hold the same images"),
+    (["evaluation.novelty.neighbours=500", "evaluation.novelty.max_images=100"], r"max_images \(100\), got 500"),
+    (["evaluation.novelty.max_images=100000"], r"max_images must be a whole number in \[20, 20000\], got 100000"),
+    (["evaluation.features=inception", "judge.extractor=null"], "inception is not what the judge has, .*=null"),
+    (["judge.extractor.name=open_clip"], "features=classifier is not what the judge has, which is open_clip"),
+    ([*PROMPTS, "evaluation.metrics.robustness.templates=[abc]"], r"robustness.templates must be .*; got \['abc'\]"),
+    ([*PROMPTS, "evaluation.metrics.paraphrases.templates=['{}{}']"], "templates must be one or more prompts"),
+    (["objective=eval/outliers_forget", "evaluation.novelty=null"], "no metric of this run makes 'eval/outl"),
     (["model.weights=./nowhere"], "model.weights=./nowhere: there is no such folder"),
     (["method=siss", "method.tau=1"], "give method.tau or method.rho, not both"),
     ([*SD, "+model.network.beta_start=0.5"], "model.network.beta_start must be at most beta_end, got 0.5 and 0.012"),
@@ -176,6 +184,8 @@ WRONG = [
     ([*SD, "dataset.concept=elephant"], "dataset.source=embedded has pictures of a zero, .*; not of elephant"),
     ([*SD, "dataset.forget_templates=[abc]"], "dataset.forget_templates must be one or more prompts with one {} each"),
     ([*SD, "dataset.paraphrases=[abc]"], "dataset.paraphrases must be one or more prompts with one {} each"),
+    ([*SD, "dataset.paraphrases=['a {} of {x}']"], "dataset.paraphrases must be one or more prompts with one {} each"),
+    (["judge=clip", "judge.recognizer.templates=['a { of {}']"], "judge.recognizer.templates must be one or more"),
     ([*SD, "model.pretraining.corpus.templates=[]"], "model.pretraining.corpus.templates must be one or more prompts"),
     ([*SD, "dataset.retain_concepts=[trousers]"], "dataset.retain_concepts must be one or more different concepts"),
     (["evaluation=full", "evaluation.num_samples=200"], "evaluation.metrics.fid needs at least 100 samples for each"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from unlearn_runner.models.clip import Clip
     from unlearn_runner.models.model import GenerativeModel
     from unlearn_runner.training.checkpoint import Checkpoint
-    from unlearn_runner.training.evaluation import EvaluationPlan
+    from unlearn_runner.training.evaluation import EvaluationPlan, Look
     from unlearn_runner.training.loggers import Logger
     from unlearn_runner.training.trainer import Plan
 
@@ -169,6 +169,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
     """One run, in a folder of its own or in that of the run which it resumes; returns it."""
     from unlearn_runner.data.streams import BatchStream
     from unlearn_runner.distributed import is_first
+    from unlearn_runner.evaluation.evaluator import require_references
     from unlearn_runner.models.model import require_usable
     from unlearn_runner.training.checkpoint import Checkpoints
     from unlearn_runner.training.pretraining import pretrained
@@ -187,6 +188,8 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
     pretraining = make(cfg["model"]["pretraining"])
     total_steps = parts.driver.total_steps(method, plan)
     data, identity, checkpoint = what_to_resume(parts)
+    for look in filter(None, looks_of(parts.evaluation) if data is not None else ()):
+        require_references(look.metrics, look.sampling, data)  # before a base is trained; the evaluator asks again
     path, folder = open_run_folder(fresh_folder, checkpoint, cfg, identity)
 
     with (
@@ -304,11 +307,14 @@ def evaluators_of(
     """For the base and the end, for looks on the way, and for the look at the threshold, if there is one."""
     from unlearn_runner.evaluation.evaluator import Evaluator
 
-    plan = parts.evaluation
     return tuple(
         look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, parts.clip)
-        for look in (plan, plan.probe, plan.at_threshold)
+        for look in looks_of(parts.evaluation)
     )
+
+
+def looks_of(plan: "EvaluationPlan") -> tuple["EvaluationPlan", "Look", "Look | None"]:
+    return plan, plan.probe, plan.at_threshold
 
 
 def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, console: Any) -> "Judge":

@@ -88,7 +88,7 @@ ENTRIES = (
     Entry("nothing_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
           "share of the same samples on which the judge abstains, for they are like no real image of any content "
           "(rubble), or show none of them where the judge can say so. `forget_rate`, `restored_rate`, `other_rate` and "
-          "`nothing_rate` make up 1"),
+          "`nothing_rate` make up 1. Absent where the judge cannot abstain"),
     Entry("retain_accuracy", "Rates", HIGH, SHARE, RETENTION, RUN | LONG | SHORT | PLOT,
           "share of samples under the other labels taken for what their label names"),
     Entry("outliers_forget", "Outliers", ORACLE, SHARE, FORGETTING, LONG,
@@ -196,6 +196,11 @@ _BY_KEY = {entry.key: entry for entry in ENTRIES}
 def is_rubble(nothing_rate: float, usual: float) -> bool:
     """Whether the judge abstains on more than RUBBLE of the forget samples, beyond the `usual` share of outliers."""
     return nothing_rate - usual > RUBBLE
+
+
+def hides_rubble(usual: float) -> bool:
+    """Whether there is so much of the `usual` outliers that nothing would be rubble beside them."""
+    return not is_rubble(1.0, usual)
 
 
 def z_of(score: float, oracles: Sequence[float]) -> float | None:

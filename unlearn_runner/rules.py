@@ -18,7 +18,7 @@ from PIL import ImageColor
 from unlearn_runner import catalogue, recognition
 from unlearn_runner.constructors import constant_of, constructor_of, makes
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
-from unlearn_runner.spec import Labels, spec_of
+from unlearn_runner.spec import Labels, require_templates, spec_of
 from unlearn_runner.weights import located, weights_identity
 
 # 1. About the arguments of one constructor
@@ -140,6 +140,13 @@ def size_of_subsets(subset_size: int, min_samples: int) -> None:
     if subset_size > min_samples:
         raise ConfigurationError(
             f"evaluation.metrics.kid.subset_size must be at most its min_samples ({min_samples}), got {subset_size}."
+        )
+
+
+def number_of_balls(neighbours: int, max_images: int) -> None:
+    if neighbours >= max_images:
+        raise ConfigurationError(
+            f"evaluation.novelty.neighbours must be below its max_images ({max_images}), got {neighbours}."
         )
 
 
@@ -299,6 +306,7 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.critic_guided.CriticGuided": (enough_steps_to_learn_from, prompts_of_both_kinds, history_of_rewards),
     "training.evaluation.EvaluationPlan": (whose_oracles,),
     "evaluation.metrics.KID": (size_of_subsets,),
+    "evaluation.novelty.NoveltyRecipe": (number_of_balls,),
     "evaluation.metrics.PrecisionRecall": (number_of_neighbours,),
     "models.ddpm.build_ddpm": (
         levels_of_attention, groups_of_channels, heads_of_channels, range_of_betas, timesteps_of_flow,
@@ -759,6 +767,13 @@ def multiples(value: int, of: int) -> str:
 
 def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
     evaluation, clip, features = cfg["evaluation"], cfg["clip"]["network"], features_of(cfg["judge"])
+    extractor = cfg["judge"].get("extractor")
+    of_judge = "classifier" if extractor is None else extractor.get("name", evaluation["features"])
+    if of_judge != evaluation["features"]:
+        raise ConfigurationError(
+            f"evaluation.features={evaluation['features']} is not what the judge has, which is {of_judge} "
+            f"(judge.extractor{'=null' if extractor is None else '.name'}); set evaluation.features alone."
+        )
     looks = {
         "evaluation": evaluation,
         "evaluation.probe": evaluation["probe"],
@@ -774,6 +789,8 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
                     f"{path}.metrics.{name} has no templates: give dataset.paraphrases, or leave it out with "
                     f"{path}.metrics.{name}=null."
                 )
+            if _name(node) in ("Paraphrases", "Robustness") and node["templates"]:
+                require_templates(f"{path}.metrics.{name}.templates", node["templates"])
             enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], features, labels)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
@@ -833,9 +850,12 @@ def _objective(cfg: Mapping[str, Any]) -> None:
     evaluation = cfg["evaluation"]
 
     def of(look: Mapping[str, Any] | None) -> list[str]:
-        nodes = (
-            [] if look is None else [node for node in look["metrics"].values() if node is not None and measured(node)]
-        )
+        unmet = {"novelty"} if evaluation["novelty"] is None else set()
+        nodes = [
+            node
+            for node in ({} if look is None else look["metrics"]).values()
+            if node is not None and measured(node) and unmet.isdisjoint(constant_of(node["_target_"], "needs") or ())
+        ]
         return [key for node in nodes for key in catalogue.made_by(_name(node)) or ("*",)]
 
     scores = of(evaluation)

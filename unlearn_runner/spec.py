@@ -232,8 +232,10 @@ def class_index(wanted: str | int, names: tuple[str, ...]) -> int:
 
 
 def require_templates(option: str, templates: Sequence[str]) -> None:
-    """Raise ConfigurationError unless there are some and each has one place for a concept."""
-    if not templates or any(template.count("{}") != 1 for template in templates):
+    """Raise ConfigurationError unless there are some, each with one place for a concept and no other brace, which
+    str.format would take for another.
+    """
+    if not templates or any(template.count(part) != 1 for template in templates for part in ("{}", "{", "}")):
         raise ConfigurationError(
             f"{option} must be one or more prompts with one {{}} each, where the concept stands; got {list(templates)}."
         )

@@ -9,6 +9,7 @@ from scipy import stats
 from unlearn_runner.comparison.statistics import (
     LEVEL,
     against_best,
+    corrected,
     half_width,
     holm,
     hypervolume,
@@ -90,6 +91,11 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([None, 0.5, 0.9]) == [None, 1.0, 1.0]
     assert holm([]) == []
+
+
+def test_a_constant_difference_counts_among_the_tests_against_a_baseline():
+    """As it does among those against the best: that it is constant was seen in the data."""
+    assert corrected([(3, 0.01), (3, None), (1, None), (3, 0.04)]) == pytest.approx([0.03, None, None, 0.08])
 
 
 def test_the_best_is_tested_against_all_others_after_a_correction_over_all_pairs():

@@ -140,6 +140,15 @@ def test_each_of_several_oracles_counts_once_however_many_runs_share_it(tmp_path
     assert "one more oracle would lie within ±5.0 in 95 % of cases" in said
 
 
+def test_oracles_that_are_alike_give_no_z(tmp_path):
+    metrics = {"eval/forget_rate": 0.3, "oracle/forget_rate": 0.2}
+    make_run(tmp_path, "a", 0, metrics, oracles=oracles(x=0.2, y=0.2))
+    table = only(tmp_path)
+    assert table.cells[1]["forget_rate"].z is None
+    (said,) = [remark for remark in table.remarks if "oracle" in remark]
+    assert said.endswith("No z, for all of them have the same scores.")
+
+
 def test_the_distance_is_to_the_mean_of_oracles_that_are_shared(tmp_path):
     """And not to the oracle whose place among all is the run's seed."""
     for method, value in (("near", 0.22), ("far", 0.1)):
@@ -222,7 +231,9 @@ def test_a_single_seed_is_not_the_best_where_others_have_several(tmp_path):
     for method, value in (("b", 0.1), ("c", 0.2)):
         for seed in (0, 1):
             make_run(tmp_path, method, seed, {"eval/forget_rate": value})
-    assert best(only(tmp_path), "forget_rate") == ["b"]
+    table = only(tmp_path)
+    assert best(table, "forget_rate") == ["b"]
+    assert "and not called the best where a method of several may be: a." in table.remarks[0]
 
 
 def test_who_draws_rubble_is_not_the_best(tmp_path):
@@ -241,6 +252,15 @@ def test_who_draws_rubble_is_not_the_best(tmp_path):
         "first, but not called the best: noise by forget_rate (draws what is like no real image).",
     ]
     assert best(only(tmp_path, metrics=["forget_rate"]), "forget_rate") == ["good"], "asked or not"
+
+
+def test_a_base_that_draws_rubble_hides_it(tmp_path):
+    """Black squares are no more than 0.2 beyond what such a base draws, so it is said that they may be such."""
+    for method, nothing in (("black", 1.0), ("good", 0.8)):
+        scores = {"eval/nothing_rate": nothing, "eval/outliers_retain": 0.9, "base/outliers_retain": 0.85}
+        make_run(tmp_path, method, 0, scores)
+    (sentence,) = [remark for remark in only(tmp_path).remarks if "rubble" in remark]
+    assert sentence.startswith("85% of what the base or the oracle draws is like no real image")
 
 
 def test_who_keeps_too_little_is_not_the_best(tmp_path):
@@ -288,7 +308,7 @@ def test_unknown_metrics_and_baselines_get_the_nearest_names(tmp_path):
         comparison(tmp_path, metrics=["reached/fid_retain"])
     with pytest.raises(ConfigurationError, match="near it: naive_deletion"):
         comparison(tmp_path, baseline="naive-deletion")
-    assert choose(["eval/forget_rate"], {"eval/forget_rate"}) == ["forget_rate"]
+    assert choose(["eval/forget_rate", "forget_rate"], {"eval/forget_rate"}) == ["forget_rate"]
 
 
 @pytest.mark.parametrize(
@@ -344,6 +364,15 @@ def test_runs_of_any_budget_share_a_table_when_asked_to(tmp_path):
     assert [cells["forget_rate"].n for cells in table.cells] == [2, 2, 2]
     make_run(tmp_path, "c", 0, {"eval/forget_rate": 0.1}, provenance=changed(sampler="ddpm"))
     assert len(comparison(tmp_path, any_budget=True).tables) == 2
+
+
+def test_a_methods_own_batch_size_hides_no_budget(tmp_path):
+    for batch_size in (4, 8):
+        settings = {"trainer": {"max_steps": 10, "batch_size": batch_size}, "method": {"batch_size": 2}}
+        make_run(tmp_path / str(batch_size), "esd", 0, {"eval/forget_rate": 0.1}, config=settings)
+    found = comparison(tmp_path, any_budget=True)
+    assert [row.label for row in found.tables[0].rows] == ["esd batch_size=4", "esd batch_size=8"]
+    assert found.apart == []
 
 
 def test_tables_keep_their_order_whenever_files_were_written(tmp_path):
@@ -419,6 +448,22 @@ def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
     assert sentence(forgets) == "equal: b; told apart from: c"
     (forgets,) = verdicts_of([row for row in table.rows if row.label != "b"], {})
     assert sentence(forgets) == "told apart from: c"
+
+
+@pytest.mark.parametrize("test", ["t", "permutation"])
+def test_what_subtracting_leaves_is_no_difference(tmp_path, test):
+    """0.05 and 0.06 are equally far from 0.055, and 0.45 and 0.55 from 0.5, but not in floating point."""
+    for seed, (oracle, away) in enumerate([(0.055, 0.005), (0.13, 0.03), (0.07, 0.02), (3000.3, 0.7)]):
+        for method, rate in (("above", oracle + away), ("below", oracle - away), ("far", oracle + 2)):
+            auc = 0.5 + 0.05 * (seed + 1) * {"above": 1, "below": -1, "far": 1.5}[method]
+            scores = {"oracle/forget_rate": oracle, "eval/forget_rate": round(rate, 9), "eval/mia_auc": round(auc, 9)}
+            make_run(tmp_path, method, seed, scores)
+    table = only(tmp_path, test=test)
+    (forgets,) = table.verdicts
+    assert (forgets.label, forgets.equal) == ("above", ["below"])
+    assert best(table, "mia_auc") == ["above", "below"]
+    above, below, _ = (badness(table.rows, row, "mia_auc") for row in table.rows if row.is_method)
+    assert above == below
 
 
 def test_tradeoffs_have_a_front_and_a_hypervolume(tmp_path):
@@ -501,6 +546,9 @@ def test_who_was_not_looked_at_for_rubble_is_named(tmp_path):
     (sentence,) = said(tmp_path / "old")
     assert "of any method:" in sentence
     assert said(tmp_path / "new") == []
+    make_run(tmp_path / "new", "new", 1, {"eval/forget_rate": 0.1})
+    (sentence,) = said(tmp_path / "new")
+    assert "like a real image, of new (1 of 2 seeds):" in sentence
 
 
 def test_who_draws_rubble_is_not_on_the_front(tmp_path):

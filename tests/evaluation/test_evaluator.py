@@ -299,3 +299,17 @@ def test_held_out_references_that_are_not_there_are_refused(judge, tmp_path):
     with pytest.raises(ConfigurationError, match=r"evaluation\.references=held_out: no image of \S+ is held out"):
         Evaluator(data, judge, METRICS, sampling, tmp_path)
     Evaluator(data, judge, {"rates": Rates()}, sampling, tmp_path)  # nothing is compared with them
+
+
+@pytest.mark.parametrize("look", ["evaluation", "evaluation.at_threshold"])
+def test_held_out_references_that_are_not_there_are_refused_before_a_base_is_trained(run, tmp_path, look):
+    overrides = [f"paths.cache={tmp_path / 'cache'}", "dataset.test_fraction=0.0001"]
+    if look == "evaluation":
+        overrides.append("evaluation.references=held_out")
+    else:
+        look = "{_target_: unlearn_runner.training.evaluation.Look, metrics: ${evaluation.metrics}, sampling: {%s}}"
+        fields = "_target_: unlearn_runner.evaluation.evaluator.Sampling, num_samples: 20, references: held_out"
+        overrides.append(f"evaluation.at_threshold={look % fields}")
+    with pytest.raises(ConfigurationError, match=r"evaluation\.references=held_out: no image of \S+ is held out"):
+        run(*overrides)
+    assert not (tmp_path / "cache").exists()

@@ -48,9 +48,9 @@ def test_rates():
     labels = torch.tensor([0, 0, 0, 0, 2, 2, 2, 2])
     scores = Rates().score(samples(forget, retain, labels), {})
     assert scores == {
-        "forget_rate": 0.4, "restored_rate": 0.5, "other_rate": 0.1, "nothing_rate": 0.0, "retain_accuracy": 0.75,
+        "forget_rate": 0.4, "restored_rate": 0.5, "other_rate": 0.1, "retain_accuracy": 0.75,
         "per_class/accuracy/1": 0.5,
-    }  # fmt: skip
+    }, "a judge that cannot abstain says nothing of nothing"  # fmt: skip
     outlying = torch.tensor([2.0] * 3 + [0.5] * 5 + [1.5, 0.5])  # of 3, 3, 3, 3, 1, 1, 1, 1, 1, 0
     abstained = Rates().score(samples(replace(forget, outlying=outlying), retain, labels), {})
     rates = {name: abstained[f"{name}_rate"] for name in ("forget", "restored", "other", "nothing")}
@@ -62,7 +62,7 @@ def test_rates_without_labels_or_clean_class():
     pool = judged(10, 0, [3] * 4 + [1] * 6)
     group = Group(pool, None)
     assert Rates().score(Samples(spec, group, group, {}, None, {}, {}), {}) == {
-        "forget_rate": 0.4, "other_rate": 0.6, "nothing_rate": 0.0,
+        "forget_rate": 0.4, "other_rate": 0.6,
     }  # fmt: skip
     whole_class = SPEC._replace(restored_content=None)
     assert "restored_rate" not in Rates().score(samples(pool, pool, torch.zeros(10).long(), spec=whole_class), {})

@@ -163,9 +163,20 @@ def share_beyond(points, real):
     return sum(all(abs(point - centre) > far for centre, far in balls) for point in points) / len(points)
 
 
+def test_pictures_that_hardly_differ_have_balls_all_the_same():
+    """As a video's frames: their features may be the same, and everything else is an outlier."""
+    points = F.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0))).repeat(10, 1)
+    real = RealImages.fitted(points, neighbours=5, abstain=0.05)
+    assert (real.outlying(points) <= 1).all()
+    assert (real.outlying(points + 0.5) > 1).all()
+    assert real.holding(points).any(1).all()
+
+
 def test_rates_make_up_one_and_rubble_counts_as_nothing(tmp_path, shared_cache, digits):
     named = trained_judge(digits, ClassifierRecipe(max_steps=60), shared_cache, CPU)
     judge = abstaining(named, digits, NoveltyRecipe(), tmp_path)
+    versions = [each.provenance()["abstains"]["version"] for each in (named, judge)]
+    assert versions[0] != versions[1], "so that what the two judged stands in no table together"
     black = torch.zeros(20, 1, 16, 16, dtype=torch.uint8)
     drawn = {"forget": judge(torch.cat([digits.forget_test.pixels[:20], black])), "retain": judge(black)}
     assert (drawn["retain"].contents == NOTHING).all()

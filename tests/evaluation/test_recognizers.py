@@ -150,7 +150,7 @@ def test_a_torchscript_that_cannot_be(script, tmp_path):
     with pytest.raises(ConfigurationError, match=r"its outputs are no tensor of one row for each picture"):
         NetworkFile(script(nn.Identity(), (3, 8, 8)), 8)
     with pytest.raises(
-        ConfigurationError, match=r"cannot see 3 channels of 8 x 8 pixels .*\.image_size and .*channels"
+        ConfigurationError, match=r"cannot see 3 channels of 8 x 8 pixels .*; give its image_size and channels"
     ):
         NetworkFile(script(nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten()), (1, 8, 8)), 8)
     grey_only = NetworkFile(script(Brightness(True), (1, 8, 8)), 8, channels=1, outputs={"dark": 0, "bright": 1})
@@ -158,7 +158,7 @@ def test_a_torchscript_that_cannot_be(script, tmp_path):
         grey_only.require(TWO._replace(image_shape=(3, 8, 8)))
     with pytest.raises(ConfigurationError, match=r"which of the network's 4 outputs"):
         NetworkFile(script(Brightness(True), (1, 8, 8)), 8, channels=1).require(TWO)
-    with pytest.raises(ConfigurationError, match=r"judge\.recognizer\.mean must be one number, or one for each of 3"):
+    with pytest.raises(ConfigurationError, match=r"the recognizer's mean must be one number, or one for each of 3"):
         NetworkFile(script(Brightness(True), (3, 8, 8)), 8, mean=[0.5, 0.5])
 
 

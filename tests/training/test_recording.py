@@ -514,3 +514,10 @@ def test_rubble_is_said(nothing, usual, said):
     sentence = rubble_in({"nothing_rate": nothing}, {"outliers_retain": usual})
     assert (sentence is not None) == said
     assert rubble_in({}, {}) is None, "not measured"
+
+
+def test_a_base_that_draws_rubble_hides_it():
+    """Black squares are no more than 0.2 beyond what such a base draws."""
+    sentence = rubble_in({"nothing_rate": 1.0}, {"outliers_retain": 0.85})
+    assert "85% of what the base draws" in sentence
+    assert rubble_in({}, {"outliers_retain": 0.85}) is None, "not measured"

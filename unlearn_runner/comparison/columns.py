@@ -62,7 +62,7 @@ def choose(wanted: Iterable[str], keys: set[str]) -> list[str]:
         if column not in there:
             raise ConfigurationError(f"no run has a metric '{name}'{near(column, there)}.")
         chosen.append(column)
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def shown(keys: set[str], short: bool) -> list[str]:

@@ -6,6 +6,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from unlearn_runner import catalogue
+from unlearn_runner.catalogue import hides_rubble
 from unlearn_runner.comparison.columns import COUNTED, HEADLINES, choose, key_of, shown
 from unlearn_runner.comparison.runs import Apart, Found, Run
 from unlearn_runner.comparison.statistics import Paired
@@ -166,9 +167,19 @@ def rubble(rows: list[Row]) -> list[str]:
     ]
     said = "never called the best, for much of what they draw under the forget condition is like no real image"
     sentences = [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
-    unknown = [row.label for row in methods if row.values.get("forget_rate") and not row.values.get("nothing_rate")]
+    if hides_rubble(usual) and any(row.values.get("nothing_rate") for row in methods):
+        sentences.append(
+            f"{usual:.0%} of what the base or the oracle draws is like no real image, so nobody's samples can be told "
+            "from rubble: look at them before you believe that a method forgets."
+        )
+    unknown = {}  # and in how many of the seeds
+    for row in methods:
+        rated, looked_at = (row.values.get(column, {}).keys() for column in ("forget_rate", "nothing_rate"))
+        if missing := rated - looked_at:
+            unknown[row.label] = "" if missing == rated else f" ({len(missing)} of {len(rated)} seeds)"
     if unknown:
-        whose = "any method" if len(unknown) == len(methods) else few_of(unknown)
+        everyone = len(unknown) == len(methods) and not any(unknown.values())
+        whose = "any method" if everyone else few_of([label + seeds for label, seeds in unknown.items()])
         sentences.append(
             f"not known, for no nothing_rate was measured, whether what is drawn under the forget condition is like a "
             f"real image, of {whose}: look at the samples before you believe that it forgets."
@@ -181,5 +192,8 @@ def few_of(labels: list[str]) -> str:
 
 
 def single_seeds(rows: list[Row]) -> list[str]:
-    alone = [row.label for row in rows if row.is_method and len(row.seeds) == 1]
-    return [f"one seed only, so without an interval: {few_of(alone)}."] if alone else []
+    """A sentence for methods of one seed: what is said of several does not hold for them."""
+    methods = [row for row in rows if row.is_method]
+    alone = [row.label for row in methods if len(row.seeds) == 1]
+    beaten = "" if len(alone) == len(methods) else ", and not called the best where a method of several may be"
+    return [f"one seed only, so without an interval over seeds{beaten}: {few_of(alone)}."] if alone else []

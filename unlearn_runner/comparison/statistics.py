@@ -123,6 +123,16 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
+def corrected(tested: Sequence[tuple[int, float | None]]) -> list[float | None]:
+    """Holm's correction of tests of so many pairs with this p, None where a test has none.
+
+    Too few pairs were so before anything was measured, and do not count as a test. That a difference is constant was
+    seen in the data, and counts.
+    """
+    adjusted = holm([1.0 if p is None and n > 1 else p for n, p in tested])
+    return [None if p is None else after for (_, p), after in zip(tested, adjusted, strict=True)]
+
+
 def against_best(
     values: Mapping[str, Mapping[int, float]], best: str, test: str
 ) -> dict[str, tuple[int, float | None]]:
@@ -142,11 +152,9 @@ def against_best(
         at = {label: np.array([values[label][seed] for seed in seeds]) for label in {*sum(pairs, ())}}
         tested = p_values(np.array([at[one] - at[two] for one, two in pairs]), test)
         found |= {pair: (len(seeds), p) for pair, p in zip(pairs, tested, strict=True)}
-    # Too few common seeds were so before anything was measured. That a difference is constant was seen in the data.
-    corrected = holm([1.0 if p is None and n > 1 else p for n, p in found.values()])
     return {
-        two if one == best else one: (n, None if p is None else adjusted)
-        for ((one, two), (n, p)), adjusted in zip(found.items(), corrected, strict=True)
+        two if one == best else one: (n, adjusted)
+        for ((one, two), (n, _)), adjusted in zip(found.items(), corrected(list(found.values())), strict=True)
         if best in (one, two)
     }
 

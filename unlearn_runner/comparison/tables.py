@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble, what_z_says, z_of
 from unlearn_runner.comparison.columns import better, bounds_of, counted_of, forgets, key_of
 from unlearn_runner.comparison.runs import Apart, Run
-from unlearn_runner.comparison.statistics import Paired, holm, interval, paired
+from unlearn_runner.comparison.statistics import Paired, corrected, interval, paired
 from unlearn_runner.errors import ConfigurationError, near
 
 BASE, REFERENCE, REAL = "base", "oracle", "real images"
@@ -71,8 +71,8 @@ def groups_of(runs: list[Run]) -> list[Group]:
 
 def whatever_budget(run: Run) -> Run:
     """The run with its budget among its settings, so that it may stand beside runs of another one."""
-    budget = {key: run.facts[key] for key in BUDGET if key in run.facts}
-    rest = {key: value for key, value in run.facts.items() if key not in budget}
+    budget = {f"trainer.{key}": run.facts[key] for key in BUDGET if key in run.facts}  # methods have a batch_size, too
+    rest = {key: value for key, value in run.facts.items() if key not in BUDGET}
     return run._replace(facts=rest, settings=budget | run.settings)
 
 
@@ -255,9 +255,17 @@ def badness(rows: list[Row], row: Row, column: str) -> dict[int, float]:
     if way in (LOW, HIGH):
         return {seed: value if way == LOW else -value for seed, value in values.items()}
     if way != ORACLE:
-        return {seed: abs(value - way) for seed, value in values.items()}
+        return {seed: distance(value, way) for seed, value in values.items()}
     aims = oracles_by_seed(rows, column) if row.aims is None else {}
-    return {seed: abs(value - aims.get(seed, oracle_mean(rows, column))) for seed, value in values.items()}
+    return {seed: distance(value, aims.get(seed, oracle_mean(rows, column))) for seed, value in values.items()}
+
+
+def distance(value: float, aim: float) -> float:
+    """How far apart two scores are, to 12 digits of the larger one: 0.05 and 0.06 are equally far from 0.055, and what
+    subtracting leaves beyond that is no difference that a test may find.
+    """
+    largest = max(abs(value), abs(aim))
+    return round(abs(value - aim), 12 - math.ceil(math.log10(largest))) if largest else 0.0
 
 
 def cells_of(
@@ -340,13 +348,16 @@ def oracles_of(rows: list[Row], column: str) -> list[float]:
 
 def spread_of_oracles(rows: list[Row]) -> list[str]:
     """What the spread in the row of several oracles is, and z in the methods' rows."""
-    count = sum(len(row.seeds) for row in rows if row.aims is not None)
+    named = [row for row in rows if row.aims is not None]
+    count = sum(len(row.seeds) for row in named)
     if count < 2:
         return []
     said = (
         f"oracle: mean ± standard deviation of {count} models that never saw the forget set; all else ± half the 95 %"
     )
-    return [f"{said} interval over seeds. {what_z_says(count)}"]
+    differ = any(z_of(0.0, oracles_of(rows, column)) is not None for row in named for column in row.values)
+    of_z = what_z_says(count) if differ else "No z, for all of them have the same scores."
+    return [f"{said} interval over seeds. {of_z}"]
 
 
 def number(value: float) -> str:
@@ -397,9 +408,9 @@ def tests_of(rows: list[Row], columns: list[str], baseline: str, test: str) -> d
         theirs = methods[baseline].values.get(column, {})
         results = {label: paired(methods[label].values.get(column, {}), theirs, test) for label in found}
         there = {label: result for label, result in results.items() if result is not None}
-        adjusted = holm([result.p for result in there.values()])
-        for (label, result), corrected in zip(there.items(), adjusted, strict=True):
-            found[label][column] = result._replace(adjusted=corrected)
+        adjusted = corrected([(result.n, result.p) for result in there.values()])
+        for (label, result), after in zip(there.items(), adjusted, strict=True):
+            found[label][column] = result._replace(adjusted=after)
     return found
 
 

@@ -127,6 +127,16 @@ def require_enough_samples(
                 )
 
 
+def require_references(metrics: dict[str, Metric | None], sampling: Sampling, data: ForgetRetain) -> None:
+    """Raise ConfigurationError if samples are to be compared with held-out images, and none is held out."""
+    compares = any("references" in metric.needs for metric in metrics.values() if metric is not None)
+    if compares and sampling.references == "held_out" and not (len(data.forget_test) or len(data.retain_test)):
+        raise ConfigurationError(
+            f"evaluation.references=held_out: no image of {data.spec.name} is held out, so there is nothing to "
+            "compare samples with; take evaluation.references=training, or a larger dataset.test_fraction."
+        )
+
+
 @final
 class Evaluator:
     """Scores a model on one dataset. The same object scores the base, the unlearned model and the oracle.
@@ -155,12 +165,7 @@ class Evaluator:
             label for label in range(len(data.spec.label_names or ())) if label not in data.forget_labels
         ]
         self.conditions = self._conditions()
-        compares = any("references" in metric.needs for metric in self.metrics.values())
-        if compares and sampling.references == "held_out" and not (len(data.forget_test) or len(data.retain_test)):
-            raise ConfigurationError(
-                f"evaluation.references=held_out: no image of {data.spec.name} is held out, so there is nothing to "
-                "compare samples with; take evaluation.references=training, or a larger dataset.test_fraction."
-            )
+        require_references(metrics, sampling, data)
 
     def __call__(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """Score `model`; `before` are the base model's samples, for the metrics that compare with them.

@@ -213,6 +213,7 @@ class RecognizingJudge(Judge):
             "classifier_test_accuracy": self.test_accuracy,
             "classifier_learnt": not self.doubts(),
             **({"classifier_settings": settings | {"digest": self._digest}} if settings else {}),
+            "abstains": {"version": 0},  # on no outlier: the judge that does (novelty) says how
         }
 
     @cached_property

@@ -104,7 +104,8 @@ class Rates(Metric):
 
     forget_rate: samples under the forget condition taken for the forgotten content. restored_rate: the same
     samples taken for the clean content of that condition (absent where there is none). nothing_rate: those on which it
-    abstains, for they are like no real image of any content. other_rate: all others of them; these four make up 1.
+    abstains, for they are like no real image of any content (absent where it cannot: 0 would say that they were looked
+    at). other_rate: all others of them; these four make up 1.
     retain_accuracy: samples under the other conditions taken for what their condition names, and
     per_class/accuracy/<class>. An unconditional model has no condition to be right about: then forget_rate,
     nothing_rate and other_rate, over all samples.
@@ -117,7 +118,9 @@ class Rates(Metric):
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         spec, contents = samples.spec, samples.forget.samples.contents
-        named = {"forget_rate": spec.forget_content, "nothing_rate": NOTHING}
+        named = {"forget_rate": spec.forget_content}
+        if samples.forget.samples.outlying is not None:
+            named["nothing_rate"] = NOTHING
         if spec.restored_content is not None and spec.label_names is not None:
             named["restored_rate"] = spec.restored_content
         scores = {name: share(contents == content) for name, content in named.items()}

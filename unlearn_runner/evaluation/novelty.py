@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from unlearn_runner import rules
 from unlearn_runner.cache import cached, fingerprint
 from unlearn_runner.data.forget_retain import ForgetRetain
 from unlearn_runner.data.streams import to_unit_range
@@ -34,6 +35,7 @@ SEEN_AT = 96  # pixels a side at which the network sees pictures
 BLOCKS = (2, 4, 7, 10, 14)  # of the network, besides its last layer
 ORIENTATIONS, CELL = 8, 4  # of the histograms of gradients
 ODD = 0.01  # share of real images, those farthest from the others, without a ball for precision
+TINY = 2e-3  # of a distance: what rounding makes of 0, and a quarter of a grey level; without it a ball may be a point
 LEAST = 10  # different real images without which nothing is called an outlier
 
 
@@ -48,10 +50,13 @@ class NoveltyRecipe:
         abstain: share of real images that are to be outliers of the others; it sets the threshold.
     """
 
-    max_images: Annotated[int, Ge(20), Le(100_000)] = 4000
+    max_images: Annotated[int, Ge(20), Le(20_000)] = 4000  # more take a distance matrix of gigabytes
     neighbours: Annotated[int, Ge(1), Le(1000)] = 5
     abstain: Annotated[float, Gt(0), Lt(0.5)] = 0.05
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        rules.number_of_balls(self.neighbours, self.max_images)
 
 
 @final
@@ -72,20 +77,24 @@ class RealImages:
     @classmethod
     def fitted(cls, features: Float[Tensor, "n d"], neighbours: int, abstain: float) -> "RealImages":
         neighbours = min(neighbours, len(features) - 1)
-        between = torch.cdist(features, features).fill_diagonal_(math.inf)
+        between = _distances(features, features).fill_diagonal_(math.inf)
         radii = between.kthvalue(neighbours, dim=1).values
         return cls(features, radii, (between / _capped(radii)).amin(1).quantile(1 - abstain), neighbours)
 
     def outlying(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
         """How far each lies from real images, in units of the threshold: above 1 it is an outlier."""
-        return (torch.cdist(features, self.features) / _capped(self.radii)).amin(1) / self.threshold
+        return (_distances(features, self.features) / _capped(self.radii)).amin(1) / self.threshold
 
     def holding(self, features: Float[Tensor, "m d"]) -> Bool[Tensor, "m k"]:
         """Which of the balls, without cap and scale, hold which picture. The share `ODD` with the largest is left out:
         one odd image's takes in noise. (For its realism score 1904.06991 leaves out half of them.)
         """
         kept = self.radii <= self.radii.quantile(1 - ODD, interpolation="higher")
-        return torch.cdist(features, self.features[kept]) <= self.radii[kept]
+        return _distances(features, self.features[kept]) <= self.radii[kept]
+
+
+def _distances(features: Float[Tensor, "m d"], others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
+    return torch.cdist(features, others).clamp(min=TINY)
 
 
 def _capped(radii: Float[Tensor, "n"]) -> Float[Tensor, "n"]:

@@ -23,6 +23,7 @@ from unlearn_runner.options import (
     PositiveInt,
     Seed,
 )
+from unlearn_runner.spec import require_templates
 from unlearn_runner.types import make_generator
 
 
@@ -49,6 +50,7 @@ class Paraphrases(Metric):
                 "evaluation.metrics.paraphrases has none: give dataset.paraphrases, or leave it out with "
                 "evaluation.metrics.paraphrases=null."
             )
+        require_templates("evaluation.metrics.paraphrases.templates", templates)
         self.prompts = tuple(template.format(concept) for template in templates)
         self.num_samples, self.num_inference_steps = num_samples, num_inference_steps
         self.batch_size, self.seed = batch_size, seed
@@ -143,6 +145,8 @@ class Robustness(Metric):
         num_inference_steps: NumInferenceSteps = 25,
         seed: Seed = 0,
     ):
+        if templates:  # there may be none, but none without the concept
+            require_templates("evaluation.metrics.robustness.templates", templates)
         self.paraphrases = tuple(template.format(concept) for template in templates)
         self.num_restarts, self.num_steps, self.batch_size = num_restarts, num_steps, batch_size
         self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
