@@ -14,7 +14,7 @@ from unlearn_runner.data.forget_retain import LabelledImages
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
 from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
 from unlearn_runner.evaluation.judge import NOTHING, Judged
-from unlearn_runner.evaluation.metrics import Rates, first_distinct
+from unlearn_runner.evaluation.metrics import Rates, first_distinct, share
 from unlearn_runner.evaluation.novelty import NoveltyRecipe, Outliers, RealImages, abstaining, appearance, novelty_of
 from unlearn_runner.evaluation.view import View, group_samples
 
@@ -68,6 +68,21 @@ def rubble(real: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def means(images: LabelledImages, count: int, of: int) -> torch.Tensor:
+    """Pictures that a network draws which has learnt a mean: each of so many images of one content."""
+    g = torch.Generator().manual_seed(0)
+    found = []
+    for content in images.contents[torch.randperm(len(images), generator=g)[:count]]:
+        rows = (images.contents == content).nonzero()[:, 0]
+        found.append(images.pixels[rows[torch.randperm(len(rows), generator=g)[:of]]].float().mean(0))
+    return torch.stack(found).round().to(torch.uint8)
+
+
+def with_edges(points: torch.Tensor) -> torch.Tensor:
+    """Looks whose edges are all alike."""
+    return torch.cat([points, torch.ones(len(points), 1)], 1)
+
+
 def novelty(data, tmp_path, max_images=4000):
     return novelty_of(data, NoveltyRecipe(max_images), tmp_path)
 
@@ -98,10 +113,11 @@ def test_rubble_is_nothing_and_real_images_are_something(composed, tmp_path, dat
         name: ((part + 1) * 127.5).round().to(torch.uint8)
         for name, part in rubble(unseen.pixels[:count] / 127.5 - 1).items()
     }
+    pictures["means of a content"] = means(data.retain, count, of=30)
     looks = {"unseen": unseen.pixels, "forgotten": forgotten.pixels} | pictures
     looks = {name: appearance(part) for name, part in looks.items()}
-    something = {name: float((found.contents.outlying(part) <= 1).float().mean()) for name, part in looks.items()}
-    precision = {name: float(found.retained.holding(part).any(1).float().mean()) for name, part in looks.items()}
+    something = {name: share(found.contents.place(part).outlying <= 1) for name, part in looks.items()}
+    precision = {name: share(found.retained.place(part).holding.any(1)) for name, part in looks.items()}
     assert something["unseen"] >= 0.93, something
     assert something["forgotten"] >= 0.85, something
     assert precision["unseen"] >= 0.90, precision
@@ -117,9 +133,9 @@ def test_one_forgotten_image_many_times_is_something(tmp_path, digits):
     label = digits.forget.labels[:1].expand(100)
     found = novelty(replace(digits, forget=LabelledImages(many, label, label), forget_alike=None), tmp_path)
     noisy = (odd.float() + 20 * torch.rand(50, 1, 16, 16, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
-    assert (found.contents.outlying(appearance(noisy.to(torch.uint8))) <= 1).all()
-    assert (found.retained.outlying(appearance(odd)) > 1).all()
-    assert (found.contents.outlying(appearance(255 - odd)) > 1).all()
+    assert (found.contents.place(appearance(noisy.to(torch.uint8))).outlying <= 1).all()
+    assert (found.retained.place(appearance(odd)).outlying > 1).all()
+    assert (found.contents.place(appearance(255 - odd)).outlying > 1).all()
 
 
 def test_too_few_different_images_tell_no_outlier(tmp_path, digits):
@@ -129,13 +145,13 @@ def test_too_few_different_images_tell_no_outlier(tmp_path, digits):
 
 def test_precision_density_and_coverage_by_hand(digits):
     """Four points on a line, one nearest neighbour each: balls of radius 1, 1, 2 and 3."""
-    real = RealImages.fitted(torch.tensor([[0.0], [1.0], [3.0], [6.0]]), neighbours=1, abstain=0.05)
+    real = RealImages.fitted(with_edges(torch.tensor([[0.0], [1.0], [3.0], [6.0]])), neighbours=1, abstain=0.05)
     assert real.radii.tolist() == [1, 1, 2, 3]
     drawn = {
         "all": Judged(
             torch.zeros(3, 1, 2, 2, dtype=torch.uint8),
             *torch.zeros(3, 3, 1),
-            appearance=torch.tensor([[0.5], [4], [9.5]]),
+            appearance=with_edges(torch.tensor([[0.5], [4], [9.5]])),
         )
     }
     view = View.__new__(View)
@@ -151,25 +167,37 @@ def test_precision_density_and_coverage_by_hand(digits):
 def test_the_ball_of_an_odd_image_holds_nothing():
     points = torch.arange(200.0)[:, None].repeat(1, 2)
     points[-1] = 1000  # its 5th nearest is farther than any
-    real = RealImages.fitted(points, neighbours=5, abstain=0.05)
-    assert real.holding(torch.tensor([[600.0, 600.0], [100.5, 100.5]])).any(1).tolist() == [False, True]
-    assert real.holding(points).shape == (200, 199)
+    real = RealImages.fitted(with_edges(points), neighbours=5, abstain=0.05)
+    between = with_edges(torch.tensor([[600.0, 600.0], [100.5, 100.5]]))
+    assert real.place(between).holding.any(1).tolist() == [False, True]
+    assert real.place(with_edges(points)).holding.shape == (200, 199)
+
+
+def test_a_picture_with_weaker_edges_than_its_nearest_ones_is_an_outlier():
+    """Also where it lies in their midst; and a copy is compared with its original, whatever its neighbours' edges."""
+    points = torch.arange(200.0)[:, None]
+    edges = torch.where(points == 100, 0.2, 1.0)
+    real = RealImages.fitted(torch.cat([points, edges], 1), neighbours=5, abstain=0.05)
+    found = real.place(torch.tensor([[104.5, 1.0], [104.5, 0.7], [100.0, 0.2], [104.0, 0.2]]))
+    assert (found.outlying > 1).tolist() == [False, True, False, True]
+    assert found.holding.any(1).tolist() == [True, False, True, False]
 
 
 def share_beyond(points, real):
     """The share of points that lie in no ball of at most the median radius (1), scaled."""
     reach = [min(radius, 1.0) * real.threshold for radius in real.radii.tolist()]
-    balls = list(zip(real.features.flatten().tolist(), reach, strict=True))
+    balls = list(zip(real.looks[:, 0].tolist(), reach, strict=True))
     return sum(all(abs(point - centre) > far for centre, far in balls) for point in points) / len(points)
 
 
 def test_pictures_that_hardly_differ_have_balls_all_the_same():
     """As a video's frames: their features may be the same, and everything else is an outlier."""
     points = F.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0))).repeat(10, 1)
-    real = RealImages.fitted(points, neighbours=5, abstain=0.05)
-    assert (real.outlying(points) <= 1).all()
-    assert (real.outlying(points + 0.5) > 1).all()
-    assert real.holding(points).any(1).all()
+    real = RealImages.fitted(with_edges(points), neighbours=5, abstain=0.05)
+    same, others = real.place(with_edges(points)), real.place(with_edges(points + 0.5))
+    assert (same.outlying <= 1).all()
+    assert (others.outlying > 1).all()
+    assert same.holding.any(1).all()
 
 
 def test_rates_make_up_one_and_rubble_counts_as_nothing(tmp_path, shared_cache, digits):

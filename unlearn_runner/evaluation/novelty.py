@@ -29,13 +29,15 @@ from unlearn_runner.evaluation.view import RealSamples, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Seed
 
-VERSION = 3  # goes up when the same images would have other features, or the same features another verdict
+VERSION = 4  # goes up when the same images would have other features, or the same features another verdict
 SMALL = 28  # pixels a side, up to which pixels and gradients do, and beyond which a network is needed
 SEEN_AT = 96  # pixels a side at which the network sees pictures
 BLOCKS = (2, 4, 7, 10, 14)  # of the network, besides its last layer
 ORIENTATIONS, CELL = 8, 4  # of the histograms of gradients
+BY_EDGES = 0.2  # share of the outliers among real images that are found by their edges
 ODD = 0.01  # share of real images, those farthest from the others, without a ball for precision
 TINY = 2e-3  # of a distance: what rounding makes of 0, and a quarter of a grey level; without it a ball may be a point
+FOUND = ("radii", "threshold", "least")  # what is fitted
 LEAST = 10  # different real images without which nothing is called an outlier
 
 
@@ -59,42 +61,70 @@ class NoveltyRecipe:
         rules.number_of_balls(self.neighbours, self.max_images)
 
 
+class Placed(NamedTuple):
+    """Where pictures are among real images."""
+
+    outlying: Float[Tensor, "m"]  # how far each is from them, in units of the threshold: above 1 it is an outlier
+    holding: Bool[Tensor, "m k"]  # which of the balls hold it
+
+
 @final
 @dataclass(frozen=True)
 class RealImages:
-    """Balls around the features of real images, each as far as to the image's k-th nearest other one.
+    """Balls around the looks of real images, each as far as to the image's k-th nearest other one.
 
-    An outlier lies in none of them, where none reaches farther than the median one, and all are scaled until the share
-    `abstain` of the real images would be outliers of the others. Without the cap a single odd image, far from all
-    others, has a ball that takes in noise.
+    A picture is an outlier if it lies in no ball, where none reaches farther than the median one, and all are scaled;
+    or if its edges are weaker than those of the real images nearest to it: so are the mean's of similar images. Of the
+    real images a share `abstain` would be outliers of the others, a fifth of these by their edges. Without the cap a
+    single odd image, far from all others, has a ball that takes in noise.
     """
 
-    features: Float[Tensor, "n d"]
+    looks: Float[Tensor, "n a"]
     radii: Float[Tensor, "n"]  # without cap and scale
     threshold: Float[Tensor, ""]  # the scale
+    least: Float[Tensor, ""]  # strength of edges beside that of the nearest images
     neighbours: int
 
     @classmethod
-    def fitted(cls, features: Float[Tensor, "n d"], neighbours: int, abstain: float) -> "RealImages":
-        neighbours = min(neighbours, len(features) - 1)
-        between = _distances(features, features).fill_diagonal_(math.inf)
+    def fitted(cls, looks: Float[Tensor, "n a"], neighbours: int, abstain: float) -> "RealImages":
+        neighbours = min(neighbours, len(looks) - 1)
+        between = _distances(looks, looks).fill_diagonal_(math.inf)
         radii = between.kthvalue(neighbours, dim=1).values
-        return cls(features, radii, (between / _capped(radii)).amin(1).quantile(1 - abstain), neighbours)
+        threshold = (between / _capped(radii)).amin(1).quantile(1 - abstain * (1 - BY_EDGES))
+        least = _edges_beside(looks, looks, between, neighbours).quantile(abstain * BY_EDGES, interpolation="lower")
+        return cls(looks, radii, threshold, least, neighbours)
 
-    def outlying(self, features: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
-        """How far each lies from real images, in units of the threshold: above 1 it is an outlier."""
-        return (_distances(features, self.features) / _capped(self.radii)).amin(1) / self.threshold
+    def place(self, looks: Float[Tensor, "m a"]) -> Placed:
+        """Whether pictures are outliers, and which of the balls, without cap and scale, hold them; none an outlier by
+        its edges.
 
-    def holding(self, features: Float[Tensor, "m d"]) -> Bool[Tensor, "m k"]:
-        """Which of the balls, without cap and scale, hold which picture. The share `ODD` with the largest is left out:
-        one odd image's takes in noise. (For its realism score 1904.06991 leaves out half of them.)
+        The share `ODD` of the balls, the largest, is left out: one odd image's takes in noise. (For its realism score
+        1904.06991 leaves out half of them.)
         """
+        between = _distances(looks, self.looks)
+        weak = (self.least - _edges_beside(looks, self.looks, between, self.neighbours)).clamp(max=80).exp()
+        outlying = torch.maximum((between / _capped(self.radii)).amin(1) / self.threshold, weak)
         kept = self.radii <= self.radii.quantile(1 - ODD, interpolation="higher")
-        return _distances(features, self.features[kept]) <= self.radii[kept]
+        return Placed(outlying, (between[:, kept] <= self.radii[kept]) & (weak <= 1)[:, None])
 
 
-def _distances(features: Float[Tensor, "m d"], others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
-    return torch.cdist(features, others).clamp(min=TINY)
+def _distances(looks: Float[Tensor, "m a"], others: Float[Tensor, "n a"]) -> Float[Tensor, "m n"]:
+    return torch.cdist(looks[:, :-1], others[:, :-1]).clamp(min=TINY)
+
+
+def _edges_beside(
+    looks: Float[Tensor, "m a"], others: Float[Tensor, "n a"], between: Float[Tensor, "m n"], neighbours: int
+) -> Float[Tensor, "m"]:
+    """The logarithm of the strength of a picture's edges, less the mean of its nearest others', in units of their
+    spread, which a tenth is added to.
+
+    Others count by the inverse fourth power of their distance in the mean: a copy is compared with its original alone.
+    """
+    distances, nearest = between.topk(min(2 * neighbours, between.shape[1] - 1), dim=1, largest=False)
+    own, usual = (part[:, -1].clamp(min=1e-6).log() for part in (looks, others))
+    usual, weights = usual[nearest], (distances[:, :1] / distances) ** 4
+    mean = (usual * weights).sum(1) / weights.sum(1)
+    return (own - mean) / (usual.std(1, correction=0) + 0.1)
 
 
 def _capped(radii: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -122,9 +152,9 @@ def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> No
         )
         tensors = {"retain": retain, "forget": forget}
         if len(retain) >= LEAST:
-            for name, features in (("retained", retain), ("contents", torch.cat([retain, forget]))):
-                found = RealImages.fitted(features, recipe.neighbours, recipe.abstain)
-                tensors |= {f"{name}/radii": found.radii, f"{name}/threshold": found.threshold}
+            for name, looks in (("retained", retain), ("contents", torch.cat([retain, forget]))):
+                found = RealImages.fitted(looks, recipe.neighbours, recipe.abstain)
+                tensors |= {f"{name}/{part}": getattr(found, part) for part in FOUND}
         save_file(tensors, folder / "real.safetensors")
 
     def read(folder: Path) -> Novelty | None:
@@ -133,9 +163,9 @@ def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> No
         if len(retain) < LEAST:
             return None
 
-        def of(name: str, features: Float[Tensor, "n d"]) -> RealImages:
-            neighbours = min(recipe.neighbours, len(features) - 1)
-            return RealImages(features, tensors[f"{name}/radii"], tensors[f"{name}/threshold"], neighbours)
+        def of(name: str, looks: Float[Tensor, "n a"]) -> RealImages:
+            found = {part: tensors[f"{name}/{part}"] for part in FOUND}
+            return RealImages(looks, neighbours=min(recipe.neighbours, len(looks) - 1), **found)
 
         contents = torch.cat([retain, tensors["forget"]])
         return Novelty(of("retained", retain), of("contents", contents), recipe)
@@ -167,7 +197,7 @@ class AbstainingJudge(Judge):
 
     def _novelty_of(self, images: UInt8[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
         looks = appearance(images)
-        return self.novelty.contents.outlying(looks), looks
+        return self.novelty.contents.place(looks).outlying, looks
 
     def features_of(self, images: UInt8[Tensor, "n c h w"]) -> Judged:
         return self.judge.features_of(images)
@@ -234,9 +264,9 @@ class Outliers(Metric):
 
 def _rows(judged: Judged, real: RealImages) -> Float[Tensor, "n m"]:
     """Of each picture how far it is an outlier, its density, and which balls hold it."""
-    inside = real.holding(judged.appearance).float()
-    density = inside.sum(1) / real.neighbours
-    return torch.cat([real.outlying(judged.appearance)[:, None], density[:, None], inside], 1)
+    outlying, holding = real.place(judged.appearance)
+    density = holding.sum(1) / real.neighbours
+    return torch.cat([outlying[:, None], density[:, None], holding.float()], 1)
 
 
 def _among_real(rows: Float[Tensor, "n m"]) -> dict[str, float]:
@@ -249,15 +279,22 @@ def _among_real(rows: Float[Tensor, "n m"]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def appearance(images: UInt8[Tensor, "n c h w"], batch_size: int = 64) -> Float[Tensor, "n d"]:
-    """What pictures look like, in parts of equal weight.
+def appearance(images: UInt8[Tensor, "n c h w"], batch_size: int = 64) -> Float[Tensor, "n a"]:
+    """What pictures look like, in parts of equal weight; and last, which no distance sees, the strength of their edges:
+    the root mean square difference of neighbouring pixels, on the scale of [-1, 1].
 
     Up to 28 pixels a side: the pixels, and histograms of oriented gradients (Dalal and Triggs 2005), of unit length:
     a blank or blurred picture is near to many images in its pixels, and far from all in its gradients. Larger ones:
     the means of the last layer and of five blocks of EfficientNet-Lite0 (ImageNet), each of unit length.
     """
     make = _of_small if max(images.shape[-2:]) <= SMALL else _of_large
-    return torch.cat([make(to_unit_range(part.cpu())) for part in images.split(batch_size)])
+    parts = [to_unit_range(part.cpu()) for part in images.split(batch_size)]
+    return torch.cat([torch.cat([make(part), _strength_of_edges(part)[:, None]], 1) for part in parts])
+
+
+def _strength_of_edges(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+    across, down = x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+    return (across.square().flatten(1).mean(1) + down.square().flatten(1).mean(1)).sqrt()
 
 
 def _of_small(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
