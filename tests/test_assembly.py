@@ -235,3 +235,12 @@ def test_no_more_steps_of_sampling_than_the_weights_schedule_has(composed, tiny_
         build_parts(cfg)
     cfg = composed(f"model.weights={tmp_path / 'base'}", "evaluation.num_inference_steps=50")
     assert build_parts(cfg).network.num_train_timesteps == 50
+
+
+def test_looks_on_the_way_need_enough_samples_too(composed, clip_weights):
+    """Of a judge whose features are only known when it is built."""
+    fid = "{_target_: unlearn_runner.evaluation.metrics.FID, min_samples: 2}"
+    judge = ("judge=clip", "judge.recognizer.model=tiny-for-tests", f"judge.recognizer.pretrained={clip_weights}")
+    said = r"evaluation\.probe\.metrics\.fid needs at least 13 .*evaluation\.probe\.sampling\.num_samples=10 gives 10"
+    with pytest.raises(ConfigurationError, match=said):
+        build_parts(composed(*judge, f"+evaluation.probe.metrics.fid={fid}"))

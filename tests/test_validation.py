@@ -108,6 +108,10 @@ WRONG = [
     (["evaluation.metrics.is.splits=1000"], "needs at least 1000 samples .its splits.; evaluation.num_samples=200"),
     (["evaluation.num_samples=10"], "evaluation.metrics.fid needs at least 100 samples"),
     (
+        ["+evaluation.probe.metrics.kid={_target_: unlearn_runner.evaluation.metrics.KID}"],
+        "evaluation.probe.metrics.kid needs at least 100 samples .*; evaluation.probe.sampling.num_samples=50 gives 50",
+    ),
+    (
         ["objective=eval/fid"],
         "objective: no metric of this run makes 'eval/fid'; there are eval/coverage_forget, eval/deletion_steps",
     ),

@@ -131,7 +131,9 @@ def build_parts(cfg: Config) -> Parts:
     evaluation, judge = make(cfg["evaluation"]), make(cfg["judge"])
     judge.require(dataset.spec)
     num_labels = None if dataset.spec.label_names is None else len(dataset.spec.label_names)
-    require_enough_samples(evaluation.metrics, evaluation.sampling, judge.num_features, num_labels)
+    for path, look in looks_of(evaluation).items():
+        if look is not None:
+            require_enough_samples(look.metrics, look.sampling, judge.num_features, num_labels, path)
     network = hardware.prepare(build_network(cfg, dataset.spec, seed))
     for source in evaluation.own_oracles:
         reader_of(network, source, "evaluation.oracle")
@@ -188,8 +190,9 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
     pretraining = make(cfg["model"]["pretraining"])
     total_steps = parts.driver.total_steps(method, plan)
     data, identity, checkpoint = what_to_resume(parts)
-    for look in filter(None, looks_of(parts.evaluation) if data is not None else ()):
-        require_references(look.metrics, look.sampling, data)  # before a base is trained; the evaluator asks again
+    for look in looks_of(parts.evaluation).values() if data is not None else ():
+        if look is not None:  # before a base is trained; the evaluator asks again
+            require_references(look.metrics, look.sampling, data)
     path, folder = open_run_folder(fresh_folder, checkpoint, cfg, identity)
 
     with (
@@ -309,12 +312,17 @@ def evaluators_of(
 
     return tuple(
         look and Evaluator(data, judge, look.metrics, look.sampling, cache_dir, parts.clip)
-        for look in looks_of(parts.evaluation)
+        for look in looks_of(parts.evaluation).values()
     )
 
 
-def looks_of(plan: "EvaluationPlan") -> tuple["EvaluationPlan", "Look", "Look | None"]:
-    return plan, plan.probe, plan.at_threshold
+def looks_of(plan: "EvaluationPlan") -> dict[str, "EvaluationPlan | Look | None"]:
+    """What is measured, by where it is in the configuration."""
+    return {
+        "evaluation": plan,
+        "evaluation.probe": plan.probe,
+        "evaluation.at_threshold": plan.at_threshold,
+    }
 
 
 def trained_judge_of(parts: Parts, data: "ForgetRetain", cache_dir: Path, console: Any) -> "Judge":

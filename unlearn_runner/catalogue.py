@@ -15,6 +15,7 @@ from typing import NamedTuple
 LOW, HIGH = "low", "high"
 ORACLE = "oracle"  # best is what the model has that never saw the forget set
 RUBBLE = 0.2  # see `is_rubble`
+USUAL = ("outliers_retain", "nothing_rate")  # what of the base says how much rubble is usual: the first that is there
 SHARE, POSITIVE, ANY = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)  # bounds
 FORGETTING, RETENTION, COST = "forgetting", "retention", "cost"
 OWN = "own features"

@@ -810,6 +810,12 @@ def measured(node: Mapping[str, Any]) -> bool:
     return _name(node) != "CMMD" or node.get("features") in (None, "open_clip")
 
 
+def samples_of(metric: str) -> str:
+    """The option that says how many samples a metric has, which is at this path."""
+    look = metric.rpartition(".metrics.")[0]
+    return "evaluation.num_samples" if look == "evaluation" else f"{look}.sampling.num_samples"
+
+
 def enough_samples(
     path: str,
     metric: str,
@@ -837,7 +843,7 @@ def enough_samples(
     for which, found in groups.items():
         if found < least:
             raise ConfigurationError(
-                f"{path} needs at least {least} samples{which} ({why}); evaluation.num_samples={count} gives {found}: "
+                f"{path} needs at least {least} samples{which} ({why}); {samples_of(path)}={count} gives {found}: "
                 f"draw more, or leave it out with {path}{'.per_class=false' if which else '=null'}."
             )
 

@@ -254,6 +254,14 @@ def test_who_draws_rubble_is_not_the_best(tmp_path):
     assert best(only(tmp_path, metrics=["forget_rate"]), "forget_rate") == ["good"], "asked or not"
 
 
+def test_without_outliers_the_bases_own_rubble_is_usual(tmp_path):
+    """As with evaluation.metrics.outliers=null."""
+    for method, nothing in (("noise", 0.9), ("as the base", 0.4)):
+        make_run(tmp_path, method, 0, {"eval/nothing_rate": nothing, "base/nothing_rate": 0.35})
+    (sentence,) = [remark for remark in only(tmp_path).remarks if "never called" in remark]
+    assert sentence.endswith("(nothing_rate): noise (90%).")
+
+
 def test_a_base_that_draws_rubble_hides_it(tmp_path):
     """Black squares are no more than 0.2 beyond what such a base draws, so it is said that they may be such."""
     for method, nothing in (("black", 1.0), ("good", 0.8)):

@@ -514,6 +514,8 @@ def test_rubble_is_said(nothing, usual, said):
     sentence = rubble_in({"nothing_rate": nothing}, {"outliers_retain": usual})
     assert (sentence is not None) == said
     assert rubble_in({}, {}) is None, "not measured"
+    without = rubble_in({"nothing_rate": nothing}, {"nothing_rate": usual})
+    assert without == sentence, "metrics.outliers=null"
 
 
 def test_a_base_that_draws_rubble_hides_it():

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import NamedTuple
 
 from unlearn_runner import catalogue
-from unlearn_runner.catalogue import hides_rubble
+from unlearn_runner.catalogue import USUAL, hides_rubble
 from unlearn_runner.comparison.columns import COUNTED, HEADLINES, choose, key_of, shown
 from unlearn_runner.comparison.runs import Apart, Found, Run
 from unlearn_runner.comparison.statistics import Paired
@@ -102,7 +102,7 @@ def table_of(
     keys = keys_of(runs)
     if by is None:
         by = "forget_rate" if key_of("forget_rate") in keys else "label"
-    answers = [*(column for names in QUESTIONS.values() for column in names), *RUBBLE_BY]
+    answers = [*(column for names in QUESTIONS.values() for column in names), *USUAL]
     read = [column for column in dict.fromkeys([*columns, *answers, by]) if key_of(column) in keys]
     columns = [column for column in columns if column in read]
     asked = [column for column in columns if column in asked]
@@ -151,9 +151,6 @@ def differing_environments(runs: list[Run]) -> list[str]:
         several = ", ".join(f"{value} ({count} runs)" for value, count in counts.most_common(3))
         named.append(f"{len(counts)} git commits" if key == "git_commit" else f"{name} {several}")
     return [f"made by different software or machines, mind the seconds: {'; '.join(named)}."] if named else []
-
-
-RUBBLE_BY = ("nothing_rate", "outliers_retain")
 
 
 def rubble(rows: list[Row]) -> list[str]:

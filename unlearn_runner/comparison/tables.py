@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from unlearn_runner.catalogue import HIGH, LOW, ORACLE, is_rubble, what_z_says, z_of
+from unlearn_runner.catalogue import HIGH, LOW, ORACLE, USUAL, is_rubble, what_z_says, z_of
 from unlearn_runner.comparison.columns import better, bounds_of, counted_of, forgets, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, corrected, interval, paired
@@ -327,11 +327,11 @@ def barred_of(rows: list[Row], floor: float) -> dict[str, str]:
 
 
 def usual_outliers(rows: list[Row]) -> float:
-    """The share of samples that are like no real image in what the base draws under the retained conditions, or the
-    oracle under the forget condition, whichever is more.
+    """The share of samples that are like no real image in what the base draws, under the retained conditions if that
+    was measured, or the oracle under the forget condition, whichever is more.
     """
-    base = [row.values.get("outliers_retain") for row in rows if not row.is_method and row.label == "base"]
-    found = [mean(values.values()) for values in base if values]
+    base = next(filter(None, (reference(rows, BASE, column) for column in USUAL)), {})
+    found = [mean(base.values())] if base else []
     return max([*found, oracle_mean(rows, "nothing_rate") or 0.0])
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unlearn_runner import rules
 from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.comparison.columns import bounds_of, counted_of
 from unlearn_runner.comparison.statistics import Z, wilson
@@ -108,8 +109,11 @@ def require_enough_samples(
     sampling: Sampling,
     num_features: int,
     num_labels: int | None,
+    path: str = "evaluation",
 ) -> None:
-    """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with."""
+    """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with; `path` is
+    where the metrics are in the configuration.
+    """
     for name, metric in metrics.items():
         if metric is None:
             continue
@@ -119,11 +123,11 @@ def require_enough_samples(
             groups[" for each class"] = sampling.num_samples // (num_labels - 1)
         for which, count in groups.items():
             if count < least:
-                mend = f"evaluation.metrics.{name}.per_class=false" if which else f"evaluation.metrics.{name}=null"
+                option = f"{path}.metrics.{name}"
                 raise ConfigurationError(
-                    f"evaluation.metrics.{name} needs at least {least} samples{which} (its min_samples, and more than "
-                    f"{num_features} features); evaluation.num_samples={sampling.num_samples} gives {count}: "
-                    f"draw more, or leave it out with {mend}."
+                    f"{option} needs at least {least} samples{which} (its min_samples, and more than {num_features} "
+                    f"features); {rules.samples_of(option)}={sampling.num_samples} gives {count}: draw more, or leave "
+                    f"it out with {option}{'.per_class=false' if which else '=null'}."
                 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
-from unlearn_runner.catalogue import hides_rubble, is_rubble
+from unlearn_runner.catalogue import USUAL, hides_rubble, is_rubble
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
 from unlearn_runner.models.model import GenerativeModel
@@ -171,12 +171,11 @@ def rubble_in(scores: dict[str, float], base: dict[str, float]) -> str | None:
     """A sentence where much of what is drawn instead of the forgotten content is like no real image: more than the base
     draws anyhow; and where the base draws so much of it that this cannot be told.
     """
-    nothing, usual = scores.get("nothing_rate", 0.0), base.get("outliers_retain", 0.0)
+    nothing, usual = scores.get("nothing_rate", 0.0), next((base[key] for key in USUAL if key in base), 0.0)
     if nothing and hides_rubble(usual):
         return (
-            f"WARNING: {usual:.0%} of what the base draws under the retained conditions is like no real image "
-            "(base/outliers_retain), so it cannot be told whether the unlearned model draws rubble; look at "
-            "samples/after.png."
+            f"WARNING: {usual:.0%} of what the base draws is like no real image, so it cannot be told whether the "
+            "unlearned model draws rubble; look at samples/after.png."
         )
     if not is_rubble(nothing, usual):
         return None
