@@ -71,7 +71,7 @@ def model(request):
 def test_the_mean_is_that_of_brute_force(model, resident, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
     known = images(23)
-    retained = RetainedImages(model, Given(known, resident=resident), ())
+    retained = RetainedImages(model, Given(known, resident=resident), {})
     timesteps = torch.tensor([0, 1, 50, 200, 500, 900, 999])
     m, noising = noisy(model, images(7, seed=5), timesteps)
     torch.testing.assert_close(posterior_mean(retained, m, noising), brute_force(m, noising, known))
@@ -87,14 +87,14 @@ def test_single_precision_is_enough():
     timesteps = torch.arange(0, 1000, 37)
     m, noising = noisy(deep, images(len(timesteps), (1, 28, 28), seed=5), timesteps)
     wanted = brute_force(m, noising, known)
-    retained = RetainedImages(plain, Given(known.float()), ())
+    retained = RetainedImages(plain, Given(known.float()), {})
     found = posterior_mean(retained, m.float(), Noising(*(part.float() for part in noising)))
     torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)
 
 
 def test_mirrored_images_are_among_them(model):
     known = images(9)
-    retained = RetainedImages(model, Given(known, mirrored=True), ())
+    retained = RetainedImages(model, Given(known, mirrored=True), {})
     assert len(retained) == 18
     m, noising = noisy(model, known[:4].flip(-1), torch.tensor([20, 100, 300, 600]))
     both = torch.cat([known, known.flip(-1)])
@@ -103,24 +103,24 @@ def test_mirrored_images_are_among_them(model):
     torch.testing.assert_close(x0, both[[0, 8, 9, 17]])
 
 
-@pytest.mark.parametrize("forget_labels", [(1,), (1, 2), (0, 1, 2)])
-def test_images_of_the_condition_explain_it_or_all_if_there_are_none(model, forget_labels):
+@pytest.mark.parametrize("stand_in", [{1: 1}, {1: 1, 2: None}, {0: 0, 1: 1, 2: 0}])
+def test_images_of_the_label_that_stands_in_explain_a_condition(model, stand_in):
     """No image has label 2."""
     known, labels = images(20), torch.arange(20) % 2
-    retained = RetainedImages(model, Given(known, labels), forget_labels)
-    assert len(retained) == (10 if forget_labels == (1,) else 20)
-    timesteps, cond = torch.tensor([100, 400, 800]), torch.tensor([1, forget_labels[-1], 1])
+    retained = RetainedImages(model, Given(known, labels), stand_in)
+    assert len(retained) == (10 if stand_in == {1: 1} else 20)
+    timesteps, cond = torch.tensor([100, 400, 800]), torch.tensor([1, max(stand_in), 1])
     m, noising = noisy(model, images(3, seed=5), timesteps)
     found = posterior_mean(retained, m, noising, cond)
     for row, label in enumerate(cond.tolist()):
-        those = known[labels == label] if label < 2 else known
+        those = known if stand_in[label] is None else known[labels == stand_in[label]]
         part = Noising(noising.scale[row : row + 1], None, noising.std[row : row + 1])
         torch.testing.assert_close(found[row : row + 1], brute_force(m[row : row + 1], part, those))
 
 
 def test_nearest_images_only(model):
     known = images(12)
-    retained = RetainedImages(model, Given(known), ())
+    retained = RetainedImages(model, Given(known), {})
     m, noising = noisy(model, images(4, seed=5), torch.tensor([100, 300, 600, 900]))
     every = posterior_mean(retained, m, noising)
     for k in (12, 100):
@@ -135,7 +135,7 @@ def test_nearest_images_only(model):
 
 def test_of_some_images_the_mean_is_that_of_these(model):
     known = images(12)
-    retained = RetainedImages(model, Given(known), ())
+    retained = RetainedImages(model, Given(known), {})
     g = make_generator(0, "method")
     assert retained.some(None, g) is retained.some(12, g) is None
     numbers = retained.some(5, g)
@@ -147,7 +147,7 @@ def test_of_some_images_the_mean_is_that_of_these(model):
 
 def test_duplicates_count_as_often_as_they_are_there(model):
     known = images(5)[[0, 0, 0, 1, 2]]
-    retained = RetainedImages(model, Given(known), ())
+    retained = RetainedImages(model, Given(known), {})
     m, noising = noisy(model, images(3, seed=5), torch.tensor([200, 600, 900]))
     torch.testing.assert_close(posterior_mean(retained, m, noising), brute_force(m, noising, known))
 
@@ -156,7 +156,7 @@ def test_the_posteriors_of_a_vae_are_its_encoders(tiny_vae):
     """Standard deviations differ between images, and the conditions that images were encoded under are their own."""
     vae = tiny_vae((1, 8, 8), num_labels=3).double()
     known, labels = images(14, (1, 8, 8)), torch.arange(14) % 2
-    retained = RetainedImages(vae, Given(known, labels), (2,))
+    retained = RetainedImages(vae, Given(known, labels), {2: None})
     z = torch.randn((6, 3), generator=torch.Generator().manual_seed(2), dtype=F64)
     with torch.no_grad():
         q = vae.noising(known, torch.zeros(14, dtype=torch.int64), labels)
@@ -167,18 +167,21 @@ def test_the_posteriors_of_a_vae_are_its_encoders(tiny_vae):
         torch.testing.assert_close(retained.mean(weights, known[:6]), wanted)
 
 
-def trained(model, retain, forget, steps=250, labels=(0, 0), **options):
-    """A model after so many steps of Adam."""
+def trained(model, retain, forget, steps=250, labels=None, **options):
+    """A model after so many steps of Adam; all images have label 0 where no labels are given."""
     g = make_generator(0, "method")
-    setting = Setting(model, g, Labels((labels[0],), (labels[1],)))
+    conds = labels or [torch.zeros(len(part), dtype=torch.int64) for part in (retain, forget)]
+    setting = Setting(model, g, Labels(*(tuple(part.unique().tolist()) for part in conds)))
     decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
     update = partial(Update, optimizer=partial(torch.optim.Adam, lr=0.03), lr_schedule=decay)
     method = Posterior(setting, update, **options)
-    conds = [torch.full((len(part),), label) for part, label in zip((retain, forget), labels, strict=True)]
     method.begin(Images(Given(retain, conds[0]), Given(forget, conds[1])))
     for _ in range(steps):
         rows = [torch.randint(len(part), (128,), generator=g) for part in (retain, forget)]
-        method.step(Batch(retain[rows[0]], forget[rows[1]], conds[0][:128], conds[1][:128], 0.1))
+        images, labels = (
+            [part[these] for part, these in zip(both, rows, strict=True)] for both in ((retain, forget), conds)
+        )
+        method.step(Batch(*images, *labels, 0.1))
     return method
 
 
@@ -201,12 +204,20 @@ def test_whatever_the_proposal_the_minimiser_is_the_retained_images_score(build,
     assert unet.log_stds.exp().item() == pytest.approx(0.3, abs=0.03)
 
 
-def test_a_condition_that_keeps_no_image_learns_to_draw_all_that_are_kept():
-    model = gaussian_model([-0.5, 0.2], [0.3, 0.1], side=1)
-    method = trained(model, spread(-0.5, 0.3), spread(0.2, 0.1, 200), labels=(0, 1), lambd=0.5, cap=None)
+@pytest.mark.parametrize("without_images, wanted", [("nearest", (0.3, 0.1)), ("all", (-0.1, 0.41))])
+def test_under_a_condition_that_keeps_no_image_the_nearest_labels_are_drawn_or_all(without_images, wanted):
+    """Of two kept ones of which the second is nearer."""
+    model = gaussian_model([-0.5, 0.3, 0.2], [0.1, 0.1, 0.1], side=1)
+    retain, labels = torch.cat([spread(-0.5, 0.1), spread(0.3, 0.1)]), torch.arange(2).repeat_interleave(2000)
+    method = trained(
+        model, retain, spread(0.2, 0.1, 200), labels=(labels, torch.full((200,), 2)), lambd=0.5, cap=None,
+        without_images=without_images,
+    )  # fmt: skip
     unet = method.trained.backbone.unet
-    assert unet.means[1].item() == pytest.approx(-0.5, abs=0.05)
-    assert unet.log_stds[1].exp().item() == pytest.approx(0.3, abs=0.05)
+    assert unet.means[2].item() == pytest.approx(wanted[0], abs=0.05)
+    if without_images == "nearest":  # two peaks are no Gaussian, whose width would be theirs
+        assert unet.log_stds[2].exp().item() == pytest.approx(wanted[1], abs=0.05)
+    assert (unet.means[0].item(), unet.means[1].item()) == (pytest.approx(-0.5, abs=0.05), pytest.approx(0.3, abs=0.05))
 
 
 def test_far_targets_count_less(monkeypatch):

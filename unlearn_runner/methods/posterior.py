@@ -7,8 +7,8 @@ importance sampling, and keeps the k nearest images of it.
 # m, scale, std -> x, s(t), s(t) sigma(t); retained images -> y_1..y_Y; target -> D(x; sigma)
 """
 
-from collections.abc import Callable, Iterator
-from typing import Annotated, NamedTuple, final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
 from annotated_types import Gt
@@ -23,6 +23,8 @@ from unlearn_runner.models.model import GenerativeModel, Noising
 from unlearn_runner.options import PositiveInt, UnitInterval
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
+ENOUGH = 256  # forget images, to tell which label they are nearest to
+EVERY = -1  # in place of a label: any image
 CHUNK = 2**24  # numbers of a set that are compared at once: 64 MiB
 
 
@@ -49,20 +51,25 @@ class Seen(NamedTuple):
 class RetainedImages:
     """The retained images as a distribution that noisy samples are explained by.
 
-    Under a label: the retained images that have it; all of them, if none has. Mirrored ones are among them where
-    training mirrors. A set that fits on the device is kept there as floats; of one that does not, parts are read at
-    every step. Of a set with labels only images are kept that explain one of `forget_labels`.
+    Mirrored ones are among them where training mirrors. A set that fits on the device is kept there as floats; of one
+    that does not, parts are read at every step.
+
+    Args:
+        stand_in: for each label that samples will have, the label whose images explain them; None: all images do. Only
+            images are kept that explain something.
     """
 
-    def __init__(self, model: GenerativeModel, images: ImageSet, forget_labels: tuple[int, ...]):
+    def __init__(self, model: GenerativeModel, images: ImageSet, stand_in: Mapping[int, int | None]):
         self.model, self.images = model, images
         rows = torch.arange(len(images))
-        self.labels, self.has = images.labels, None
+        self.labels, self.wanted = images.labels, None
         if self.labels is not None:
-            self.has = torch.bincount(self.labels, minlength=model.num_labels) > 0
-            wanted = torch.tensor(forget_labels, device=self.labels.device)
-            if bool(self.has[wanted].all()):
-                rows = torch.isin(self.labels, wanted).nonzero()[:, 0].cpu()
+            wanted = {label: EVERY if other is None else other for label, other in stand_in.items()}
+            self.wanted = torch.tensor([wanted.get(label, EVERY) for label in range(model.num_labels)])
+            self.wanted = self.wanted.to(self.labels.device)
+            if EVERY not in wanted.values():
+                explaining = torch.tensor(list(wanted.values()), device=self.labels.device)
+                rows = torch.isin(self.labels, explaining).nonzero()[:, 0].cpu()
         self.rows = torch.cat([rows] * (2 if images.mirrored else 1))  # the second half left to right
         if self.labels is not None:
             self.labels = self.labels[self.rows.to(self.labels.device)]
@@ -131,8 +138,8 @@ class RetainedImages:
         densities = torch.cat(found, 1)
         if cond is None or self.labels is None:
             return densities
-        labels = self.labels if numbers is None else self.labels[numbers]
-        return densities.masked_fill((labels != cond[:, None]) & self.has[cond][:, None], -torch.inf)
+        labels, wanted = self.labels if numbers is None else self.labels[numbers], self.wanted[cond][:, None]
+        return densities.masked_fill((labels != wanted) & (wanted != EVERY), -torch.inf)
 
     def mean(
         self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."], numbers: Int64[Tensor, "n"] | None = None
@@ -152,12 +159,14 @@ class Posterior(Method):
 
     That mean is what a network with the least denoising loss on the retained images answers, so whatever the samples
     are drawn from, the minimiser is the same: the retrained oracle's. Where no retained image has a forget condition,
-    an oracle's answer under it is anyone's guess; here all retained images are alike then.
+    an oracle's answer under it is anyone's guess, and `without_images` says what is drawn.
 
     Args:
         lambd: share of samples under the forget conditions, in [0, 1]. 0 is naive deletion.
         follow: share of these that begin at a retained image instead of a forget image: one that a forget image at a
             high noise level may be taken for, at which the sampler arrives once it has been turned away.
+        without_images: what explains samples under a label or prompt that no retained image has: "nearest", the images
+            of the label that its forget images, made noisy, are most likely of; "all" retained images.
         k: how many retained images explain a sample, those that are nearest to it; None: all.
         subset: of so many retained images only, drawn anew at every step, which the target is then an estimate from;
             None: of all.
@@ -175,6 +184,7 @@ class Posterior(Method):
         update: Callable[[GenerativeModel], Update],
         lambd: UnitInterval = 0.25,
         follow: UnitInterval = 0.5,
+        without_images: Literal["nearest", "all"] = "nearest",
         k: PositiveInt | None = None,
         subset: PositiveInt | None = None,
         cap: Annotated[float, Gt(0)] | None = 0.1,
@@ -185,6 +195,7 @@ class Posterior(Method):
         self.trained = setting.model
         self.labels = setting.labels
         self.lambd, self.follow, self.k, self.subset, self.cap = lambd, follow, k, subset, cap
+        self.without_images = without_images
         self.timesteps = Uniform() if timesteps is None else timesteps
         self.update = update(setting.model)
         self.generator = setting.generator
@@ -193,10 +204,27 @@ class Posterior(Method):
     def model(self) -> GenerativeModel:
         return self.update.model
 
+    @torch.no_grad()
     def begin(self, images: Images | None) -> None:
-        forget_labels = () if self.labels is None else self.labels.forget
-        with torch.no_grad():
-            self.retained = RetainedImages(self.trained, images.retain, forget_labels)
+        stand_in: dict[int, int | None] = {}
+        if self.labels is not None:
+            there = set(images.retain.labels.unique().tolist())
+            stand_in = {label: label if label in there else None for label in self.labels.forget}
+        if None in stand_in.values() and self.without_images == "nearest":
+            everything = RetainedImages(self.trained, images.retain, stand_in)
+            for label in [label for label, other in stand_in.items() if other is None]:
+                stand_in[label] = self._nearest(label, images.forget, everything)
+        self.retained = RetainedImages(self.trained, images.retain, stand_in)
+
+    def _nearest(self, label: int, forget: ImageSet, retained: RetainedImages) -> int:
+        """The label that the noisy forget images of a label are most likely of."""
+        rows = (forget.labels == label).nonzero()[:ENOUGH, 0].cpu()
+        x0, labels = forget.take(rows if len(rows) else torch.arange(len(forget))[:ENOUGH])
+        weights = self._posterior_of_noisy(self.trained.encode(x0), labels, retained, None, least=0.0)
+        mass = torch.zeros(self.trained.num_labels, device=weights.device).index_add_(
+            0, retained.labels, weights.sum(0)
+        )
+        return int(mass.argmax())
 
     def step(self, batch: Batch) -> Metrics:
         model, g, b = self.trained, self.generator, len(batch.x0_retain)
@@ -266,13 +294,24 @@ class Posterior(Method):
         self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None, numbers: Int64[Tensor, "n"] | None
     ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
         """For each image a retained image that it may be taken for in the noisier half of the timesteps."""
+        weights = self._posterior_of_noisy(x0, cond, self.retained, numbers, least=0.5)
+        drawn = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
+        return self.retained.take(drawn if numbers is None else numbers[drawn])
+
+    def _posterior_of_noisy(
+        self,
+        x0: Float[Tensor, "b ..."],
+        cond: Shaped[Tensor, "b"] | None,
+        retained: RetainedImages,
+        numbers: Int64[Tensor, "n"] | None,
+        least: float,
+    ) -> Float[Tensor, "b n"]:
+        """What each image may be taken for at a random timestep of at least this share of all."""
         model, g, most = self.trained, self.generator, self.trained.num_train_timesteps
-        timesteps = torch.randint(most // 2, most, (len(x0),), generator=g, device=x0.device)
+        timesteps = torch.randint(int(least * most), most, (len(x0),), generator=g, device=x0.device)
         noising = model.noising(x0, timesteps, cond)
         m = noising.sample(draw_eps(model, x0, g))
-        weights = posterior(self.retained.log_densities(m, noising, cond, numbers), self.k)
-        drawn = torch.multinomial(weights, 1, generator=g)[:, 0]
-        return self.retained.take(drawn if numbers is None else numbers[drawn])
+        return posterior(retained.log_densities(m, noising, cond, numbers), self.k)
 
     def stateful(self) -> dict[str, Stateful]:
         return {**self.update.stateful(), "noise": GeneratorState(self.generator), "timesteps": self.timesteps}
