@@ -352,7 +352,7 @@ def test_novelty_abstains_on_top(script, digits, tmp_path):
     judge = abstaining(own, digits, NoveltyRecipe(max_images=200), tmp_path)
     pixels = torch.cat([digits.retain_test.pixels[:150], grey(255, 0, side=16)])
     judged, alone = judge(pixels), own(pixels)
-    outliers = judge.novelty.contents.outlying(judged.appearance) > 1
+    outliers = judge.novelty.contents.place(judged.appearance).outlying > 1
     assert (alone.outlying > 1).any()
     assert outliers[-2:].all()
     assert torch.equal(judged.contents == NOTHING, outliers | (alone.outlying > 1))

@@ -10,7 +10,7 @@ from toy import gaussian_flow, gaussian_model
 from unlearn_runner.data.streams import Images, ImageSet
 from unlearn_runner.methods import posterior as module
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.posterior import Posterior, RetainedImages, posterior
+from unlearn_runner.methods.posterior import Posterior, RetainedImages, full_precision, posterior
 from unlearn_runner.models.model import Noising
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
@@ -92,6 +92,16 @@ def test_single_precision_is_enough():
     torch.testing.assert_close(found.double(), wanted, atol=2e-3, rtol=0)
 
 
+def test_products_that_tell_images_apart_are_of_full_precision():
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_mirrored_images_are_among_them(model):
     known = images(9)
     retained = RetainedImages(model, Given(known, mirrored=True), {})
@@ -143,6 +153,15 @@ def test_of_some_images_the_mean_is_that_of_these(model):
     m, noising = noisy(model, images(4, seed=5), torch.tensor([100, 300, 600, 900]))
     found = retained.mean(posterior(retained.log_densities(m, noising, None, numbers)), m, numbers)
     torch.testing.assert_close(found, brute_force(m, noising, known[numbers]))
+
+
+def test_a_part_without_an_image_of_a_label_explains_it_all_the_same(model):
+    known, labels = images(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    retained = RetainedImages(model, Given(known, labels), {0: 0, 1: 1})
+    numbers, cond = torch.tensor([0, 1]), torch.tensor([0, 1])
+    m, noising = noisy(model, images(2, seed=5), torch.tensor([300, 600]))
+    found = retained.mean(posterior(retained.log_densities(m, noising, cond, numbers)), m, numbers)
+    torch.testing.assert_close(found, brute_force(m, noising, known[:2]))
 
 
 def test_duplicates_count_as_often_as_they_are_there(model):

@@ -8,6 +8,7 @@ importance sampling, and keeps the k nearest images of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Literal, NamedTuple, final
 
 import torch
@@ -45,6 +46,27 @@ class Seen(NamedTuple):
     centers: Float[Tensor, "n d"]  # of q(m|x)
     stds: Float[Tensor, "n d"] | None  # of q(m|x); None: the same of every image
     targets: Float[Tensor, "n p"]  # what the network should answer with
+
+
+def _log_densities(m: Float[Tensor, "b d"], noising: Noising, images: Seen) -> Float[Tensor, "b n"]:
+    """log q(m|x_i) but for what is the same of all images."""
+    if images.stds is None:
+        scale, std = noising.scale.flatten(1), noising.std.flatten(1)
+        return scale / std.square() * (m @ images.centers.T - scale / 2 * images.centers.square().sum(1))
+    precisions = images.stds.square().reciprocal()
+    inner = m @ (images.centers * precisions).T - m.square() @ precisions.T / 2
+    return inner - ((images.centers.square() * precisions) / 2 + images.stds.log()).sum(1)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products without TF32, whose three digits are too few to tell near images apart at little noise."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @final
@@ -119,27 +141,18 @@ class RetainedImages:
         numbers: Int64[Tensor, "n"] | None = None,
     ) -> Float[Tensor, "b n"]:
         """log q(m|x_i) of each image, or of those with these numbers, but for what is the same of all; -inf where it
-        does not explain the condition.
+        does not explain the condition, and another one of them does.
 
         `noising` is that of the images that the m were drawn from; of a diffusion model its scale and std are those of
         every image at the same timestep.
         """
-        found = []
-        flat = m.flatten(1)
-        for centers, stds, _ in self._parts(numbers):
-            if stds is None:
-                scale, std = noising.scale.flatten(1), noising.std.flatten(1)
-                inner = flat @ centers.T - scale / 2 * centers.square().sum(1)
-                found.append(scale / std.square() * inner)
-            else:
-                precisions = stds.square().reciprocal()
-                inner = flat @ (centers * precisions).T - flat.square() @ precisions.T / 2
-                found.append(inner - ((centers.square() * precisions) / 2 + stds.log()).sum(1))
-        densities = torch.cat(found, 1)
+        with full_precision():
+            densities = torch.cat([_log_densities(m.flatten(1), noising, part) for part in self._parts(numbers)], 1)
         if cond is None or self.labels is None:
             return densities
         labels, wanted = self.labels if numbers is None else self.labels[numbers], self.wanted[cond][:, None]
-        return densities.masked_fill((labels != wanted) & (wanted != EVERY), -torch.inf)
+        explains = (labels == wanted) | (wanted == EVERY)
+        return densities.masked_fill(~(explains | ~explains.any(1, keepdim=True)), -torch.inf)
 
     def mean(
         self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."], numbers: Int64[Tensor, "n"] | None = None
