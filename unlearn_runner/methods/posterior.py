@@ -97,7 +97,7 @@ class RetainedImages:
             self.labels = self.labels[self.rows.to(self.labels.device)]
         self.num_plain, self.kept = len(rows), None
         if images.resident:
-            parts = zip(*self._parts(None), strict=True)
+            parts = zip(*self._read(None), strict=True)
             self.kept = Seen(*(None if part[0] is None else torch.cat(part) for part in parts))
 
     def __len__(self) -> int:
@@ -116,10 +116,14 @@ class RetainedImages:
         if self.images.mirrored:
             flipped, _ = self.images.take(rows, mirrored=True)
             x0 = torch.where(_beside(numbers >= self.num_plain, x0), flipped, x0)
-        return self.model.encode(x0), labels
+        return _encoded(self.model, x0), labels
 
-    def _parts(self, numbers: Int64[Tensor, "n"] | None) -> Iterator[Seen]:
+    def _parts(self, numbers: Int64[Tensor, "n"] | None, dtype: torch.dtype) -> Iterator[Seen]:
         """These images, or all, a part at a time."""
+        for part in self._read(numbers):
+            yield Seen(*(None if values is None else values.to(dtype) for values in part))
+
+    def _read(self, numbers: Int64[Tensor, "n"] | None) -> Iterator[Seen]:
         if self.kept is not None:
             kept = self.kept
             yield kept if numbers is None else Seen(*(None if part is None else part[numbers] for part in kept))
@@ -147,7 +151,8 @@ class RetainedImages:
         every image at the same timestep.
         """
         with full_precision():
-            densities = torch.cat([_log_densities(m.flatten(1), noising, part) for part in self._parts(numbers)], 1)
+            parts = self._parts(numbers, m.dtype)
+            densities = torch.cat([_log_densities(m.flatten(1), noising, part) for part in parts], 1)
         if cond is None or self.labels is None:
             return densities
         labels, wanted = self.labels if numbers is None else self.labels[numbers], self.wanted[cond][:, None]
@@ -159,7 +164,7 @@ class RetainedImages:
     ) -> Float[Tensor, "b ..."]:
         """The mean of the images, or of those with these numbers, by these weights; in the shape of `like`."""
         total, start = torch.zeros_like(like).flatten(1), 0
-        for part in self._parts(numbers):
+        for part in self._parts(numbers, like.dtype):
             stop = start + len(part.targets)
             total, start = total + weights[:, start:stop] @ part.targets, stop
         return total.view_as(like)
@@ -233,7 +238,7 @@ class Posterior(Method):
         """The label that the noisy forget images of a label are most likely of."""
         rows = (forget.labels == label).nonzero()[:ENOUGH, 0].cpu()
         x0, labels = forget.take(rows if len(rows) else torch.arange(len(forget))[:ENOUGH])
-        weights = self._posterior_of_noisy(self.trained.encode(x0), labels, retained, None, least=0.0)
+        weights = self._posterior_of_noisy(_encoded(self.trained, x0), labels, retained, None, least=0.0)
         mass = torch.zeros(self.trained.num_labels, device=weights.device).index_add_(
             0, retained.labels, weights.sum(0)
         )
@@ -258,7 +263,8 @@ class Posterior(Method):
         own = cond  # of the image that a sample is drawn from
         numbers = self.retained.some(self.subset, g)
         if len(follows):
-            x0[follows], labels = self._arrived_at(x0[follows], _some(cond, follows), numbers)
+            arrived, labels = self._arrived_at(x0[follows], _some(cond, follows), numbers)
+            x0[follows] = arrived.to(x0.dtype)
             if own is not None:
                 own = own.index_copy(0, follows, labels)
 
@@ -328,6 +334,11 @@ class Posterior(Method):
 
     def stateful(self) -> dict[str, Stateful]:
         return {**self.update.stateful(), "noise": GeneratorState(self.generator), "timesteps": self.timesteps}
+
+
+def _encoded(model: GenerativeModel, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
+    """What the model takes noisy samples from; for an encoder that is a part of it, in the precision of its weights."""
+    return model.encode(x0) if model.is_diffusion else x0.to(next(model.parameters()).dtype)
 
 
 def _beside(rows: Bool[Tensor, "b"], others: Shaped[Tensor, "b ..."]) -> Bool[Tensor, "b ..."]:
