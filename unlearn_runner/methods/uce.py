@@ -9,9 +9,10 @@ precision.
 """
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
+from annotated_types import MinLen
 from jaxtyping import Float
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class UCE(Method):
     def __init__(
         self,
         setting: Setting,
-        concepts: Sequence[str] | None = None,
+        concepts: Annotated[Sequence[str], MinLen(1)] | None = None,
         anchor: str = "",
         preserved: Sequence[str] | None = None,
         tokens: Literal["last", "onwards"] = "last",
