@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
     centers: Float[Tensor, "n d"]  # of q(m|x)
     stds: Float[Tensor, "n d"] | None  # of q(m|x); None: the same of every image
-    targets: Float[Tensor, "n p"]  # what the network should answer with
+    images: Float[Tensor, "n p"] | None  # what the network should answer with; None: the centers
 
 
 def _log_densities(m: Float[Tensor, "b d"], noising: Noising, images: Seen) -> Float[Tensor, "b n"]:
@@ -132,7 +132,7 @@ class RetainedImages:
         for part in numbers.split(max(1, CHUNK // self.model.num_entries)):
             x0, labels = self.take(part)
             if self.model.is_diffusion:
-                yield Seen(x0.flatten(1), None, x0.flatten(1))
+                yield Seen(x0.flatten(1), None, None)
             else:
                 q = self.model.noising(x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device), labels)
                 yield Seen(q.center.flatten(1), q.std.flatten(1), x0.flatten(1))
@@ -165,8 +165,9 @@ class RetainedImages:
         """The mean of the images, or of those with these numbers, by these weights; in the shape of `like`."""
         total, start = torch.zeros_like(like).flatten(1), 0
         for part in self._parts(numbers, like.dtype):
-            stop = start + len(part.targets)
-            total, start = total + weights[:, start:stop] @ part.targets, stop
+            images = part.centers if part.images is None else part.images
+            stop = start + len(images)
+            total, start = total + weights[:, start:stop] @ images, stop
         return total.view_as(like)
 
 

@@ -112,7 +112,7 @@ class UCE(Method):
         # 2. the edit of every projection
         layers = self.model.text_projections()
         before = [layer.weight.double() for layer in layers]
-        goals = [old @ anchors.T for old in before]
+        goals = [anchors @ old.T for old in before]
         weights = [self._edit(old, concepts, goal, preserved) for old, goal in zip(before, goals, strict=True)]
 
         # 3. RECE: what still makes the concepts is read as the anchor, too
@@ -125,7 +125,7 @@ class UCE(Method):
         return {"edit/distance": moved.sqrt().float()}
 
     def _edit(self, weight: Tensor, concepts: Tensor, goal: Tensor, preserved: Tensor) -> Tensor:
-        return edited(weight, concepts, goal.T, preserved, self.erase, self.preserve, self.ridge)
+        return edited(weight, concepts, goal, preserved, self.erase, self.preserve, self.ridge)
 
     def _pairs(self) -> tuple[Float[Tensor, "e d"], Float[Tensor, "e d"]]:
         """Tokens to be edited, and what each is to be read as."""

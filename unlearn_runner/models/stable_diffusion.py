@@ -172,9 +172,14 @@ class TextUNet(Backbone):
     def num_labels(self) -> int:
         return len(self.prompts)
 
+    @property
+    def _most_tokens(self) -> int:
+        """How many the text encoder reads."""
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
     def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
         """What the text encoder reads of any texts. It is said which are longer than that, and which read the same."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        length = self._most_tokens
         tokenizer, texts = self._called_tokenizer, list(prompts)
         whole = tokenizer(texts, truncation=False, padding=False, verbose=False).input_ids
         cut = [f"'{text}'" for text, row in zip(texts, whole, strict=True) if len(row) > length]
@@ -194,8 +199,8 @@ class TextUNet(Backbone):
         return self.text_encoder(self.tokens(prompts).to(self.text_encoder.device), return_dict=False)[0]
 
     def num_tokens(self, text: str) -> int:
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
-        return min(len(self._called_tokenizer(text, truncation=False, padding=False, verbose=False).input_ids), length)
+        read = self._called_tokenizer(text, truncation=False, padding=False, verbose=False).input_ids
+        return min(len(read), self._most_tokens)
 
     def text_projections(self) -> list[torch.nn.Module]:
         modules = self.unet.named_modules()
