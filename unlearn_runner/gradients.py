@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from unlearn_runner.errors import ConfigurationError
@@ -51,7 +51,7 @@ def as_vector(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Float[T
     )
 
 
-def in_parts(vector: Float[Tensor, "p"], weights: Sequence[Tensor]) -> list[Tensor]:
+def in_parts(vector: Shaped[Tensor, "p"], weights: Sequence[Tensor]) -> list[Tensor]:
     """Views of `as_vector`'s result that lie in memory as the weights do."""
     parts = vector.split([weight.numel() for weight in weights])
     return [part.as_strided(weight.shape, weight.stride()) for part, weight in zip(parts, weights, strict=True)]

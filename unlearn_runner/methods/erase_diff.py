@@ -29,6 +29,7 @@ from torch import Tensor
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.method import Counter, Method, Setting, Update
 from unlearn_runner.methods.overrides import drawn_labels
+from unlearn_runner.methods.salun import relabelled_loss
 from unlearn_runner.models.model import GenerativeModel, predict_eps, squared_error
 from unlearn_runner.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
@@ -37,8 +38,7 @@ from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Strea
 def erase_diff_loss(prediction_forget: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """f(theta): on forget images the network shall predict `target` instead of what it learnt there.
 
-    "siss": its noise is compared with uniform noise from [0, 1); "released": its prediction under the forget label with
-    its own under another. Squared error summed over pixels, averaged over the batch. In [0, inf).
+    "siss": its noise is compared with uniform noise from [0, 1). ("released": `salun.relabelled_loss`.) Squared error summed over pixels, averaged over the batch. In [0, inf).
     """
     return squared_error(prediction_forget, target).mean()
 
@@ -143,9 +143,7 @@ class EraseDiff(Method):
             return erase_diff_loss(eps_pred, torch.rand(eps.shape, generator=g, device=eps.device))
         x_t = model.noising(batch.x0_forget, timesteps, cond).sample(eps)
         other = drawn_labels(self.labels.retain, 1, g, cond.device).expand_as(cond)
-        with torch.no_grad():
-            target = model.predict(x_t, timesteps, other)
-        return erase_diff_loss(model.predict(x_t, timesteps, cond), target)
+        return relabelled_loss(model, x_t, timesteps, cond, other).mean()
 
     def _gradient(self, loss: Float[Tensor, ""]) -> Float[Tensor, "p"]:
         """Of a loss that is summed over pixels ("siss"), or of its mean over them ("released")."""

@@ -18,7 +18,7 @@ from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.gradients import as_vector, gradients, in_parts
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
-from unlearn_runner.options import Decay, PositiveFloat
+from unlearn_runner.options import Decay, OpenUnitInterval, PositiveFloat
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
 
@@ -79,13 +79,14 @@ class GradientTransform(ABC):
 
 @final
 class Mask(GradientTransform):
-    """Keeps some entries of the gradient and sets the others to 0, as SalUn does (2310.12508, section 4).
+    """Lets some weights move; the others stay as they are to the bit, whatever the optimizer does.
 
-    `keep` is set by the method in its `begin`; until then everything is kept. An optimizer with weight decay moves
-    weights without a gradient, too.
+    `keep` says which: the trainer sets it, after `Method.begin`, to the `share` of `trained`'s weights that matter most
+    to what is to be forgotten (`salun.salient`). Without a share a method sets it itself; until then all move.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trained: nn.Module | None = None, share: OpenUnitInterval | None = None) -> None:
+        self.trained, self.share = trained, share
         self.keep: Bool[Tensor, p] | None = None
 
     def __call__(self, gradient: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
@@ -111,6 +112,8 @@ class Update:
         max_grad_norm: the gradient's L2 norm is cut to this; None leaves it.
         max_grad_value: each of its entries is cut to [-this, this], before the norm; None leaves them.
         transforms: what else becomes of a gradient, in this order, before it is cut: a mask, for one.
+        saliency: share of the weights that move, those whose forget gradient is largest at the base (SalUn, 2310.12508,
+            equation 3); None: all.
         lr_schedule: called with `optimizer=`, e.g. diffusers' get_scheduler; None keeps the rate.
         ema_decay: ship the exponential moving average of the weights with this decay (diffusers' EMAModel); None ships
             the weights themselves.
@@ -129,9 +132,14 @@ class Update:
         max_grad_value: PositiveFloat | None = None,
         transforms: Sequence[GradientTransform] = (),
         ema_warmup: bool = True,
+        saliency: OpenUnitInterval | None = None,
     ):
         self.trained = model
-        self.transforms = tuple(transforms)
+        if saliency is not None and not isinstance(model, GenerativeModel):
+            raise ConfigurationError(
+                f"a {_name(type(model))} has no forget gradient to choose weights by; leave saliency out of its update."
+            )
+        self.transforms = (*transforms, *([] if saliency is None else [Mask(model, saliency)]))
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self.optimizer, self.lr_schedule = _made(optimizer, lr_schedule, self.weights)
         _try_a_step(optimizer, lr_schedule, self.weights)
@@ -213,11 +221,17 @@ class Update:
         return gradient
 
     def _descend(self, gradient: Float[Tensor, "p"]) -> None:
-        """One step of the optimizer."""
+        """One step of the optimizer, which moves some weights without a gradient, too: by decay, or by momentum."""
         for weight, part in zip(self.weights, in_parts(gradient, self.weights), strict=True):
             weight.grad = part
+        masks = [mask.keep for mask in self.transforms if isinstance(mask, Mask) and mask.keep is not None]
+        before = [weight.detach().clone() for weight in self.weights] if masks else []
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        for keep in masks:
+            with torch.no_grad():
+                for weight, moves, old in zip(self.weights, in_parts(keep, self.weights), before, strict=True):
+                    weight.copy_(torch.where(moves, weight, old))
 
     def _as_vector(self, parts: Sequence[Tensor]) -> Float[Tensor, "p"]:
         """The gradients over each weight as one, of all processes together."""

@@ -13,7 +13,8 @@ import torch
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.data.streams import BatchStream
 from unlearn_runner.errors import Interrupted, NonFiniteError
-from unlearn_runner.methods.method import Method
+from unlearn_runner.methods.method import Mask, Method
+from unlearn_runner.methods.salun import salient
 from unlearn_runner.models.model import require_finite
 from unlearn_runner.options import BatchSize, PositiveInt
 from unlearn_runner.spec import DataSpec
@@ -100,8 +101,17 @@ class Trainer:
         self._evaluated_at = 0
         self._saved_at: tuple[int, Path] | None = None
         self._unlogged: list[tuple[int, Metrics]] = []
-        method.begin(stream.images() if "images" in method.requires else None)
+        self._begin()
         self._initial = copy.deepcopy(self._learner_state()) if resettable else None
+
+    def _begin(self) -> None:
+        """Let the method begin, and find the weights that its masks let move. Passes of the network are counted."""
+        evaluations = self._evaluations()
+        self.method.begin(self.stream.images() if "images" in self.method.requires else None)
+        for part in self.method.stateful().values():
+            if isinstance(part, Mask) and part.share is not None:
+                part.keep = salient(part.trained, self.stream.images().forget, part.share)
+        self.clock.network_evaluations += self._evaluations() - evaluations
 
     def listen(self, name: str, listener: Listener) -> None:
         """Add a listener that could not be there before the trainer: one that itself calls `step`."""
