@@ -23,7 +23,7 @@ COMMON = (
 )  # fmt: skip
 DISTILLATION = ("sfd", "sfd_two_stage", "hybrid", "hybrid method.variant=siss_sfd_labels",
                 "hybrid method.variant=siss_sfd_student")  # fmt: skip
-LOSSES = ("naive_deletion", "neg_grad", "erase_diff", "siss", "siss_no_is", "adaptive_siss")
+LOSSES = ("naive_deletion", "neg_grad", "erase_diff", "salun", "posterior", "siss", "siss_no_is", "adaptive_siss")
 SISS = (
     "method/lambd=closed_form", "method/lambd=pathwise", "method/lambd=blend", "method.population=all",
     "method/timesteps=second_moment", "method.split=false", "method.split=true", "method.norm_every=2 "
@@ -50,7 +50,7 @@ JOBS = [
     f"model=vae method=rl_lambda {ROLLOUTS}",
     *(f"{TEXT} method={method}" for method in (*LOSSES, *DISTILLATION[:1], *DISTILLATION[2:])),
     f"{TEXT} method=rl_lambda {ROLLOUTS}",
-    f"{TEXT} method=esd method.num_inference_steps=3",
+    *(f"{TEXT} method={method} method.num_inference_steps=3" for method in ("esd", "concept_ablation", "erase_flow")),
     *(f"{TEXT} method={method} {FEW_ROLLOUTS}" for method in ("critic_guided", "ddpo")),
     *(f"{TEXT} method=siss model.network.trainable={part}" for part in ("lora", "cross_attention")),
     f"{TEXT} method=naive_deletion dataset.source=base dataset.num_images=12 dataset.num_inference_steps=2",

@@ -26,6 +26,8 @@ ON_STABLE_DIFFUSION = {
     "ddpo": ("ddpo", *FEW),
     "siss": ("siss", *ON_SD),
     "esd": ("esd", "method.num_inference_steps=3", *ON_SD),
+    "concept_ablation": ("concept_ablation", "method.num_images=6", "method.num_inference_steps=3", *ON_SD),
+    "erase_flow": ("erase_flow", "method.num_rollouts=2", "method.num_inference_steps=4", *ON_SD),
     "sfd": ("sfd", *ON_SD),
     "uce": ("uce", *ON_SD),
 }
@@ -33,6 +35,7 @@ LOSS_BASED = {
     "naive_deletion": ("naive_deletion",),
     "neg_grad": ("neg_grad",),
     "erase_diff": ("erase_diff",),
+    "salun": ("salun",),
     "siss": ("siss",),
     "siss_no_is": ("siss_no_is",),
     "adaptive_siss": ("adaptive_siss",),

@@ -25,7 +25,7 @@ from unlearn_runner.spec import spec_of
 from unlearn_runner.validation import checked
 
 SD = ("model=sd_tiny", "dataset=sd_concepts")
-ON_SD_ALONE = ("critic_guided", "ddpo", "esd", "uce", "rece")
+ON_SD_ALONE = ("critic_guided", "ddpo", "esd", "concept_ablation", "erase_flow", "uce", "rece")
 PROMPTS = (*SD, "method=siss", "evaluation=prompts")
 ADAPTIVE = "method.lambd"
 WRONG = [
@@ -440,9 +440,7 @@ def wrong_value(path: str, value, rng: random.Random) -> str | None:
 def wrong_configurations(count: int, seed: int, compose) -> list[tuple[str, ...]]:
     """Overrides that are wrong in one place, by a fixed seed."""
     rng = random.Random(seed)
-    starts = [
-        (f"method={method}",) for method in COMPLETE if method not in ("critic_guided", "ddpo", "esd", "uce", "rece")
-    ]
+    starts = [(f"method={method}",) for method in COMPLETE if method not in ON_SD_ALONE]
     starts += [(*SD, f"method={method}") for method in (*ON_SD_ALONE, "siss")]
     starts += [("model=vae", "method=siss"), ("evaluation=full",), ("dataset=digits",), ("clip=tiny",)]
     known = {start: list(leaves(compose(*start))) for start in starts}

@@ -65,6 +65,19 @@ def test_noisy_pictures_are_those_of_the_sampler(stop):
         torch.testing.assert_close(x_t, denoise(model, scheduler, z, labels, torch.Generator()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("drawn_by", ["trained", "base"])
+def test_which_network_draws(drawn_by):
+    """Once the trained one has moved, the base still draws what it drew."""
+    model = tuned()
+    method = esd(model, lr=1e-2, num_inference_steps=5, drawn_by=drawn_by)
+    state = method.generator.get_state()
+    before, _ = method._drawn_until(4, torch.tensor([1, 2, 1]))
+    method.step(NOTHING)
+    method.generator.set_state(state)
+    after, _ = method._drawn_until(4, torch.tensor([1, 2, 1]))
+    assert torch.equal(before, after) == (drawn_by == "base")
+
+
 def test_it_learns_to_answer_as_guided_away_and_spares_the_base():
     model = tuned()
     method = esd(model, lr=3e-3, num_inference_steps=3)

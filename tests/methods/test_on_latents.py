@@ -15,7 +15,7 @@ from unlearn_runner.training.checkpoint import open_checkpoint
 
 METHODS = (
     "siss", "siss_no_is", "adaptive_siss", "rl_lambda", "naive_deletion", "neg_grad", "erase_diff",
-    "critic_guided", "ddpo", "esd", "posterior",
+    "salun", "critic_guided", "ddpo", "esd", "concept_ablation", "erase_flow", "posterior",
 )  # fmt: skip
 DISTILLING = {
     "sfd": (), "sfd_two_stage": (), "hybrid": (),
@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
 
 
 def configuration(composed, folder, method, *more):
-    small = SMALL if method in ("critic_guided", "ddpo") else SMALL[:1] if method == "esd" else ()
+    rolling_out = ("esd", "concept_ablation", "erase_flow")
+    small = SMALL if method in ("critic_guided", "ddpo") else SMALL[:1] if method in rolling_out else ()
     return composed(
         f"method={method}", "dataset=sd_concepts", "model=sd15", f"model.weights={folder}",
         "model.network.trainable=full", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]",

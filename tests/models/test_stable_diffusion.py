@@ -122,11 +122,16 @@ def trained_names(model) -> set[str]:
 
 
 def test_what_unlearning_may_move():
-    full, cross, lora = (tiny(trainable=trainable) for trainable in ("full", "cross_attention", "lora"))
-    for model in (full, cross, lora):
+    parts = ("full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora")
+    full, cross, kv, others, lora = models = [tiny(trainable=trainable) for trainable in parts]
+    for model in models:
         model.freeze_for_unlearning()
     assert trained_names(full) == {f"backbone.unet.{name}" for name, _ in tiny().backbone.unet.named_parameters()}
     assert trained_names(cross) == {name for name in trained_names(full) if ".attn2." in name} != set()
+    read = {f"{id(part.weight)}" for part in kv.text_projections()}
+    assert {f"{id(weight)}" for weight in kv.parameters() if weight.requires_grad} == read != set()
+    assert trained_names(kv) < trained_names(cross)
+    assert trained_names(others) == trained_names(full) - trained_names(cross)
     assert all(".lora_" in name for name in trained_names(lora))
     assert {name.split(".attentions")[0] for name in trained_names(lora)} > {"backbone.unet.mid_block"}
 

@@ -3,8 +3,8 @@ pictures that the base draws under the anchor.
 
 Released code (github.com/nupurkmr9/concept-ablation, diffusers/train.py): 200 pictures; the answer under the anchor is
 the trained network's own, without gradient; the denoising loss under the anchor's own prompt counts 1, on other pictures
-of the same set, here on the same ones; keys and values of the cross-attention move (model.network.trainable=
-cross_attention).
+of the same set, here on the same ones; keys and values of the cross-attention move
+(model.network.trainable=cross_attention_kv).
 
 # Notation (variable -> paper)
 # cond, anchor -> c*, c;  x0 -> x, drawn under the anchor;  anchor_weight -> lambda of the regularisation

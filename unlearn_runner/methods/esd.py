@@ -8,7 +8,7 @@
 import copy
 from collections.abc import Callable
 from itertools import pairwise
-from typing import final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,7 +33,8 @@ def esd_loss(
     """||eps_theta(x_t, c, t) - [eps*(x_t, t) - eta (eps*(x_t, c, t) - eps*(x_t, t))]||^2 (2303.07345, section 4).
 
     Summed over the entries. The target is guidance with its sign turned. It is the same of answers in v or in velocity,
-    which are one combination of x_t and eps for all three.
+    which are one combination of x_t and eps for all three. The released code's target,
+    eps*(x_t, c, t) - 2 (eps*(x_t, c, t) - eps*(x_t, t)), is the one of eta 1.
     """
     return squared_error(answer, empty - eta * (concept - empty))
 
@@ -42,14 +43,15 @@ def esd_loss(
 class ESD(Method):
     """Under a forget prompt, the network learns to answer as the base does when it is guided away from that prompt.
 
-    Reads no image: x_t is what the network of today draws under the prompt, with its guidance, stopped on the way. So
-    the paper; its code as it is released today (github.com/rohitgandikota/erasing, esd_sd.py) lets the base draw x_t,
-    with guidance 3, and its target begins at the base's prediction under the prompt instead of under none, with eta 2.
+    Reads no image: x_t is what a network draws under the prompt, with its guidance, stopped on the way. Which weights
+    move, the paper's ESD-x and ESD-u, says model.network.trainable.
 
     Args:
         batch_size: pictures in a step, all stopped at the same timestep, which is drawn anew.
         num_inference_steps: of a whole drawing by DDIM.
         eta: how far away; the paper's 1.
+        drawn_by: "trained": the network of today draws x_t, as in the paper; "base": as in its code as it is released
+            today (github.com/rohitgandikota/erasing, esd_sd.py), with guidance 3.
     """
 
     requires = ("noise", "prompts", "base")
@@ -61,6 +63,7 @@ class ESD(Method):
         batch_size: BatchSize,
         num_inference_steps: NumInferenceSteps = 50,
         eta: PositiveFloat = 1.0,
+        drawn_by: Literal["trained", "base"] = "trained",
     ):
         model = setting.model
         rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
@@ -71,6 +74,7 @@ class ESD(Method):
         self.update = update(model)
         self.base = copy.deepcopy(model).requires_grad_(False)
         self.networks = (model, self.base)
+        self.drawing = model if drawn_by == "trained" else self.base
         self.generator = setting.generator
 
     @property
@@ -104,7 +108,7 @@ class ESD(Method):
         self, stop: int, labels: Int64[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, "b"]]:
         """x_t after `stop` steps of DDIM from pure noise, and its t."""
-        g, model = self.generator, self.trained
+        g, model = self.generator, self.drawing
         x = torch.randn((len(labels), *model.sample_shape), generator=g, device=g.device)
         times = self.times.to(g.device)[:, None].expand(-1, len(labels))
         with evaluating(model):

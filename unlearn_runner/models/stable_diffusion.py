@@ -54,6 +54,11 @@ PIPELINE = {  # the kinds of its networks, and of what reads the prompts
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
+CROSS_ATTENTION = {  # by `trainable`: whether unlearning moves the weight of this name
+    "cross_attention": lambda name: ".attn2." in name,
+    "cross_attention_kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "not_cross_attention": lambda name: ".attn2." not in name,
+}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -75,8 +80,10 @@ class Parts(NamedTuple):
 class Tuning(NamedTuple):
     """Which of the UNet's weights unlearning moves, and how.
 
-    "full": all of them; "cross_attention": those that read the prompt (ESD's, 2303.07345); "lora": low-rank additions
-    (2106.09685) to all attention projections, which `save` adds to the weights.
+    "full": all of them; "cross_attention": those that read the prompt (ESD-x, 2303.07345); "cross_attention_kv": of these
+    the keys' and values' alone (ESD-x-strict of its code; Concept Ablation's, 2303.13516); "not_cross_attention": all
+    others (ESD-u); "lora": low-rank additions (2106.09685) to all attention projections, which `save` adds to the
+    weights.
     """
 
     trainable: str = "full"
@@ -231,9 +238,9 @@ class TextUNet(Backbone):
         self.text_encoder.requires_grad_(False).eval()
         trainable, lora_rank, gradient_checkpointing = self.tuning
         self.unet.requires_grad_(trainable == "full")
-        if trainable == "cross_attention":
+        if trainable in CROSS_ATTENTION:
             for name, weight in self.unet.named_parameters():
-                weight.requires_grad_(".attn2." in name)
+                weight.requires_grad_(CROSS_ATTENTION[trainable](name))
         elif trainable == "lora":
             from peft import LoraConfig
 
@@ -409,7 +416,7 @@ def build_stable_diffusion(
     label_names: Sequence[str] | None,
     seed: int,
     weights: str,
-    trainable: Literal["full", "cross_attention", "lora"] = "full",
+    trainable: Literal["full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora"] = "full",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = False,
     guidance_scale: Annotated[float, Ge(1), Le(1000)] = 7.5,  # 1 is none
