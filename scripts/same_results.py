@@ -23,7 +23,17 @@ COMMON = (
 )  # fmt: skip
 DISTILLATION = ("sfd", "sfd_two_stage", "hybrid", "hybrid method.variant=siss_sfd_labels",
                 "hybrid method.variant=siss_sfd_student")  # fmt: skip
-LOSSES = ("naive_deletion", "neg_grad", "erase_diff", "salun", "posterior", "siss", "siss_no_is", "adaptive_siss")
+LOSSES = (
+    "naive_deletion",
+    "neg_grad",
+    "erase_diff",
+    "salun",
+    "posterior",
+    "retrack",
+    "siss",
+    "siss_no_is",
+    "adaptive_siss",
+)
 SISS = (
     "method/lambd=closed_form", "method/lambd=pathwise", "method/lambd=blend", "method.population=all",
     "method/timesteps=second_moment", "method.split=false", "method.split=true", "method.norm_every=2 "

@@ -35,9 +35,14 @@ LAMBDAS = [
 ] + [("adaptive_siss", "method/lambd=pathwise", "method.lambd.context=current")]
 DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
-ASKING_A_DIFFUSION_MODEL = ("erase_diff", "salun", *DISTILLING, *ROLLING_OUT)
+ASKING_A_DIFFUSION_MODEL = ("erase_diff", "salun", "retrack", *DISTILLING, *ROLLING_OUT)
 CLOSED_FORM = ("uce", "rece")
-ASKING_PROMPTS = ("esd", "concept_ablation", "erase_flow", *CLOSED_FORM)  # built and stepped in tests/methods/test_on_latents.py
+ASKING_PROMPTS = (
+    "esd",
+    "concept_ablation",
+    "erase_flow",
+    *CLOSED_FORM,
+)  # built and stepped in tests/methods/test_on_latents.py
 VAES = [(method, "model=vae") for method in COMPLETE if method not in ASKING_A_DIFFUSION_MODEL + ASKING_PROMPTS]
 CRITICS = [
     ("critic_guided", "method.critic_sees=clean", "method.kl_weight=0.1"),

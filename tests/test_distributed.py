@@ -44,6 +44,7 @@ LOSS_BASED = {
     "vae": ("retrain", "model=vae"),
     "rl_lambda": PPO,
     "posterior": ("posterior",),
+    "retrack": ("retrack",),
     "posterior_vae": ("posterior", "model=vae"),
 }
 DISTILLING = {

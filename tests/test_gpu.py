@@ -193,7 +193,14 @@ def test_a_method_goes_on_to_the_bit(tiny_network):
 @pytest.mark.parametrize("method", COMPLETE)
 def test_every_method_runs(run, method):
     """The whole run: base, training with a checkpoint, scores, in bf16 with replayed passes as hardware=auto has it."""
-    more = {"esd": SMALL, "concept_ablation": SMALL, "erase_flow": SMALL, "uce": SMALL, "rece": SMALL, "rl_lambda": PPO[1:]}.get(method, ())
+    more = {
+        "esd": SMALL,
+        "concept_ablation": SMALL,
+        "erase_flow": SMALL,
+        "uce": SMALL,
+        "rece": SMALL,
+        "rl_lambda": PPO[1:],
+    }.get(method, ())
     folder = run(*overrides((method,), "0.9"), "hardware=single_gpu", *more)
     assert summary(folder)["status"] == "finished"
     assert 0 <= summary(folder)["metrics"]["eval/forget_rate"] <= 1

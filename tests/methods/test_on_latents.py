@@ -15,7 +15,7 @@ from unlearn_runner.training.checkpoint import open_checkpoint
 
 METHODS = (
     "siss", "siss_no_is", "adaptive_siss", "rl_lambda", "naive_deletion", "neg_grad", "erase_diff",
-    "salun", "critic_guided", "ddpo", "esd", "concept_ablation", "erase_flow", "posterior",
+    "salun", "critic_guided", "ddpo", "esd", "concept_ablation", "erase_flow", "posterior", "retrack",
 )  # fmt: skip
 DISTILLING = {
     "sfd": (), "sfd_two_stage": (), "hybrid": (),

@@ -9,13 +9,15 @@ from toy import gaussian_flow, gaussian_model
 
 from unlearn_runner.data.streams import Images, ImageSet
 from unlearn_runner.methods import posterior as module
+from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.posterior import Posterior, RetainedImages, full_precision, posterior
+from unlearn_runner.methods.posterior import Posterior, RetainedImages, ReTrack, full_precision, posterior
 from unlearn_runner.models.model import Noising
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
 F64 = torch.float64
+adam = partial(Update, optimizer=partial(torch.optim.Adam, lr=0.03))
 
 
 class Given(ImageSet):
@@ -192,7 +194,7 @@ def trained(model, retain, forget, steps=250, labels=None, **options):
     conds = labels or [torch.zeros(len(part), dtype=torch.int64) for part in (retain, forget)]
     setting = Setting(model, g, Labels(*(tuple(part.unique().tolist()) for part in conds)))
     decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
-    update = partial(Update, optimizer=partial(torch.optim.Adam, lr=0.03), lr_schedule=decay)
+    update = partial(adam, lr_schedule=decay)
     method = Posterior(setting, update, **options)
     method.begin(Images(Given(retain, conds[0]), Given(forget, conds[1])))
     for _ in range(steps):
@@ -252,3 +254,71 @@ def test_far_targets_count_less(monkeypatch):
         assert method.trained is model
     assert losses[None] == losses[1e9]
     assert losses[0.5] < losses[None]
+
+
+def test_retrack_weighs_the_nearest_of_the_clean_image(model):
+    """Which retained images count is decided without noise, how much at the noisy sample (2509.13007, its code)."""
+    known, forget = images(23), images(6, seed=5)
+    method = ReTrack(Setting(model, make_generator(0, "m")), adam, k=4)
+    method.begin(Images(Given(known), Given(forget)))
+    timesteps = torch.tensor([0, 5, 100, 400, 700, 950])
+    m, noising = noisy(model, forget, timesteps)
+    found = method._weights(m, noising, forget, None)
+    for row in range(len(forget)):
+        nearest = (known - forget[row]).square().flatten(1).sum(1).argsort()[:4]
+        assert set(found[row].nonzero()[:, 0].tolist()) <= set(nearest.tolist())
+        scale, std = noising.scale[row], noising.std[row]
+        logs = torch.stack([Normal(scale * known[i], std.expand_as(known[i])).log_prob(m[row]).sum() for i in nearest])
+        torch.testing.assert_close(found[row, nearest], logs.softmax(0))
+
+
+def test_retracks_gradient_is_that_of_its_papers_loss():
+    """lambda sum_i w_i ||eps_theta - v_i||^2 + (1 - lambda) ||eps_theta - eps||^2, v_i the noise that leads from the
+    i-th neighbour: here the squared distance to their mean, which differs by what no weight changes.
+    """
+    model = gaussian_model([-0.2], [0.5], side=2)
+    known, forget = images(30, (1, 2, 2), 0, torch.float32), images(8, (1, 2, 2), 3, torch.float32)
+    method = ReTrack(Setting(model, make_generator(0, "m")), adam, lambd=0.3, k=5)
+    method.begin(Images(Given(known), Given(forget)))
+    moved = []
+    method.update.apply = moved.append
+    method.step(Batch(known[:8], forget, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64), 0.1))
+
+    g, labels = make_generator(0, "m"), torch.zeros(8, dtype=torch.int64)
+    retain = drawn_loss(model, known[:8], labels, g).mean()
+    timesteps, eps = draw_noise(model, forget, g)
+    noising = model.noising(forget, timesteps, labels)
+    m = noising.sample(eps)
+    weights = method._weights(m, noising, forget, labels)
+    v = (m[:, None] - noising.scale[:, None] * known) / noising.std[:, None]
+    distances = (model.predict(m, timesteps, labels)[:, None] - v).square().flatten(2).sum(2)
+    loss = (0.3 * (weights * distances).sum(1).mean() + 0.7 * retain) / 4
+    by_hand = torch.cat([part.flatten() for part in torch.autograd.grad(loss, method.update.weights)])
+    torch.testing.assert_close(moved[0], by_hand, rtol=1e-4, atol=1e-6)
+
+
+def test_retrack_turns_the_forget_image_into_its_neighbours():
+    """Data of two points that are kept and one between them that is not: it is answered by the nearer of the two."""
+    model = gaussian_model([0.0], [0.3], side=1)
+    points = torch.tensor([-0.6, 0.2]).repeat(50)[:, None, None, None]
+    forget = torch.full((20, 1, 1, 1), 0.1)
+    method = ReTrack(Setting(model, make_generator(0, "m")), adam, k=50)
+    method.begin(Images(Given(points), Given(forget)))
+    weights = method._weights(*noisy(model, forget, torch.full((20,), 900)), forget, None)
+    torch.testing.assert_close(weights @ points.flatten(1), torch.full((20, 1), 0.2))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_retrack_under_a_condition_asks_its_own_images_or_all(seed):
+    model = gaussian_model([0.0, 0.0, 0.0], [0.3] * 3, side=1)
+    known, labels = images(40, (1, 1, 1), seed, torch.float32), torch.arange(40) % 2
+    forget, conds = images(6, (1, 1, 1), seed + 7, torch.float32), torch.tensor([1, 1, 1, 2, 2, 2])
+    names = Labels(retain=(0,), forget=(1, 2), names=("a", "b", "c"), contents=(0, 1, 1))
+    method = ReTrack(Setting(model, make_generator(0, "m"), names), adam, k=3)
+    method.begin(Images(Given(known, labels), Given(forget, conds)))
+    x0, m = forget, noisy(model, forget, torch.full((6,), 300))
+    weights = method._weights(*m, x0, conds)
+    for row in range(3):  # label 1 has images of its own
+        assert not weights[row, labels == 0].any()
+    distances = (known - forget[3]).square().flatten()
+    assert set(weights[3].nonzero()[:, 0].tolist()) <= set(distances.argsort()[:3].tolist())

@@ -1,9 +1,9 @@
-"""Concept Ablation (ICCV 2023, 2303.13516): under the concept's prompt the network learns to answer as under an anchor's, on
-pictures that the base draws under the anchor.
+"""Concept Ablation (ICCV 2023, 2303.13516): under the concept's prompt the network learns to answer as under an
+anchor's, on pictures that the base draws under the anchor.
 
 Released code (github.com/nupurkmr9/concept-ablation, diffusers/train.py): 200 pictures; the answer under the anchor is
-the trained network's own, without gradient; the denoising loss under the anchor's own prompt counts 1, on other pictures
-of the same set, here on the same ones; keys and values of the cross-attention move
+the trained network's own, without gradient; the denoising loss under the anchor's own prompt counts 1, on other
+pictures of the same set, here on the same ones; keys and values of the cross-attention move
 (model.network.trainable=cross_attention_kv).
 
 # Notation (variable -> paper)
@@ -32,8 +32,8 @@ class ConceptAblation(Method):
     Args:
         batch_size: pictures in a step.
         anchor: the text that the forget prompts are to be answered as.
-        variant: "model": the target is the network's own answer under the anchor (the paper's model-based loss, equation
-            5); "noise": the noise itself, so that the anchor's pictures stand under the forget prompts (equation 6).
+        variant: "model": the target is the network's own answer under the anchor (the paper's model-based loss);
+            "noise": the noise itself, so that the anchor's pictures stand under the forget prompts (noise-based).
         anchor_weight: of the denoising loss of the same pictures under the anchor.
         num_images: pictures that the base draws under the anchor, before the first step.
         num_inference_steps: of drawing them by DDIM, with the model's guidance.
@@ -69,7 +69,7 @@ class ConceptAblation(Method):
 
     @torch.no_grad()
     def begin(self, images: Images | None) -> None:
-        """What a resumed run does again: it draws the same pictures, for the generator's state is restored afterwards."""
+        """A resumed run draws the same pictures again; its generator's state is restored afterwards."""
         self.condition = self.trained.embed([self.anchor])
         cond = self.condition.expand(self.num_images, -1, -1)
         drawn = self.trained.sample(self.num_images, cond, self.generator, self.num_inference_steps)

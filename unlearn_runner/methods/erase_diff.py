@@ -38,7 +38,8 @@ from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Strea
 def erase_diff_loss(prediction_forget: Float[Tensor, "b c h w"], target: Float[Tensor, "b c h w"]) -> Float[Tensor, ""]:
     """f(theta): on forget images the network shall predict `target` instead of what it learnt there.
 
-    "siss": its noise is compared with uniform noise from [0, 1). ("released": `salun.relabelled_loss`.) Squared error summed over pixels, averaged over the batch. In [0, inf).
+    "siss": its noise is compared with uniform noise from [0, 1). ("released": `salun.relabelled_loss`.) Squared error
+    summed over pixels, averaged over the batch. In [0, inf).
     """
     return squared_error(prediction_forget, target).mean()
 

@@ -1,10 +1,11 @@
 """EraseFlow (NeurIPS 2025, 2511.00804): roll-outs of an anchor prompt get the same flow under the forget prompt, by the
 trajectory balance of generative flow networks (2201.13259).
 
-Released code (github.com/Abhiramkns/EraseFlow): roll-outs are drawn by the network of now, in the first 21 steps of training
-alone; a fifth of the sampling steps, the last, count at each, and as many others at random; log-densities are means over
-a latent's entries; log beta 2.5; log Z begins at -0.1953; LoRA of rank 4, AdamW, 3e-4, one roll-out of 50 steps with guidance 5.
-There the last step stops at t = 0 and counts; here it leads to the picture, has no density and does not count.
+Released code (github.com/Abhiramkns/EraseFlow): roll-outs are drawn by the network of now, in the first 21 steps of
+training alone; a fifth of the sampling steps, the last, count in each, and as many others at random; log-densities are
+means over a latent's entries; log beta 2.5; log Z begins at -0.1953; LoRA of rank 4, AdamW, 3e-4, one roll-out of 50
+steps with guidance 5. There the last step stops at t = 0 and counts; here it leads to the picture, has no density and
+does not count.
 
 # Notation (variable -> paper)
 # forward, backward -> P_F(x_{t-1} | x_t, c), P_B(x_t | x_{t-1}) = q(x_t | x_{t-1})
@@ -72,8 +73,8 @@ class EraseFlow(Method):
         num_rollouts: in a step, under the model's guidance.
         num_inference_steps, eta: of the roll-outs' DDIM.
         fresh_steps: how many steps draw their own roll-outs; later ones learn from the last of these again.
-        late_share: of the sampling steps that count always, those with the least noise; as many others count, drawn anew
-            in every step.
+        late_share: of the sampling steps that count always, those with the least noise; as many others count, drawn
+            anew in every step.
         log_reward: log beta.
         log_partition: log Z at the beginning.
     """

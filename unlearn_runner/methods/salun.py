@@ -1,10 +1,10 @@
-"""SalUn: saliency unlearning (ICLR 2024, 2310.12508). A forget image is answered as if it stood under another condition,
-and only the weights that matter most to it move.
+"""SalUn: saliency unlearning (ICLR 2024, 2310.12508). A forget image is answered as if it stood under another
+condition, and only the weights that matter most to it move.
 
 Released code (github.com/OPTML-Group/Unlearn-Saliency, DDPM/runners/diffusion.py and SD/train-scripts): the other
-condition is always the next class; alpha is 1e-3 for DDPM, of a retain loss summed over 3,072 entries, that is about 3 in
-means, and 0.5 for Stable Diffusion, in means; half of the weights move. There the gradient is cut before the mask, here
-after it.
+condition is always the next class; alpha is 1e-3 for DDPM, of a retain loss summed over 3,072 entries, that is about 3
+in means, and 0.5 for Stable Diffusion, in means; half of the weights move. There the gradient is cut before the mask,
+here after it.
 
 # Notation (variable -> paper)
 # losses_retain -> l_MSE(theta_u; D_r);  other -> c' != c;  retain_weight -> alpha

@@ -80,10 +80,10 @@ class Parts(NamedTuple):
 class Tuning(NamedTuple):
     """Which of the UNet's weights unlearning moves, and how.
 
-    "full": all of them; "cross_attention": those that read the prompt (ESD-x, 2303.07345); "cross_attention_kv": of these
-    the keys' and values' alone (ESD-x-strict of its code; Concept Ablation's, 2303.13516); "not_cross_attention": all
-    others (ESD-u); "lora": low-rank additions (2106.09685) to all attention projections, which `save` adds to the
-    weights.
+    "full": all of them; "cross_attention": those that read the prompt (ESD-x, 2303.07345); "cross_attention_kv": of
+    these the keys' and values' alone (ESD-x-strict of its code; Concept Ablation's, 2303.13516);
+    "not_cross_attention": all others (ESD-u); "lora": low-rank additions (2106.09685) to all attention projections,
+    which `save` adds to the weights.
     """
 
     trainable: str = "full"
