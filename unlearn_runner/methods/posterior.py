@@ -189,9 +189,10 @@ class Posterior(Method):
         k: how many retained images explain a sample, those that are nearest to it; None: all.
         subset: of so many retained images only, drawn anew at every step, which the target is then an estimate from;
             None: of all.
-        cap: a sample counts by min(1, cap D / ||eps||^2), D the number of entries and eps the noise that would lead
-            from the target to the sample: at little noise that is far, and the sampler does not come there any more.
-            None: each counts by 1. Without effect on a VAE, whose targets are images.
+        cap: a noisy forget image counts by min(1, cap D / ||eps||^2), D the number of entries and eps the noise that
+            would lead from the target to it: at little noise that is far, and the sampler does not come there any
+            more. Noise itself has ||eps||^2 of about D. None: each counts by 1. Without effect on a VAE, whose targets
+            are images.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
     """
 
@@ -206,7 +207,7 @@ class Posterior(Method):
         without_images: Literal["nearest", "all"] = "nearest",
         k: PositiveInt | None = None,
         subset: PositiveInt | None = None,
-        cap: Annotated[float, Gt(0)] | None = 0.1,
+        cap: Annotated[float, Gt(0)] | None = 1.0,
         timesteps: TimestepSampler | None = None,
     ):
         self.reads = Streams(retain="retain", forget=True)
@@ -252,10 +253,9 @@ class Posterior(Method):
         # 1. which samples are under the forget conditions, and the images that they are drawn from
         timesteps, t_weights = self.timesteps.draw(b, model.num_train_timesteps, g, device)
         eps = draw_eps(model, batch.x0_retain, g)
-        forgets, follows = torch.rand((2, b), generator=g, device=device)
-        forgets = forgets < self.lambd
-        rows = forgets.nonzero()[:, 0]
-        follows = rows[follows[rows] < self.follow]
+        forgets, following = torch.rand((2, b), generator=g, device=device)
+        forgets, following = forgets < self.lambd, following < self.follow
+        rows, follows = forgets.nonzero()[:, 0], (forgets & following).nonzero()[:, 0]
         with torch.no_grad():
             x0 = model.encode(torch.where(_beside(forgets, batch.x0_retain), batch.x0_forget, batch.x0_retain))
         cond = batch.cond_retain
@@ -284,7 +284,7 @@ class Posterior(Method):
         weights = t_weights
         if self.cap is not None and model.is_diffusion:
             capped = (self.cap / eps.square().flatten(1).mean(1)).clamp(max=1)
-            weights = torch.where(forgets, t_weights * capped, t_weights)
+            weights = torch.where(forgets & ~following, t_weights * capped, t_weights)
         gradient = self.update.gradient((weights * losses).mean())
         self.update.apply(gradient)
 
