@@ -22,6 +22,7 @@ from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising
 from unlearn_runner.options import PositiveInt, UnitInterval
+from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 ENOUGH = 256  # forget images, to tell which label they are nearest to
@@ -170,6 +171,78 @@ class RetainedImages:
             total, start = total + weights[:, start:stop] @ images, stop
         return total.view_as(like)
 
+    @torch.no_grad()
+    def target(
+        self,
+        m: Float[Tensor, "b ..."],
+        noising: Noising,
+        cond: Shaped[Tensor, "b"] | None,
+        like: Float[Tensor, "b ..."],
+        k: int | None = None,
+        numbers: Int64[Tensor, "n"] | None = None,
+    ) -> Float[Tensor, "b ..."]:
+        """The posterior mean of the images, or of those with these numbers, at each m; see `log_densities`."""
+        return self.mean(posterior(self.log_densities(m, noising, cond, numbers), k), like, numbers)
+
+    @torch.no_grad()
+    def drawn_for(
+        self,
+        x0: Float[Tensor, "b ..."],
+        cond: Shaped[Tensor, "b"] | None,
+        numbers: Int64[Tensor, "n"] | None,
+        generator: torch.Generator,
+        k: int | None = None,
+    ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
+        """For each x0 an image that it may be taken for in the noisier half of the timesteps, and its label."""
+        weights = self.posterior_of_noisy(x0, cond, generator, 0.5, k, numbers)
+        drawn = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        return self.take(drawn if numbers is None else numbers[drawn])
+
+    @torch.no_grad()
+    def posterior_of_noisy(
+        self,
+        x0: Float[Tensor, "b ..."],
+        cond: Shaped[Tensor, "b"] | None,
+        generator: torch.Generator,
+        least: float,
+        k: int | None = None,
+        numbers: Int64[Tensor, "n"] | None = None,
+    ) -> Float[Tensor, "b n"]:
+        """What each x0 may be taken for at a random timestep of at least this share of all."""
+        model, most = self.model, self.model.num_train_timesteps
+        timesteps = torch.randint(int(least * most), most, (len(x0),), generator=generator, device=x0.device)
+        noising = model.noising(x0, timesteps, cond)
+        m = noising.sample(draw_eps(model, x0, generator))
+        return posterior(self.log_densities(m, noising, cond, numbers), k)
+
+
+@torch.no_grad()
+def explaining(
+    model: GenerativeModel,
+    images: Images,
+    labels: Labels | None,
+    without_images: Literal["nearest", "all"],
+    generator: torch.Generator,
+    k: int | None = None,
+) -> RetainedImages:
+    """The retained images, as they explain samples under the forget conditions: those of the same label; where it has
+    none, of the label that its forget images, made noisy, are most likely of ("nearest"), or all.
+    """
+    stand_in: dict[int, int | None] = {}
+    if labels is not None:
+        there = set(images.retain.labels.unique().tolist())
+        stand_in = {label: label if label in there else None for label in labels.forget}
+    if None in stand_in.values() and without_images == "nearest":
+        everything = RetainedImages(model, images.retain, stand_in)
+        for label in [label for label, other in stand_in.items() if other is None]:
+            rows = (images.forget.labels == label).nonzero()[:ENOUGH, 0].cpu()
+            # a prompt without a forget image of its own: those of the others
+            x0, conds = images.forget.take(rows if len(rows) else torch.arange(len(images.forget))[:ENOUGH])
+            weights = everything.posterior_of_noisy(_encoded(model, x0), conds, generator, 0.0, k)
+            mass = torch.zeros(model.num_labels, device=weights.device)
+            stand_in[label] = int(mass.index_add_(0, everything.labels, weights.sum(0)).argmax())
+    return RetainedImages(model, images.retain, stand_in)
+
 
 @final
 class Posterior(Method):
@@ -224,27 +297,8 @@ class Posterior(Method):
     def model(self) -> GenerativeModel:
         return self.update.model
 
-    @torch.no_grad()
     def begin(self, images: Images | None) -> None:
-        stand_in: dict[int, int | None] = {}
-        if self.labels is not None:
-            there = set(images.retain.labels.unique().tolist())
-            stand_in = {label: label if label in there else None for label in self.labels.forget}
-        if None in stand_in.values() and self.without_images == "nearest":
-            everything = RetainedImages(self.trained, images.retain, stand_in)
-            for label in [label for label, other in stand_in.items() if other is None]:
-                stand_in[label] = self._nearest(label, images.forget, everything)
-        self.retained = RetainedImages(self.trained, images.retain, stand_in)
-
-    def _nearest(self, label: int, forget: ImageSet, retained: RetainedImages) -> int:
-        """The label that the noisy forget images of a label are most likely of."""
-        rows = (forget.labels == label).nonzero()[:ENOUGH, 0].cpu()
-        x0, labels = forget.take(rows if len(rows) else torch.arange(len(forget))[:ENOUGH])
-        weights = self._posterior_of_noisy(_encoded(self.trained, x0), labels, retained, None, least=0.0)
-        mass = torch.zeros(self.trained.num_labels, device=weights.device).index_add_(
-            0, retained.labels, weights.sum(0)
-        )
-        return int(mass.argmax())
+        self.retained = explaining(self.trained, images, self.labels, self.without_images, self.generator, self.k)
 
     def step(self, batch: Batch) -> Metrics:
         model, g, b = self.trained, self.generator, len(batch.x0_retain)
@@ -264,7 +318,7 @@ class Posterior(Method):
         own = cond  # of the image that a sample is drawn from
         numbers = self.retained.some(self.subset, g)
         if len(follows):
-            arrived, labels = self._arrived_at(x0[follows], _some(cond, follows), numbers)
+            arrived, labels = self.retained.drawn_for(x0[follows], _some(cond, follows), numbers, g, self.k)
             x0[follows] = arrived.to(x0.dtype)
             if own is not None:
                 own = own.index_copy(0, follows, labels)
@@ -274,7 +328,7 @@ class Posterior(Method):
         m = noising.sample(eps)
         if len(rows):
             drawn = Noising(*(part if isinstance(part, float) else part[rows] for part in noising))
-            x0[rows] = self._means(m[rows], drawn, _some(cond, rows), x0[rows], numbers)
+            x0[rows] = self.retained.target(m[rows], drawn, _some(cond, rows), x0[rows], self.k, numbers)
         if model.is_diffusion:
             eps = (m - noising.scale * x0) / noising.std
 
@@ -295,43 +349,6 @@ class Posterior(Method):
             "loss/forget": _mean_of(losses * weights, forgets),
             "grad_norm/update": gradient.norm(),
         }
-
-    @torch.no_grad()
-    def _means(
-        self,
-        m: Float[Tensor, "b ..."],
-        noising: Noising,
-        cond: Shaped[Tensor, "b"] | None,
-        like: Float[Tensor, "b ..."],
-        numbers: Int64[Tensor, "n"] | None,
-    ) -> Float[Tensor, "b ..."]:
-        """The posterior means of these samples."""
-        weights = posterior(self.retained.log_densities(m, noising, cond, numbers), self.k)
-        return self.retained.mean(weights, like, numbers)
-
-    @torch.no_grad()
-    def _arrived_at(
-        self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None, numbers: Int64[Tensor, "n"] | None
-    ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
-        """For each image a retained image that it may be taken for in the noisier half of the timesteps."""
-        weights = self._posterior_of_noisy(x0, cond, self.retained, numbers, least=0.5)
-        drawn = torch.multinomial(weights, 1, generator=self.generator)[:, 0]
-        return self.retained.take(drawn if numbers is None else numbers[drawn])
-
-    def _posterior_of_noisy(
-        self,
-        x0: Float[Tensor, "b ..."],
-        cond: Shaped[Tensor, "b"] | None,
-        retained: RetainedImages,
-        numbers: Int64[Tensor, "n"] | None,
-        least: float,
-    ) -> Float[Tensor, "b n"]:
-        """What each image may be taken for at a random timestep of at least this share of all."""
-        model, g, most = self.trained, self.generator, self.trained.num_train_timesteps
-        timesteps = torch.randint(int(least * most), most, (len(x0),), generator=g, device=x0.device)
-        noising = model.noising(x0, timesteps, cond)
-        m = noising.sample(draw_eps(model, x0, g))
-        return posterior(retained.log_densities(m, noising, cond, numbers), self.k)
 
     def stateful(self) -> dict[str, Stateful]:
         return {**self.update.stateful(), "noise": GeneratorState(self.generator), "timesteps": self.timesteps}
@@ -372,12 +389,8 @@ class ReTrack(Method):
     def model(self) -> GenerativeModel:
         return self.update.model
 
-    @torch.no_grad()
     def begin(self, images: Images | None) -> None:
-        forget = () if self.labels is None else self.labels.forget
-        there = set() if self.labels is None else set(images.retain.labels.unique().tolist())
-        stand_in = {label: label if label in there else None for label in forget}
-        self.retained = RetainedImages(self.trained, images.retain, stand_in)
+        self.retained = explaining(self.trained, images, self.labels, "all", self.generator)
 
     def step(self, batch: Batch) -> Metrics:
         model, g = self.trained, self.generator
