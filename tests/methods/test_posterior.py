@@ -10,8 +10,10 @@ from toy import gaussian_flow, gaussian_model
 from unlearn_runner.data.streams import Images, ImageSet
 from unlearn_runner.methods import posterior as module
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
+from unlearn_runner.methods.lambdas import ClosedForm
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.posterior import Posterior, RetainedImages, ReTrack, full_precision, posterior
+from unlearn_runner.methods.siss import SISS, mix
 from unlearn_runner.models.model import Noising
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
@@ -188,14 +190,14 @@ def test_the_posteriors_of_a_vae_are_its_encoders(tiny_vae):
         torch.testing.assert_close(retained.mean(weights, known[:6]), wanted)
 
 
-def trained(model, retain, forget, steps=250, labels=None, **options):
+def trained(model, retain, forget, steps=250, labels=None, build=Posterior, **options):
     """A model after so many steps of Adam; all images have label 0 where no labels are given."""
     g = make_generator(0, "method")
     conds = labels or [torch.zeros(len(part), dtype=torch.int64) for part in (retain, forget)]
     setting = Setting(model, g, Labels(*(tuple(part.unique().tolist()) for part in conds)))
     decay = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=steps)
     update = partial(adam, lr_schedule=decay)
-    method = Posterior(setting, update, **options)
+    method = build(setting, update, **options)
     method.begin(Images(Given(retain, conds[0]), Given(forget, conds[1])))
     for _ in range(steps):
         rows = [torch.randint(len(part), (128,), generator=g) for part in (retain, forget)]
@@ -322,3 +324,41 @@ def test_retrack_under_a_condition_asks_its_own_images_or_all(seed):
         assert not weights[row, labels == 0].any()
     distances = (known - forget[3]).square().flatten()
     assert set(weights[3].nonzero()[:, 0].tolist()) <= set(distances.argsort()[:3].tolist())
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (gaussian_model, {"lambd": 0.1, "rho": 0.5}),
+        (gaussian_flow, {"lambd": ClosedForm()}),
+        pytest.param(gaussian_model, {"lambd": 0.5}, marks=pytest.mark.slow),
+        pytest.param(gaussian_model, {"lambd": 0.5, "population": "all", "superfactor": 2.0}, marks=pytest.mark.slow),
+    ],
+    ids=["norm fix", "closed form", "static", "all images"],
+)
+def test_siss_with_posterior_targets_comes_to_the_retained_images_score(build, options):
+    """Nothing is ascended: it stays there, whatever the forget term weighs."""
+    model = build([-0.2], [0.5], side=1)
+    method = trained(model, spread(-0.5, 0.3), spread(0.3, 0.1, 200), build=SISS, forget_target="posterior", **options)
+    unet = method.trained.backbone.unet
+    assert unet.means.item() == pytest.approx(-0.5, abs=0.04)
+    assert unet.log_stds.exp().item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_sisss_forget_term_is_the_loss_at_the_posterior_mean(model):
+    """At the mixture's own samples; its weight there by trust, and its sign such that it is descended."""
+    known, forget = images(23), images(8, seed=5)
+    method = SISS(Setting(model, make_generator(0, "m")), adam, forget_target="posterior")
+    method.begin(Images(Given(known), Given(forget)))
+    timesteps, eps = torch.arange(8) * 120 + 20, torch.randn(forget.shape, generator=torch.Generator().manual_seed(3))
+    batch = Batch(known[:8], forget, None, None, 0.1)
+    noisings = [model.noising(x0, timesteps, None) for x0 in (batch.x0_retain, batch.x0_forget)]
+    mixture = mix(batch, timesteps, *noisings, eps, torch.arange(8) % 2 == 0, 0.5)
+    found = method._explained(mixture, noisings[1])
+    wanted = brute_force(mixture.m, noisings[1], known)
+    torch.testing.assert_close(found.x0, wanted)
+    torch.testing.assert_close(noisings[1].scale * found.x0 + noisings[1].std * found.eps, mixture.m)
+    squares = found.eps.square().flatten(1).mean(1)
+    torch.testing.assert_close(found.weight, mixture.forget.weight * (1 / squares).clamp(max=1))
+    assert method.factors(batch) == (1.0, -1.0)
+    assert SISS(Setting(model, make_generator(0, "m")), adam).factors(batch) == (1.0, 1.0)

@@ -1,6 +1,7 @@
 """Endless batches of forget and retain images, drawn by index with an explicit generator."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import torch
@@ -64,11 +65,16 @@ class ImageSet:
     """
 
     def __init__(self, images: LabelledImages, stream: "BatchStream"):
-        self._pool, self._stream = Pool([images], stream.keep_on), stream
+        self._images, self._stream = images, stream
         self.resident, self.mirrored = stream.data.resident, stream.horizontal_flip
 
     def __len__(self) -> int:
-        return len(self._pool)
+        return len(self._images)
+
+    @cached_property
+    def _pool(self) -> Pool:
+        """Moved to the device when they are first looked at."""
+        return Pool([self._images], self._stream.keep_on)
 
     @property
     def labels(self) -> Int64[Tensor, "n"] | None:

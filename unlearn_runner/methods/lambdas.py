@@ -57,7 +57,7 @@ class Seen(NamedTuple):
     norm_retain: Float[Tensor, ""]  # of the batch's gradients over the network's weights
     norm_forget: Float[Tensor, ""]
     c_retain: Float[Tensor, ""]  # what the two gradients were multiplied by before they were added
-    c_forget: Float[Tensor, ""]
+    c_forget: Float[Tensor, ""]  # below 0 where the forget term is descended, too
 
     def square_norm(self) -> Float[Tensor, "b"]:
         """||G||^2 of each sample.
@@ -394,7 +394,7 @@ class ClosedForm(LambdaController):
         rows = torch.stack([torch.ones_like(squares[0]), *squares])
         found = rows.new_zeros(3, self.num_levels).index_add_(1, range_of(seen.level, self.num_levels), rows)
         norms = torch.stack([seen.norm_retain, seen.norm_forget])
-        norms = torch.stack([norms, norms * torch.stack([seen.c_retain, seen.c_forget])]).to(found)
+        norms = torch.stack([norms, norms * torch.stack([seen.c_retain, seen.c_forget]).abs()]).to(found)
         if self.sums is None:
             self.sums, self.norms = found, norms
         else:

@@ -41,6 +41,13 @@ def posterior(log_densities: Float[Tensor, "b n"], k: int | None = None) -> Floa
     return torch.zeros_like(log_densities).scatter(1, rows, largest.softmax(1))
 
 
+def trust(eps: Float[Tensor, "b ..."], cap: float) -> Float[Tensor, "b"]:
+    """min(1, cap D / ||eps||^2), by which a sample counts: D the number of entries, eps the noise that would lead from
+    its target to it. At little noise a target is far, and the sampler does not come there any more.
+    """
+    return (cap / eps.square().flatten(1).mean(1)).clamp(max=1)
+
+
 class Seen(NamedTuple):
     """Some of the retained images, flat, as the posterior sees them."""
 
@@ -117,7 +124,7 @@ class RetainedImages:
         if self.images.mirrored:
             flipped, _ = self.images.take(rows, mirrored=True)
             x0 = torch.where(_beside(numbers >= self.num_plain, x0), flipped, x0)
-        return _encoded(self.model, x0), labels
+        return encoded(self.model, x0), labels
 
     def _parts(self, numbers: Int64[Tensor, "n"] | None, dtype: torch.dtype) -> Iterator[Seen]:
         """These images, or all, a part at a time."""
@@ -238,7 +245,7 @@ def explaining(
             rows = (images.forget.labels == label).nonzero()[:ENOUGH, 0].cpu()
             # a prompt without a forget image of its own: those of the others
             x0, conds = images.forget.take(rows if len(rows) else torch.arange(len(images.forget))[:ENOUGH])
-            weights = everything.posterior_of_noisy(_encoded(model, x0), conds, generator, 0.0, k)
+            weights = everything.posterior_of_noisy(encoded(model, x0), conds, generator, 0.0, k)
             mass = torch.zeros(model.num_labels, device=weights.device)
             stand_in[label] = int(mass.index_add_(0, everything.labels, weights.sum(0)).argmax())
     return RetainedImages(model, images.retain, stand_in)
@@ -262,10 +269,8 @@ class Posterior(Method):
         k: how many retained images explain a sample, those that are nearest to it; None: all.
         subset: of so many retained images only, drawn anew at every step, which the target is then an estimate from;
             None: of all.
-        cap: a noisy forget image counts by min(1, cap D / ||eps||^2), D the number of entries and eps the noise that
-            would lead from the target to it: at little noise that is far, and the sampler does not come there any
-            more. Noise itself has ||eps||^2 of about D. None: each counts by 1. Without effect on a VAE, whose targets
-            are images.
+        cap: of `trust`, which noisy forget images count by; noise itself has ||eps||^2 of about D. None: each counts by
+            1. Without effect on a VAE, whose targets are images.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
     """
 
@@ -337,8 +342,7 @@ class Posterior(Method):
         losses = model.loss(answer, x0, m, eps, noising.std, timesteps) / model.num_entries
         weights = t_weights
         if self.cap is not None and model.is_diffusion:
-            capped = (self.cap / eps.square().flatten(1).mean(1)).clamp(max=1)
-            weights = torch.where(forgets & ~following, t_weights * capped, t_weights)
+            weights = torch.where(forgets & ~following, t_weights * trust(eps, self.cap), t_weights)
         gradient = self.update.gradient((weights * losses).mean())
         self.update.apply(gradient)
 
@@ -439,7 +443,7 @@ def _largest(values: Float[Tensor, "b n"], k: int) -> Bool[Tensor, "b n"]:
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, rows, True) & values.isfinite()
 
 
-def _encoded(model: GenerativeModel, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
+def encoded(model: GenerativeModel, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b ..."]:
     """What the model takes noisy samples from; for an encoder that is a part of it, in the precision of its weights."""
     return model.encode(x0) if model.is_diffusion else x0.to(next(model.parameters()).dtype)
 

@@ -121,6 +121,8 @@ class RLLambda(Method):
     paper's.
     """
 
+    requires = ("images",)
+
     def __init__(
         self,
         setting: Setting,

@@ -17,10 +17,12 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner import rules
+from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Setting, Update
+from unlearn_runner.methods.posterior import RetainedImages, encoded, explaining, trust
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising, denoising_loss
 from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
@@ -287,6 +289,10 @@ class GradientVariance:
 class SISS(Method):
     """Descends L_retain and ascends L_forget on samples of a mixture of a retain and a forget image.
 
+    With `forget_target="posterior"` it descends both, L_forget being the loss at the posterior mean of the retained
+    images instead of at the forget image: bounded, and nothing is ascended. (The target of `methods/posterior.py`;
+    samples count by its `trust`, with cap 1.)
+
     Args:
         lambd: share of samples drawn from the forget image, in [0, 1], or a LambdaController.
         tau, rho: norm of the forget gradient, absolute or relative to the retain gradient's (see NormFix).
@@ -298,8 +304,11 @@ class SISS(Method):
         norm_every: steps between two measurements of the gradients' norms; in between the terms share one pass back,
             and the forget gradient is multiplied by what was last found right. 1: at every step, as in the paper.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
+        forget_target: what L_forget compares the network's answer with, see above.
         gradient_variance: log grad_variance/{retain,forget,update}.
     """
+
+    requires = ("images",)
 
     def __init__(
         self,
@@ -314,6 +323,7 @@ class SISS(Method):
         norm_every: PositiveInt = 1,
         timesteps: TimestepSampler | None = None,
         gradient_variance: bool = False,
+        forget_target: Literal["ascent", "posterior"] = "ascent",
     ):
         rules.variance_of_gradients(norm_every, gradient_variance)
         self.reads = Streams(retain=population, forget=True)
@@ -323,6 +333,8 @@ class SISS(Method):
         self.norm_fix = NormFix(tau, rho)
         self.superfactor = superfactor
         self.split = split
+        self.labels, self.forget_target = setting.labels, forget_target
+        self.retained: RetainedImages | None = None
         self.norms = LastNorms(norm_every)
         self.timesteps = Uniform() if timesteps is None else timesteps
         self.gradient_variance = GradientVariance() if gradient_variance else None
@@ -332,6 +344,10 @@ class SISS(Method):
     @property
     def model(self) -> GenerativeModel:
         return self.update.model
+
+    def begin(self, images: Images | None) -> None:
+        if self.forget_target == "posterior":
+            self.retained = explaining(self.trained, images, self.labels, "nearest", self.generator)
 
     def step(self, batch: Batch) -> Metrics:
         model, b, pixels = self.trained, len(batch.x0_retain), self.trained.num_entries
@@ -349,6 +365,8 @@ class SISS(Method):
         noising_retain = model.noising(batch.x0_retain, timesteps, batch.cond_retain)
         noising_forget = model.noising(batch.x0_forget, timesteps, batch.cond_forget)
         mixture = mix(batch, timesteps, noising_retain, noising_forget, eps, coin < lambd, lambd)
+        if self.retained is not None:
+            mixture = mixture._replace(forget=self._explained(mixture, noising_forget))
 
         # 3. the gradients of both terms, and the forget gradient at its norm; or both at once, at the last norms
         scales = (t_weights * scale_retain, t_weights * scale_forget)
@@ -371,7 +389,7 @@ class SISS(Method):
         w_retain, w_forget = mixture.retain.weight, mixture.forget.weight
         losses_retain, losses_forget = found.losses_retain / pixels, found.losses_forget / pixels
         c_forget = torch.where(norm_forget > 0, c_forget * fix, 0.0)  # no forget sample was drawn, none is scaled
-        self.timesteps.learn(level, c_retain * losses_retain + c_forget * losses_forget)
+        self.timesteps.learn(level, c_retain * losses_retain + abs(c_forget) * losses_forget)
         variances = {}
         if self.gradient_variance is not None:
             variances = self.gradient_variance({"retain": grad_retain, "forget": grad_forget, "update": gradient})
@@ -404,9 +422,22 @@ class SISS(Method):
         }
 
     def factors(self, batch: Batch) -> tuple[float, float]:
-        """What the two terms are multiplied by: N/(N-K) and (1 + s) K/(N-K), or 1 and 1 + s for x from X without A."""
+        """What the term to descend is multiplied by, and that to ascend: N/(N-K) and (1 + s) K/(N-K), or 1 and 1 + s
+        for x from X without A. Below 0 the latter is descended, too.
+        """
         share = batch.forget_share if self.reads.retain == "all" else 0.0
-        return 1 / (1 - share), (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+        sign = 1 if self.forget_target == "ascent" else -1
+        return 1 / (1 - share), sign * (1 + self.superfactor) * (share / (1 - share) if share else 1.0)
+
+    @torch.no_grad()
+    def _explained(self, mixture: Mixture, noising: Noising) -> Origin:
+        """The mixture's samples seen as noised from what the retained images say of them."""
+        model, forget = self.trained, mixture.forget
+        target = self.retained.target(mixture.m, noising, mixture.cond, encoded(model, forget.x0))
+        if not model.is_diffusion:
+            return forget._replace(x0=target)
+        eps = (mixture.m - noising.scale * target) / noising.std
+        return Origin(target, eps, forget.std, forget.weight * trust(eps, cap=1.0))
 
     def terms_apart(
         self, batch: Batch, timesteps: Int64[Tensor, "b"], eps: Float[Tensor, "b ..."], norms: bool = True
