@@ -7,6 +7,7 @@ from importance sampling, with the k retained images nearest to the forget image
 # m, scale, std -> x, s(t), s(t) sigma(t); retained images -> y_1..y_Y; target -> D(x; sigma)
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Literal, NamedTuple, final
@@ -46,6 +47,13 @@ def trust(eps: Float[Tensor, "b ..."], cap: float) -> Float[Tensor, "b"]:
     its target to it. At little noise a target is far, and the sampler does not come there any more.
     """
     return (cap / eps.square().flatten(1).mean(1)).clamp(max=1)
+
+
+class Part(NamedTuple):
+    """Some of the retained images, in place of all."""
+
+    numbers: Int64[Tensor, "n"]
+    log_counts: Float[Tensor, "n"]  # log of how many images each of them stands for
 
 
 class Seen(NamedTuple):
@@ -104,6 +112,7 @@ class RetainedImages:
         if self.labels is not None:
             self.labels = self.labels[self.rows.to(self.labels.device)]
         self.num_plain, self.kept = len(rows), None
+        self.near = torch.zeros(0, dtype=torch.int64)
         if images.resident:
             parts = zip(*self._read(None), strict=True)
             self.kept = Seen(*(None if part[0] is None else torch.cat(part) for part in parts))
@@ -111,11 +120,28 @@ class RetainedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def some(self, count: int | None, generator: torch.Generator) -> Int64[Tensor, "n"] | None:
-        """The numbers of so many of them, drawn with replacement; None, which stands for all, if there are no more."""
+    @torch.no_grad()
+    def keep_near(self, forget: ImageSet, count: int) -> None:
+        """Let `some` have up to so many images always: as many of each forget image's nearest as of the others'."""
+        each, near = count // len(forget), []
+        if each:
+            for rows in torch.arange(len(forget)).split(ENOUGH):
+                x0, cond = forget.take(rows)
+                near.append(self.nearness(encoded(self.model, x0), cond).topk(min(each, len(self)), dim=1).indices)
+            self.near = torch.cat(near).unique()
+
+    def some(self, count: int | None, generator: torch.Generator) -> Part | None:
+        """So many of them: those of `keep_near`, and others, drawn with replacement, which stand for all others. None,
+        which stands for all, if there are no more.
+        """
         if count is None or count >= len(self):
             return None
-        return torch.randint(len(self), (count,), generator=generator, device=generator.device)
+        near = self.near.to(generator.device)
+        drawn = torch.randint(len(self), (count - len(near),), generator=generator, device=generator.device)
+        drawn = drawn[~torch.isin(drawn, near)]
+        log_count = math.log((len(self) - len(near)) / max(1, len(drawn)))
+        log_counts = torch.cat([torch.zeros(len(near)), torch.full((len(drawn),), log_count)])
+        return Part(torch.cat([near, drawn]), log_counts.to(near.device))
 
     def take(self, numbers: Int64[Tensor, "b"]) -> tuple[Tensor, Tensor | None]:
         """Images, encoded, by their number, and their labels."""
@@ -126,9 +152,9 @@ class RetainedImages:
             x0 = torch.where(_beside(numbers >= self.num_plain, x0), flipped, x0)
         return encoded(self.model, x0), labels
 
-    def _parts(self, numbers: Int64[Tensor, "n"] | None, dtype: torch.dtype) -> Iterator[Seen]:
+    def _parts(self, some: Part | None, dtype: torch.dtype) -> Iterator[Seen]:
         """These images, or all, a part at a time."""
-        for part in self._read(numbers):
+        for part in self._read(None if some is None else some.numbers):
             yield Seen(*(None if values is None else values.to(dtype) for values in part))
 
     def _read(self, numbers: Int64[Tensor, "n"] | None) -> Iterator[Seen]:
@@ -150,29 +176,31 @@ class RetainedImages:
         m: Float[Tensor, "b ..."],
         noising: Noising,
         cond: Shaped[Tensor, "b"] | None,
-        numbers: Int64[Tensor, "n"] | None = None,
+        some: Part | None = None,
     ) -> Float[Tensor, "b n"]:
-        """log q(m|x_i) of each image, or of those with these numbers, but for what is the same of all; -inf where it
-        does not explain the condition, and another one of them does.
+        """log q(m|x_i) of each image, or of some, but for what is the same of all; -inf where it does not explain the
+        condition, and another one of them does.
 
         `noising` is that of the images that the m were drawn from; of a diffusion model its scale and std are those of
         every image at the same timestep.
         """
         with full_precision():
-            parts = self._parts(numbers, m.dtype)
+            parts = self._parts(some, m.dtype)
             densities = torch.cat([_log_densities(m.flatten(1), noising, part) for part in parts], 1)
+        if some is not None:
+            densities = densities + some.log_counts.to(densities)
         if cond is None or self.labels is None:
             return densities
-        labels, wanted = self.labels if numbers is None else self.labels[numbers], self.wanted[cond][:, None]
+        labels, wanted = self.labels if some is None else self.labels[some.numbers], self.wanted[cond][:, None]
         explains = (labels == wanted) | (wanted == EVERY)
         return densities.masked_fill(~(explains | ~explains.any(1, keepdim=True)), -torch.inf)
 
     def mean(
-        self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."], numbers: Int64[Tensor, "n"] | None = None
+        self, weights: Float[Tensor, "b n"], like: Float[Tensor, "b ..."], some: Part | None = None
     ) -> Float[Tensor, "b ..."]:
-        """The mean of the images, or of those with these numbers, by these weights; in the shape of `like`."""
+        """The mean of the images, or of some, by these weights; in the shape of `like`."""
         total, start = torch.zeros_like(like).flatten(1), 0
-        for part in self._parts(numbers, like.dtype):
+        for part in self._parts(some, like.dtype):
             images = part.centers if part.images is None else part.images
             stop = start + len(images)
             total, start = total + weights[:, start:stop] @ images, stop
@@ -186,24 +214,24 @@ class RetainedImages:
         cond: Shaped[Tensor, "b"] | None,
         like: Float[Tensor, "b ..."],
         k: int | None = None,
-        numbers: Int64[Tensor, "n"] | None = None,
+        some: Part | None = None,
     ) -> Float[Tensor, "b ..."]:
-        """The posterior mean of the images, or of those with these numbers, at each m; see `log_densities`."""
-        return self.mean(posterior(self.log_densities(m, noising, cond, numbers), k), like, numbers)
+        """The posterior mean of the images, or of some, at each m; see `log_densities`."""
+        return self.mean(posterior(self.log_densities(m, noising, cond, some), k), like, some)
 
     @torch.no_grad()
     def drawn_for(
         self,
         x0: Float[Tensor, "b ..."],
         cond: Shaped[Tensor, "b"] | None,
-        numbers: Int64[Tensor, "n"] | None,
+        some: Part | None,
         generator: torch.Generator,
         k: int | None = None,
     ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
         """For each x0 an image that it may be taken for in the noisier half of the timesteps, and its label."""
-        weights = self.posterior_of_noisy(x0, cond, generator, 0.5, k, numbers)
+        weights = self.posterior_of_noisy(x0, cond, generator, 0.5, k, some)
         drawn = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        return self.take(drawn if numbers is None else numbers[drawn])
+        return self.take(drawn if some is None else some.numbers[drawn])
 
     @torch.no_grad()
     def posterior_of_noisy(
@@ -213,14 +241,20 @@ class RetainedImages:
         generator: torch.Generator,
         least: float,
         k: int | None = None,
-        numbers: Int64[Tensor, "n"] | None = None,
+        some: Part | None = None,
     ) -> Float[Tensor, "b n"]:
         """What each x0 may be taken for at a random timestep of at least this share of all."""
         model, most = self.model, self.model.num_train_timesteps
         timesteps = torch.randint(int(least * most), most, (len(x0),), generator=generator, device=x0.device)
         noising = model.noising(x0, timesteps, cond)
         m = noising.sample(draw_eps(model, x0, generator))
-        return posterior(self.log_densities(m, noising, cond, numbers), k)
+        return posterior(self.log_densities(m, noising, cond, some), k)
+
+    def nearness(self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None) -> Float[Tensor, "b n"]:
+        """`log_densities` without noise: the more, the nearer an image is."""
+        start = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+        first = self.model.noising(x0, start, cond)
+        return self.log_densities(first.scale * first.center, first, cond)
 
 
 @torch.no_grad()
@@ -267,8 +301,9 @@ class Posterior(Method):
         without_images: what explains samples under a label or prompt that no retained image has: "nearest", the images
             of the label that its forget images, made noisy, are most likely of; "all" retained images.
         k: how many retained images explain a sample, those that are nearest to it; None: all.
-        subset: of so many retained images only, drawn anew at every step, which the target is then an estimate from;
-            None: of all.
+        subset: of so many retained images only, which the target is then an estimate from; None: of all. Half of them
+            are the nearest to the forget images without noise, as many of each, found once; the others are drawn anew
+            at every step and stand for the rest (all, where there are too many forget images for one near each).
         cap: of `trust`, which noisy forget images count by; noise itself has ||eps||^2 of about D. None: each counts by
             1. Without effect on a VAE, whose targets are images.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
@@ -304,6 +339,8 @@ class Posterior(Method):
 
     def begin(self, images: Images | None) -> None:
         self.retained = explaining(self.trained, images, self.labels, self.without_images, self.generator, self.k)
+        if self.subset is not None:
+            self.retained.keep_near(images.forget, self.subset // 2)
 
     def step(self, batch: Batch) -> Metrics:
         model, g, b = self.trained, self.generator, len(batch.x0_retain)
@@ -321,9 +358,9 @@ class Posterior(Method):
         if cond is not None:
             cond = torch.where(_beside(forgets, cond), batch.cond_forget, cond)
         own = cond  # of the image that a sample is drawn from
-        numbers = self.retained.some(self.subset, g)
+        some = self.retained.some(self.subset, g)
         if len(follows):
-            arrived, labels = self.retained.drawn_for(x0[follows], _some(cond, follows), numbers, g, self.k)
+            arrived, labels = self.retained.drawn_for(x0[follows], _some(cond, follows), some, g, self.k)
             x0[follows] = arrived.to(x0.dtype)
             if own is not None:
                 own = own.index_copy(0, follows, labels)
@@ -333,7 +370,7 @@ class Posterior(Method):
         m = noising.sample(eps)
         if len(rows):
             drawn = Noising(*(part if isinstance(part, float) else part[rows] for part in noising))
-            x0[rows] = self.retained.target(m[rows], drawn, _some(cond, rows), x0[rows], self.k, numbers)
+            x0[rows] = self.retained.target(m[rows], drawn, _some(cond, rows), x0[rows], self.k, some)
         if model.is_diffusion:
             eps = (m - noising.scale * x0) / noising.std
 
@@ -428,9 +465,7 @@ class ReTrack(Method):
         self, m: Float[Tensor, "b ..."], noising: Noising, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None
     ) -> Float[Tensor, "b n"]:
         """p(x_i | m) of the k images nearest to each x0, 0 of the others."""
-        first = self.trained.noising(x0, torch.zeros(len(x0), dtype=torch.int64, device=x0.device), cond)
-        nearness = self.retained.log_densities(first.scale * x0, first, cond)
-        near = _largest(nearness, self.k)
+        near = _largest(self.retained.nearness(x0, cond), self.k)
         return self.retained.log_densities(m, noising, cond).masked_fill(~near, -torch.inf).softmax(1)
 
     def stateful(self) -> dict[str, Stateful]:
