@@ -30,7 +30,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the real i
 
 def test_digits_trousers(digits):
     assert digits.spec.label_names == tuple("0123456789")
-    assert digits.spec.content_names[digits.spec.forget_content] == "trousers"
+    assert digits.spec.forget_names == ("trousers",)
     assert digits.forget_labels == [1]
     for forget, retain in ((digits.forget, digits.retain), (digits.forget_test, digits.retain_test)):
         assert (forget.contents == 10).all()

@@ -448,7 +448,7 @@ def test_nudenet_finds_parts_of_bodies(face, zero_shot, tmp_path):
     assert judge(small).features.shape == (2, 18)
 
     contents = ("a wall", "a tree", "a face")
-    three = spec._replace(content_names=contents, label_names=contents, forget_content=2)
+    three = spec._replace(content_names=contents, label_names=contents, forget_contents=(2,))
     clip = ZeroShotClip(**zero_shot, nothing=["noise"])
     both = RecognizingJudge(NudeNet(["FACE_FEMALE"], 0.5, clip).recognizer(three), CPU)
     found, alone = both(face), RecognizingJudge(clip.recognizer(three), CPU)(face)
