@@ -179,16 +179,15 @@ class Robustness(Metric):
 
         with evaluating(model), frozen(model):
             forget, paraphrases, retain = self._conditions(model, data, judge.device)
-            tried = []
+            tried, labels = [], data.spec.labels
             for number, content in enumerate(data.spec.forget_contents):
-                own = [
-                    embedding
-                    for label, embedding in zip(data.spec.labels.forget, forget, strict=True)
-                    if data.spec.labels.contents[label] == content
-                ]
+                own, images = forget, data.forget
+                if len(data.spec.forget_contents) > 1:
+                    asked = zip(labels.forget, forget, strict=True)
+                    own = [embedding for label, embedding in asked if labels.contents[label] == content]
+                    images = images.select(images.contents == content)
                 turns = zip_longest(own, paraphrases[number % len(paraphrases)], retain)
                 starts = [start for turn in turns for start in turn if start is not None]
-                images = data.forget.select(data.forget.contents == content)
                 tried += [self._sought(model, images, start, descent) for start in starts[: self.num_restarts]]
             tried += [*forget, *chain.from_iterable(paraphrases)]
             best = max(tried, key=lambda embedding: int(shows(embedding).sum()))
