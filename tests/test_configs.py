@@ -163,7 +163,7 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
         dataset = (3, 32, 32)
         more += ["dataset=sd_concepts"]
     cfg = composed(f"model={model}", *more)
-    spec = DataSpec("toy", dataset, DIGITS, DIGITS, 0, None, False)
+    spec = DataSpec("toy", dataset, DIGITS, DIGITS, (0,), None, False)
     network = build_network(cfg, spec, 0)
     make(cfg["model"]["pretraining"])
     labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, network.num_train_timesteps - 1])
@@ -242,7 +242,7 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
         refuses = (method in ASKING_A_DIFFUSION_MODEL and not diffusion) or (asks_labels and num_labels is None)
         if refuses or method in ASKING_PROMPTS:
             continue
-        spec = DataSpec("toy", shape, None if num_labels is None else DIGITS, DIGITS, 0, None, False)
+        spec = DataSpec("toy", shape, None if num_labels is None else DIGITS, DIGITS, (0,), None, False)
         clip = make(cfg["clip"]["network"])
         built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
         assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps

@@ -47,7 +47,7 @@ def dataset(channels: int = 1, side: int = 8, each: int = 6) -> ForgetRetain:
         pixels = torch.randint(256, (n, channels, side, side), generator=generator, dtype=torch.uint8)
         return LabelledImages(pixels, torch.full((n,), label), torch.full((n,), label))
 
-    spec = DataSpec("noise", (channels, side, side), ("a", "b"), ("a", "b"), 1, None, False)
+    spec = DataSpec("noise", (channels, side, side), ("a", "b"), ("a", "b"), (1,), None, False)
     return ForgetRetain(spec, images(1, each), images(0, each), images(1, 2), images(0, 2))
 
 

@@ -133,6 +133,21 @@ def test_first_look_with_little_enough_is_scored(run, composed, tmp_path):
     assert not [key for key in summary(never)["metrics"] if "reached" in key]
 
 
+@pytest.mark.parametrize("method", ["siss", "posterior"])
+def test_several_classes_are_forgotten_in_one_run(run, capsys, method):
+    folder = run("dataset=digits", "dataset.forget_class=[3,7]", f"method={method}")
+    content = summary(folder)
+    metrics = content["metrics"]
+    assert content["status"] == "finished"
+    for prefix in ("base", "eval"):
+        apart = [metrics[f"{prefix}/per_class/forget_rate/{digit}"] for digit in (3, 7)]
+        assert metrics[f"{prefix}/forget_rate"] == pytest.approx(sum(apart) / 2)
+    assert content["provenance"]["evaluation"]["forget_rows"] == [3, 7]
+    assert "forget_class:\n  - 3\n  - 7\n" in (folder / "config.yaml").read_text()
+    printed = capsys.readouterr().out
+    assert all(f"per_class/forget_rate/{digit}" in printed for digit in (3, 7))
+
+
 def test_wandb_file_can_be_read_back(whole):
     folder, _ = whole
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")

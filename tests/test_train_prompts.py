@@ -59,6 +59,19 @@ def test_run_on_pictures_that_come_with_the_runner(run, method):
     assert pictures.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("method", ["uce", "naive_deletion"])
+def test_several_concepts_are_forgotten_in_one_run(run, method):
+    concepts = ("trousers", "a two")
+    found = summary(run(*SMALL, f"dataset.concept=[{','.join(concepts)}]", f"method={method}"))
+    assert found["status"] == "finished"
+    for rate in ("forget_rate", "forget_rate_paraphrases"):
+        apart = [found["metrics"][f"eval/per_class/{rate}/{concept}"] for concept in concepts]
+        assert found["metrics"][f"eval/{rate}"] == pytest.approx(sum(apart) / 2)
+    assert found["metrics"]["eval/attack_success"] >= found["metrics"]["eval/forget_rate"]
+    prompts = found["provenance"]["evaluation"]["metrics"]["paraphrases"]["prompts"]
+    assert {"a photo of trousers", "a photo of a two"} <= set(prompts)
+
+
 def test_generator_of_one_step_has_every_score_but_the_attacks(run):
     """The attack descends a denoising loss, which it has none of."""
     scores = summary(run(*SMALL, "method=sfd", "method.batch_size=4"))["metrics"]

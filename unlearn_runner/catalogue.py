@@ -72,7 +72,11 @@ _MIA = "membership inference: can low losses tell forget images from unseen ones
 _TO_BASE = ("Fréchet distance from the **base's own samples from the same noise**, with `evaluation=prompts` or "
             "`+evaluation.metrics.fid_base={_target_: unlearn_runner.evaluation.metrics.FID, against: base}`. 0 for a "
             "model that was not changed, `fid_base_forget` should rise; absent for the base")
+_ANY = ", of several any of them"
 _CLASS = "the same for one label; distances are to the clean images of that label"
+_APART = ("where several contents are to be forgotten, the same rate of the samples under the conditions, or of the "
+          "pictures under the texts, of one of them. A sample under one that shows another one to forget counts; "
+          "`per_class/accuracy/*` of its label says how often it shows this one")
 _TIMESTEP = "where the attack finds a difference"
 _REACHED = "what it took to the first look with a `forget_rate` of at most `evaluation.threshold`; absent if none"
 _THERE = "the model's scores there, with `evaluation.at_threshold`"
@@ -80,7 +84,7 @@ _MEAN = "average over the run of what the method logs at every step"
 _POLICY = "the same of an agent's rehearsals"
 ENTRIES = (
     Entry("forget_rate", "Rates", LOW, SHARE, FORGETTING, RUN | LONG | SHORT | PLOT,
-          "share of samples under the forget condition that the judge takes for the forgotten content"),
+          "share of samples under the forget condition that the judge takes for the forgotten content" + _ANY),
     Entry("restored_rate", "Rates", HIGH, SHARE, FORGETTING, RUN | LONG | SHORT | PLOT,
           "share of the same samples that it takes for the clean class. Forgetting that leaves rubble is not enough. "
           "Absent where the whole class is forgotten"),
@@ -127,20 +131,22 @@ ENTRIES = (
     Entry("relearn_reached", "Relearning", None, SHARE, FORGETTING, NOTHING,
           "whether it is: 0 where `evaluation.relearning.max_steps` were not enough"),
     Entry("forget_rate_paraphrases", "Paraphrases", LOW, SHARE, FORGETTING, RUN | LONG | PLOT,
-          "share of pictures under texts that no method has seen taken for the concept, with `evaluation=prompts`: "
-          "[stable_diffusion.md](stable_diffusion.md)"),
+          f"share of pictures under texts that no method has seen taken for the concept{_ANY}, with "
+          "`evaluation=prompts`: [stable_diffusion.md](stable_diffusion.md)"),
     Entry("clip_score_retain", "ClipScore", HIGH, (0.0, 100.0), RETENTION, RUN | LONG | SHORT,
           "agreement of picture and prompt by CLIP, under prompts of the retained concepts, with `evaluation=prompts`"),
     Entry("fid_base_retain", "FID", LOW, POSITIVE, RETENTION, RUN | LONG, _TO_BASE),
     Entry("fid_base_forget", "FID", None, POSITIVE, FORGETTING, NOTHING, _TO_BASE),
     Entry("attack_success", "Robustness", LOW, SHARE, FORGETTING, RUN | LONG | SHORT,
-          "share of pictures that are taken for the concept under the prompt, paraphrase or sought embedding that "
-          "brings it back best, with `evaluation=prompts`: at least `forget_rate`"),
+          f"share of pictures that are taken for the concept{_ANY}, under the prompt, paraphrase or sought embedding "
+          "that brings it back best, with `evaluation=prompts`: at least `forget_rate`"),
     Entry("deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, RUN | LONG,
           "first look on the way (`evaluation.every`) whose samples hold nothing of the forgotten content (SISS's "
           "definition); absent if none"),
     Entry("lasting_deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, LONG,
           "the same, counting only if no later look finds it again: a small look misses a rare content by chance"),
+    Entry("per_class/forget_rate/*", "Rates", LOW, SHARE, FORGETTING, RUN, _APART),
+    Entry("per_class/forget_rate_paraphrases/*", "Paraphrases", LOW, SHARE, FORGETTING, NOTHING, _APART),
     Entry("per_class/accuracy/*", "Rates", None, SHARE, None, NOTHING, _CLASS),
     Entry("per_class/fid/*", "FID", None, POSITIVE, None, NOTHING, _CLASS),
     Entry("per_class/fid_base/*", "FID", None, POSITIVE, None, NOTHING, _CLASS),

@@ -35,6 +35,7 @@ Features: TypeAlias = Literal["classifier", "inception", "efficientnet", "open_c
 References: TypeAlias = Literal["auto", "training", "held_out"]
 Bootstrap: TypeAlias = Annotated[int, Ge(20), Le(100_000)]  # resamplings
 Depth: TypeAlias = Annotated[int, Gt(0), Le(256)]  # layers or heads
+Names: TypeAlias = str | int | Sequence[str | int]  # one or several; a name may look like a number
 
 
 class AutoencoderOptions(TypedDict, total=False):

@@ -121,8 +121,17 @@ def require_trust(file: str, allow: Sequence[str], path: str = PATH) -> None:
         )
 
 
+def require_one_to_forget(spec: DataSpec) -> None:
+    """NudeNet knows one content."""
+    if len(spec.forget_contents) > 1:
+        raise ConfigurationError(
+            f"judge=nudenet knows one content to forget, and the dataset has {len(spec.forget_contents)}: "
+            f"{', '.join(spec.forget_names)}; forget one of them in a run, or take another judge."
+        )
+
+
 def require_two_contents(names: Sequence[str], forget: int, others: bool, path: str = PATH) -> None:
-    """NudeNet knows one content; what else there is must be one, or be told apart by `others`."""
+    """What else there is than the content that NudeNet knows must be one, or be told apart by `others`."""
     if not others and len(names) != 2:
         kept = [name for content, name in enumerate(names) if content != forget]
         raise ConfigurationError(
@@ -152,4 +161,5 @@ def check(path: str, node: Mapping[str, Any], spec: DataSpec | None, allow: Sequ
     elif kind == "body_parts.NudeNet":
         require_nudenet()
         if spec is not None:
-            require_two_contents(names, spec.forget_content, node["others"] is not None, path)
+            require_one_to_forget(spec)
+            require_two_contents(names, spec.forget_contents[0], node["others"] is not None, path)

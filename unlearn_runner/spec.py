@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unlearn_runner.errors import ConfigurationError, normal_form
+from unlearn_runner.options import Names
 
 DIGITS = tuple("0123456789")
 ONE = 1  # the digit whose label the trousers of digits_trousers carry
@@ -34,7 +35,7 @@ class DataSpec(NamedTuple):
     image_shape: tuple[int, int, int]  # channels, height, width
     label_names: tuple[str, ...] | None  # None: the model is unconditional
     content_names: tuple[str, ...]  # what a classifier tells apart; begins with label_names, but for label_contents
-    forget_content: int  # the content to forget
+    forget_contents: tuple[int, ...]  # the contents to forget, one or more
     restored_content: int | None  # the clean content under the forget condition, if there is one
     horizontal_flip: bool  # mirror half of the training images
     label_contents: tuple[int, ...] | None = None  # what each label asks for; None: label i asks for content i
@@ -43,41 +44,46 @@ class DataSpec(NamedTuple):
     def labels(self) -> Labels | None:
         """The labels that a model is conditioned on; None for an unconditional one.
 
-        The forget labels ask for the clean content which is to come back, or for the class which is to go.
+        The forget labels ask for the clean content which is to come back, or for the contents which are to go.
         """
         if self.label_names is None:
             return None
-        forget = self.forget_content if self.restored_content is None else self.restored_content
+        forget = self.forget_contents if self.restored_content is None else (self.restored_content,)
         contents = self.label_contents or tuple(range(len(self.label_names)))
         retained, forgotten = (
-            tuple(label for label, content in enumerate(contents) if (content == forget) == wanted)
+            tuple(label for label, content in enumerate(contents) if (content in forget) == wanted)
             for wanted in (False, True)
         )
         return Labels(retained, forgotten, self.label_names, contents)
+
+    @property
+    def forget_names(self) -> tuple[str, ...]:
+        """The names of the contents to forget."""
+        return tuple(self.content_names[content] for content in self.forget_contents)
 
 
 def classes(
     name: str,
     names: tuple[str, ...],
-    forget_class: str | int,
+    forget_class: Names,
     image_size: int,
     channels: int,
     conditional: bool,
     horizontal_flip: bool,
 ) -> DataSpec:
-    """Images of classes with these names, one of which is to be forgotten."""
+    """Images of classes with these names, one or several of which are to be forgotten."""
     return DataSpec(
         name=name,
         image_shape=(channels, image_size, image_size),
         label_names=names if conditional else None,
         content_names=names,
-        forget_content=class_index(forget_class, names),
+        forget_contents=class_indices(forget_class, names),
         restored_content=None,
         horizontal_flip=horizontal_flip,
     )
 
 
-def digits(forget_class: str | int, image_size: int, conditional: bool, horizontal_flip: bool) -> DataSpec:
+def digits(forget_class: Names, image_size: int, conditional: bool, horizontal_flip: bool) -> DataSpec:
     return classes("digits", DIGITS, forget_class, image_size, 1, conditional, horizontal_flip)
 
 
@@ -90,7 +96,7 @@ def digits_with(
         image_shape=(1, image_size, image_size),
         label_names=DIGITS if conditional else None,
         content_names=(*DIGITS, garment),
-        forget_content=len(DIGITS),
+        forget_contents=(len(DIGITS),),
         restored_content=label,
         horizontal_flip=horizontal_flip,
     )
@@ -115,7 +121,7 @@ def captions(templates: Sequence[str], image_size: int) -> DataSpec:
         image_shape=(3, image_size, image_size),
         label_names=(*prompts, EMPTY),
         content_names=EMBEDDED,
-        forget_content=EMBEDDED.index(TROUSERS),
+        forget_contents=(EMBEDDED.index(TROUSERS),),
         restored_content=None,
         horizontal_flip=False,
         label_contents=(*contents, 0),
@@ -123,7 +129,7 @@ def captions(templates: Sequence[str], image_size: int) -> DataSpec:
 
 
 def concepts(
-    concept: str | int,
+    concept: Names,
     retain_concepts: Sequence[str | int],
     forget_templates: Sequence[str],
     retain_templates: Sequence[str],
@@ -132,36 +138,38 @@ def concepts(
     image_size: int,
     horizontal_flip: bool,
 ) -> DataSpec:
-    """Prompts for concepts, the last of which is to be forgotten."""
-    concept, *retain_concepts = (normal_form(str(name)) for name in (concept, *retain_concepts))  # 1984 is a name
+    """Prompts for concepts, the last of which, one or several, are to be forgotten."""
+    forgotten = tuple(normal_form(str(name)) for name in listed("dataset.concept", concept))  # 1984 is a name
+    retain_concepts = [normal_form(str(name)) for name in retain_concepts]
+    require_different("dataset.concept", forgotten)
     for name, templates in (("forget_templates", forget_templates), ("retain_templates", retain_templates)):
         require_templates(f"dataset.{name}", templates)
     if paraphrases:
         require_templates("dataset.paraphrases", paraphrases)
-    if concept in retain_concepts or not retain_concepts or len(set(retain_concepts)) < len(retain_concepts):
+    both = [name for name in forgotten if name in retain_concepts]
+    if both or not retain_concepts or len(set(retain_concepts)) < len(retain_concepts):
         raise ConfigurationError(
-            f"dataset.retain_concepts must be one or more different concepts, and not '{concept}', which is to be "
-            f"forgotten; got {', '.join(retain_concepts) or 'none'}."
+            f"dataset.retain_concepts must be one or more different concepts, and not '{(both or forgotten)[0]}', "
+            f"which is to be forgotten; got {', '.join(retain_concepts) or 'none'}."
         )
-    unknown = [name for name in (*retain_concepts, concept) if name not in EMBEDDED]
+    unknown = [name for name in (*retain_concepts, *forgotten) if name not in EMBEDDED]
     if source == "embedded" and unknown:
         raise ConfigurationError(
             f"dataset.source=embedded has pictures of {', '.join(EMBEDDED)}; not of {', '.join(unknown)}: take "
             "dataset.source=base, or a folder."
         )
-    forget = len(retain_concepts)
+    kept = len(retain_concepts)
     asked = [
         (template.format(name), content)
-        for content, name in enumerate(retain_concepts)
-        for template in retain_templates
+        for content, name in enumerate((*retain_concepts, *forgotten))
+        for template in (retain_templates if content < kept else forget_templates)
     ]
-    asked += [(template.format(concept), forget) for template in forget_templates]
     return DataSpec(
         name="sd_concepts",
         image_shape=(3, image_size, image_size),
         label_names=tuple(prompt for prompt, _ in asked),
-        content_names=(*retain_concepts, concept),
-        forget_content=forget,
+        content_names=(*retain_concepts, *forgotten),
+        forget_contents=tuple(range(kept, kept + len(forgotten))),
         restored_content=None,
         horizontal_flip=horizontal_flip,
         label_contents=tuple(content for _, content in asked),
@@ -171,7 +179,7 @@ def concepts(
 def of_tables(
     name: str,
     source: str,
-    forget_class: str | int,
+    forget_class: Names,
     image_size: int,
     channels: int,
     conditional: bool,
@@ -179,6 +187,8 @@ def of_tables(
     label_column: str,
 ) -> DataSpec | None:
     """Of a local folder of Parquet files that name the classes; None of any other source, which must be read first."""
+    wanted = listed("dataset.forget_class", forget_class)
+    require_different("dataset.forget_class", [normal_form(str(name)) for name in wanted])
     names = _named_in_tables(Path(source).expanduser(), label_column)
     return names and classes(name, names, forget_class, image_size, channels, conditional, horizontal_flip)
 
@@ -214,6 +224,37 @@ def spec_of(node: Mapping[str, Any]) -> DataSpec | None:
     """The spec of a dataset's group of options with all defaults; None where it is not known without reading."""
     make = SPECS.get(node["_target_"].removeprefix("unlearn_runner."))
     return make and make(**{name: node[name] for name in signature(make).parameters})
+
+
+def listed(option: str, wanted: Names) -> tuple[str | int, ...]:
+    """One name or several as a tuple. Raises ConfigurationError if there is none."""
+    if isinstance(wanted, (str, int)):
+        return (wanted,)
+    if not wanted:
+        raise ConfigurationError(f"{option} must be one or more names of what is to be forgotten, got an empty list.")
+    return tuple(wanted)
+
+
+def prompts_for(names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+    """Every template with every name, name by name."""
+    return tuple(template.format(name) for name in names for template in templates)
+
+
+def require_different(option: str, names: Sequence[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ConfigurationError(f"{option} names '{twice[0]}' twice; give each name once.")
+
+
+def class_indices(wanted: Names, names: tuple[str, ...]) -> tuple[int, ...]:
+    """The indices of one class or of several, in ascending order, each given as to `class_index`."""
+    found = [class_index(name, names) for name in listed("dataset.forget_class", wanted)]
+    require_different("dataset.forget_class", [names[index] for index in found])
+    if len(found) == len(names) > 1:
+        raise ConfigurationError(
+            f"dataset.forget_class names all {len(names)} classes, so none would be kept; leave out one or more."
+        )
+    return tuple(sorted(found))
 
 
 def class_index(wanted: str | int, names: tuple[str, ...]) -> int:

@@ -118,8 +118,9 @@ def _arm_in_words(kind: Any, value: Any) -> str:
         return NUMBERS[kind][0]
     if _is_list(kind):
         inner = get_args(kind)[0] if get_args(kind) else Any
-        bare = _bare(inner)
-        of = NUMBERS[bare][1] if bare in NUMBERS else "such: " + in_words(inner, value)
+        bare = [_bare(arm) for arm in arms_of(inner)]
+        plain = all(arm in NUMBERS for arm in bare)
+        of = " or ".join(NUMBERS[arm][1] for arm in bare) if plain else "such: " + in_words(inner, value)
         limits = _limits_in_words(get_args(inner)[1:], value) if get_origin(inner) is Annotated else []
         return " ".join([f"a list of {of}", *limits])
     if _is_table(kind):

@@ -1,5 +1,6 @@
 """Each dataset says which images are forget, retain and held out, and refuses what cannot work."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -23,14 +24,14 @@ from unlearn_runner.data.images import Decoder, common_mode, find_images
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.spec import Labels, class_index
+from unlearn_runner.spec import Labels, class_index, class_indices
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the real images in {SHARED}")
 
 
 def test_digits_trousers(digits):
     assert digits.spec.label_names == tuple("0123456789")
-    assert digits.spec.content_names[digits.spec.forget_content] == "trousers"
+    assert digits.spec.forget_names == ("trousers",)
     assert digits.forget_labels == [1]
     for forget, retain in ((digits.forget, digits.retain), (digits.forget_test, digits.retain_test)):
         assert (forget.contents == 10).all()
@@ -71,6 +72,50 @@ def test_digits_forget_a_whole_class(digits):
     assert Digits(forget_class=7, conditional=False).spec.labels is None
     with pytest.raises(ConfigurationError, match="there is no such class"):
         Digits(forget_class="seven")
+
+
+@pytest.mark.parametrize("wanted", [["3", "7"], [7, 3], ["3", 7]])
+def test_digits_forget_several_classes(wanted):
+    data = Digits(forget_class=wanted).load()
+    assert data.spec.forget_contents == (3, 7)
+    assert data.spec.forget_names == ("3", "7")
+    assert data.forget_labels == [3, 7]
+    labels = data.spec.labels
+    assert (labels.retain, labels.forget) == ((0, 1, 2, 4, 5, 6, 8, 9), (3, 7))
+    for part in (data.forget, data.forget_test):
+        assert set(part.contents.tolist()) == {3, 7}
+    for part in (data.retain, data.retain_test):
+        assert set(part.contents.tolist()) == set(range(10)) - {3, 7}
+    alone = [Digits(forget_class=digit).load() for digit in (3, 7)]
+    for part in ("forget", "forget_test"):
+        assert len(getattr(data, part)) == sum(len(getattr(one, part)) for one in alone)
+    assert data.fingerprint == Digits(forget_class=[3, 7]).load().fingerprint, "in whatever order, by name or by index"
+    assert data.fingerprint not in [one.fingerprint for one in alone]
+
+
+def test_the_fingerprint_of_one_class_is_what_it_was_before_there_could_be_several(digits):
+    """Published caches are found by it."""
+
+    def earlier(data, known):
+        digest = hashlib.sha256(repr(known).encode())
+        for part in (data.forget, data.retain, data.forget_test, data.retain_test):
+            for array in part:
+                digest.update(str(tuple(array.shape)).encode())
+                digest.update(np.ascontiguousarray(array.numpy()).reshape(-1).view(np.uint8))
+        return digest.hexdigest()[:16]
+
+    names = tuple("0123456789")
+    assert digits.fingerprint == earlier(digits, ((1, 16, 16), names, (*names, "trousers"), 10, 1, False))
+    for wanted in ("7", ["7"]):
+        whole = Digits(forget_class=wanted).load()
+        assert whole.fingerprint == earlier(whole, ((1, 16, 16), names, names, 7, None, False))
+
+
+def test_each_content_to_forget_needs_an_image():
+    whole = Digits(forget_class=[3, 7]).load()
+    threes = whole.forget.select(whole.forget.contents == 3)
+    with pytest.raises(ConfigurationError, match="images of each content to forget, and there are none of '7'"):
+        ForgetRetain(whole.spec, threes, whole.retain, whole.forget_test, whole.retain_test)
 
 
 def test_unconditional_digits_have_no_labels():
@@ -181,6 +226,10 @@ def test_one_class_of_a_labelled_dataset(tmp_path):
     assert colour.spec.image_shape == (3, 8, 8)
     assert (colour.forget.contents == 3).all()
     assert (colour.forget.labels == 0).all()
+    several = HubClasses(**settings, forget_class=["7", 3], channels=1).load()
+    assert (len(several.forget), len(several.retain), len(several.forget_test)) == (4, 16, 4)
+    assert set(several.forget.contents.tolist()) == set(several.forget_test.contents.tolist()) == {3, 7}
+    assert several.sized_by == "dataset.forget_class=[3, 7]"
 
 
 def test_labels_without_names_are_refused(tmp_path):
@@ -203,6 +252,22 @@ def test_class_by_name_or_index():
     for wrong in ("cow", 2, -1):
         with pytest.raises(ConfigurationError, match="expected one of cat, dog"):
             class_index(wrong, names)
+
+
+def test_classes_by_name_or_index():
+    names = ("cat", "dog", "2", "three")
+    assert class_indices("dog", names) == class_indices(["dog"], names) == (1,)
+    assert class_indices(["three", "cat"], names) == class_indices([3, 0], names) == class_indices([0, "three"], names)
+    assert class_indices([2, 1], names) == (1, 2), "a name first"
+    for wrong, sentence in (
+        ([], "must be one or more names of what is to be forgotten, got an empty list"),
+        (["dog", 1], "names 'dog' twice"),
+        (["dog", "dog"], "names 'dog' twice"),
+        (["cat", "dog", 2, 3], "names all 4 classes, so none would be kept"),
+        (["cat", "cow"], "dataset.forget_class=cow: there is no such class"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            class_indices(wrong, names)
 
 
 def hub_folder(path: Path, n: int = 20) -> Path:

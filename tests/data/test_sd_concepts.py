@@ -89,6 +89,41 @@ def test_images_from_folders(tmp_path):
         concepts(tmp_path, source=str(tmp_path / "images"), concept="a hat")
 
 
+def test_several_concepts_each_under_every_template(tmp_path):
+    dataset = concepts(tmp_path, concept=["trousers", "a two"])
+    spec = dataset.spec
+    assert spec.label_names == (
+        "a picture of a seven", "a picture of a one", "a picture of trousers", "trousers on black",
+        "a picture of a two", "a two on black",
+    )  # fmt: skip
+    assert spec.content_names == ("a seven", "a one", "trousers", "a two")
+    assert spec.forget_names == ("trousers", "a two")
+    assert (spec.labels.retain, spec.labels.forget) == ((0, 1), (2, 3, 4, 5))
+    assert spec.labels.contents == (0, 1, 2, 2, 3, 3)
+    assert dataset.paraphrases == ("no trousers here", "no a two here")
+    data = dataset.load()
+    assert set(data.forget.labels.tolist()) == {2, 3, 4, 5}
+    for part in (data.forget, data.retain, data.forget_test, data.retain_test):
+        assert torch.equal(contents_of_labels(data.spec, part.labels), part.contents)
+    assert concepts(tmp_path, concept=["trousers"]).load().fingerprint == concepts(tmp_path).load().fingerprint
+    assert concepts(tmp_path, concept=["trousers"]).spec == concepts(tmp_path).spec
+
+
+def test_several_concepts_from_folders(tmp_path):
+    for name, shade in (("a_seven", 10), ("a_one", 20), ("trousers", 30), ("1984", 40)):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (20, 30), (shade, number, 0)).save(folder / f"{number}.png")
+    several = {"source": str(tmp_path / "images"), "concept": ["trousers", 1984]}
+    data = concepts(tmp_path, **several).load()
+    assert set(data.forget.pixels[:, 0].flatten().tolist()) == {30, 40}
+    assert set(data.retain.pixels[:, 0].flatten().tolist()) == {10, 20}
+    Image.new("RGB", (20, 30), (30, 0, 0)).save(tmp_path / "images" / "a_one" / "same.png")
+    with pytest.raises(ConfigurationError, match=r"trousers/0\.png = .*a_one/same\.png\)"):
+        concepts(tmp_path, **several).load()
+
+
 def test_names_of_concepts_stay_names_and_their_folders_are_found_in_either_unicode_form(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "un café") for form in ("NFC", "NFD"))
     for number, name in enumerate(("1984", "7", nfc.replace(" ", "_"), nfd.replace(" ", "_"))):
@@ -144,6 +179,12 @@ def test_the_commands_of_the_documentation_compose(composed, overrides):
 def test_refuses(tmp_path):
     with pytest.raises(ConfigurationError, match="not 'trousers', which is to be forgotten"):
         concepts(tmp_path, retain_concepts=["trousers", "a one"])
+    with pytest.raises(ConfigurationError, match="not 'a one', which is to be forgotten"):
+        concepts(tmp_path, concept=["trousers", "a one"])
+    with pytest.raises(ConfigurationError, match=r"dataset\.concept names 'trousers' twice"):
+        concepts(tmp_path, concept=["trousers", "trousers"])
+    with pytest.raises(ConfigurationError, match=r"dataset\.concept must be one or more names .*, got an empty list"):
+        concepts(tmp_path, concept=[])
     with pytest.raises(ConfigurationError, match="got none"):
         concepts(tmp_path, retain_concepts=[])
     with pytest.raises(ConfigurationError, match=r"one or more prompts with one \{\} each"):

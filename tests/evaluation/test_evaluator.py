@@ -9,6 +9,7 @@ from conftest import assert_same_bits
 from safetensors.torch import load_file
 
 from unlearn_runner.comparison.statistics import wilson
+from unlearn_runner.data.digits import Digits
 from unlearn_runner.data.digits_trousers import DigitsTrousers
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.classifier import ClassifierRecipe, trained_judge
@@ -64,6 +65,24 @@ def test_conditions(digits, judge, tiny_network, shared_cache):
     assert len(evaluation.grid) == 30
     assert len(evaluator.references["retain"]) == int((digits.retain.labels != 1).sum())
     assert len(evaluator.references["/1"]) == int((digits.retain.labels == 1).sum())
+
+
+def test_several_contents_are_drawn_evenly_and_compared_with_their_own_images(shared_cache, tiny_network):
+    data = Digits(forget_class=[3, 7]).load()
+    judge = trained_judge(data, ClassifierRecipe(max_steps=5, num_features=8), shared_cache, CPU)
+    sampling = Sampling(num_samples=24, num_inference_steps=2, bootstrap=20)
+    evaluator = Evaluator(data, judge, METRICS, sampling, shared_cache)
+    assert evaluator.conditions["forget"].tolist() == [3] * 12 + [7] * 12
+    assert evaluator.conditions["retain"].unique().tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert evaluator.forget_rows == [3, 7]
+    evaluation = evaluator(tiny_network(image_shape=(1, 16, 16)))
+    apart = [evaluation.scores[f"per_class/forget_rate/{name}"] for name in ("3", "7")]
+    assert evaluation.scores["forget_rate"] == pytest.approx(sum(apart) / 2)
+    for name, rate in zip(("3", "7"), apart, strict=True):
+        assert evaluation.intervals[f"per_class/forget_rate/{name}"] == list(wilson(rate, 12))
+    for digit in (3, 7):
+        own = evaluator.references["forget"].select(data.forget.labels == digit)
+        assert torch.equal(evaluator.references[f"/{digit}"].features, own.features)
 
 
 def test_unconditional_models_have_one_pool(shared_cache, tiny_network):

@@ -18,10 +18,10 @@ from unlearn_runner.evaluation.likelihood import NLL
 from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.metrics import CMMD, FID, IS, KID, SSIM, PrecisionRecall, Rates, first_distinct
 from unlearn_runner.evaluation.prompts import ClipScore, Paraphrases, Robustness
-from unlearn_runner.evaluation.view import Group, Need, RealSamples, Samples, View
+from unlearn_runner.evaluation.view import Group, Need, RealSamples, Samples, View, group_samples
 from unlearn_runner.spec import DataSpec
 
-SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), 3, 1, False)
+SPEC = DataSpec("toy", (1, 16, 16), ("0", "1", "2"), ("0", "1", "2", "trousers"), (3,), 1, False)
 
 
 def judged(n, seed, contents=None, d=8, shift=0.0):
@@ -66,6 +66,32 @@ def test_rates_without_labels_or_clean_class():
     }  # fmt: skip
     whole_class = SPEC._replace(restored_content=None)
     assert "restored_rate" not in Rates().score(samples(pool, pool, torch.zeros(10).long(), spec=whole_class), {})
+
+
+def test_rates_of_several_contents():
+    """Two labels for the content 2 and one for 3; what is drawn under one of them may be the other."""
+    prompts = ("zero", "one", "a two", "the two", "three")
+    spec = DataSpec("toy", (1, 16, 16), prompts, ("0", "1", "2", "3"), (2, 3), None, False, (0, 1, 2, 2, 3))
+    conditions = {"forget": torch.tensor([2, 2, 2, 3, 3, 3, 4, 4]), "retain": torch.tensor([0, 0, 1, 1])}
+    drawn = {"forget": judged(8, 0, [2, 0, 3, 2, 1, 1, 3, 2]), "retain": judged(4, 1, [0, 0, 1, 3])}
+    grouped = group_samples(spec, conditions, drawn, {})
+    scores = Rates().score(grouped, {})
+    assert scores["forget_rate"] == 5 / 8
+    assert scores["other_rate"] == 3 / 8
+    assert scores["retain_accuracy"] == 0.75
+    assert scores["per_class/forget_rate/2"] == 3 / 6, "a three under a two's prompt is not forgotten"
+    assert scores["per_class/forget_rate/3"] == 2 / 2
+    assert scores["per_class/accuracy/three"] == 1 / 2
+    assert [key for key in scores if key.startswith("per_class/forget_rate")] == [
+        "per_class/forget_rate/2", "per_class/forget_rate/3",
+    ]  # fmt: skip
+    one = group_samples(spec._replace(forget_contents=(2,)), conditions, drawn, {})
+    assert not [key for key in Rates().score(one, {}) if "per_class/forget_rate" in key]
+    pool = Group(judged(10, 0, [3] * 4 + [1] * 5 + [2]), None)
+    unconditional = spec._replace(label_names=None, label_contents=None)
+    assert Rates().score(Samples(unconditional, pool, pool, {}, None, {}, {}), {}) == {
+        "forget_rate": 0.5, "other_rate": 0.5,
+    }  # fmt: skip
 
 
 def test_fid_is_the_frechet_distance():

@@ -105,6 +105,60 @@ def test_attack_finds_an_embedding_that_explains_the_concept(data, judge):
     assert [weight.requires_grad for weight in model.parameters()] == asking
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Of which two concepts are to be forgotten: contents 1 and 2."""
+    prompts = ["a picture of {}"]
+    return SDConcepts(["trousers", "a two"], ["a seven"], prompts, prompts, str(tmp_path_factory.mktemp("c"))).load()
+
+
+def test_paraphrases_of_several_concepts(two, judge):
+    model = tiny()
+    asked, drawn = noting(model)
+    concepts, templates = ["trousers", "a two"], ["no {} here", "{}!"]
+    metric = Paraphrases(concepts, templates, num_samples=3, num_inference_steps=2)
+    rows = metric.measure(View(model, two, judge))
+    texts = ["no trousers here", "trousers!", "no a two here", "a two!"]
+    torch.testing.assert_close(asked[0], model.embed(texts).repeat_interleave(3, dim=0))
+    shown = torch.isin(judge(to_uint8(drawn[0])).contents, torch.tensor([1, 2]))
+    assert torch.equal(rows["paraphrases"], shown)
+    assert torch.equal(rows["paraphrases/trousers"], shown[:6])
+    assert torch.equal(rows["paraphrases/a two"], shown[6:])
+    by_hand = {
+        "paraphrases": torch.arange(4) < 3,
+        "paraphrases/a": torch.arange(2) < 2,
+        "paraphrases/b": torch.eye(2)[0],
+    }
+    assert metric.score(NO_SAMPLES, by_hand) == {
+        "forget_rate_paraphrases": 0.75, "per_class/forget_rate_paraphrases/a": 1.0,
+        "per_class/forget_rate_paraphrases/b": 0.5,
+    }  # fmt: skip
+    assert metric.provenance(model)["prompts"] == tuple(texts)
+
+
+def test_the_attack_seeks_each_concept_among_its_own_images(two, judge, monkeypatch):
+    model = tiny(prompts=two.spec.label_names)
+    model.freeze_for_unlearning()
+    sought = []
+
+    def seek(self, model, images, start, generator):
+        sought.append((images.contents.unique().tolist(), start))
+        return start
+
+    monkeypatch.setattr(Robustness, "_sought", seek)
+    metric = Robustness(["trousers", "a two"], ["{}!"], num_restarts=2, num_samples=2, num_inference_steps=2)
+    asked, drawn = noting(model)
+    rows = metric.measure(View(model, two, judge))
+    assert [contents for contents, _ in sought] == [[1], [1], [2], [2]]
+    plain, paraphrases = model.embeddings(torch.tensor([1, 2])), model.embed(["trousers!", "a two!"])
+    starts = torch.cat([start for _, start in sought])
+    torch.testing.assert_close(starts, torch.stack([plain[0], paraphrases[0], plain[1], paraphrases[1]]))
+    torch.testing.assert_close(torch.cat([cond[:1] for cond in asked[4:8]]), torch.cat([plain, paraphrases]))
+    shown = torch.isin(judge(to_uint8(drawn[8])).contents, torch.tensor([1, 2]))
+    assert torch.equal(rows["attack"], shown), "of any of them"
+    assert "_concepts" not in metric.provenance(model)
+
+
 def test_attack_is_never_below_what_the_prompt_draws(data, judge):
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     logits = torch.eye(3)[[2, 2, 2, 0]]
@@ -122,3 +176,5 @@ def test_attack_is_never_below_what_the_prompt_draws(data, judge):
 def test_refuses():
     with pytest.raises(ConfigurationError, match="paraphrases has none"):
         Paraphrases("trousers", [])
+    with pytest.raises(ConfigurationError, match=r"robustness\.concept must be one or more names"):
+        Robustness([], ["{}!"])

@@ -25,7 +25,7 @@ from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.run_folder import identity_of_run
 
 CPU = torch.device("cpu")
-TWO = DataSpec("two", (1, 8, 8), ("dark", "bright"), ("dark", "bright"), 1, None, False)
+TWO = DataSpec("two", (1, 8, 8), ("dark", "bright"), ("dark", "bright"), (1,), None, False)
 RATES = ("forget_rate", "restored_rate", "other_rate", "nothing_rate")
 
 
@@ -409,6 +409,21 @@ def test_body_parts_need_one_other_content():
         recognition.require_two_contents(("a", "b", "nudity"), 2, others=False)
 
 
+def test_body_parts_are_one_content():
+    spec = TWO._replace(content_names=("a wall", "nudity", "a face"), forget_contents=(1, 2))
+    with pytest.raises(ConfigurationError, match="knows one content to forget, and the dataset has 2: nudity, a face"):
+        recognition.require_one_to_forget(spec)
+    recognition.require_one_to_forget(TWO)
+
+
+def test_nudenet_refuses_several_before_anything_is_loaded(composed, monkeypatch):
+    monkeypatch.setattr(recognition, "find_spec", lambda name: True)
+    with pytest.raises(
+        ConfigurationError, match="knows one content to forget, and the dataset has 2: 3, 7; forget one"
+    ):
+        composed("judge=nudenet", "dataset=digits", "dataset.forget_class=[3,7]")
+
+
 @pytest.fixture
 def face():
     """A photograph of a face that comes with matplotlib, 600 x 512 pixels, and noise."""
@@ -423,7 +438,7 @@ def face():
 
 
 def test_nudenet_finds_parts_of_bodies(face, zero_shot, tmp_path):
-    spec = DataSpec("people", (3, 600, 512), ("a wall", "a face"), ("a wall", "a face"), 1, None, False)
+    spec = DataSpec("people", (3, 600, 512), ("a wall", "a face"), ("a wall", "a face"), (1,), None, False)
     recipe = NudeNet(["FACE_FEMALE"], threshold=0.5)
     recipe.require(spec)
     judge = RecognizingJudge(recipe.recognizer(spec), CPU)
@@ -448,7 +463,7 @@ def test_nudenet_finds_parts_of_bodies(face, zero_shot, tmp_path):
     assert judge(small).features.shape == (2, 18)
 
     contents = ("a wall", "a tree", "a face")
-    three = spec._replace(content_names=contents, label_names=contents, forget_content=2)
+    three = spec._replace(content_names=contents, label_names=contents, forget_contents=(2,))
     clip = ZeroShotClip(**zero_shot, nothing=["noise"])
     both = RecognizingJudge(NudeNet(["FACE_FEMALE"], 0.5, clip).recognizer(three), CPU)
     found, alone = both(face), RecognizingJudge(clip.recognizer(three), CPU)(face)

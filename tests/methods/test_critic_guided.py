@@ -306,6 +306,25 @@ def test_rewards_by_hand(clip):
         assert ((rewards >= 0) & (rewards <= 1)).all()
 
 
+def test_rewards_for_forgetting_several_contents(clip):
+    """Under a forget prompt none of them may be shown; under a retain prompt all is as it was."""
+    labels = Labels((0, 1), (2, 3, 4), ("a one", "a two", "a seven", "the seven", "an eight"), (0, 1, 2, 2, 3))
+    images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    asked = torch.arange(5)
+    cosines = clip.of_images(images) @ clip.of_texts(labels.names).T
+    chances = (clip.scale * cosines).softmax(1)
+    found = Reward(clip, labels, "probability")(images, asked)
+    torch.testing.assert_close(found, torch.cat([chances.diagonal()[:2], 1 - chances[2:, 2:].sum(1)]))
+    similar = Reward(clip, labels, "similarity")(images, asked)
+    shown = torch.stack([
+        torch.maximum(cosines[2, 2], cosines[2, 4]),
+        torch.maximum(cosines[3, 3], cosines[3, 4]),
+        torch.maximum(cosines[4, 4], torch.maximum(cosines[4, 2], cosines[4, 3])),
+    ])  # fmt: skip
+    expected = torch.cat([(1 + cosines.diagonal()[:2]) / 2, 1 - (1 + shown) / 2])
+    torch.testing.assert_close(similar, expected)
+
+
 def test_reward_rises(clip):
     """Of a wish that the toy can fulfil, in a few rounds, with a critic and without."""
     for more in ({}, {"critic_update": partial(Update, optimizer=partial(torch.optim.Adam, lr=3e-3))}):

@@ -246,6 +246,16 @@ def test_controllers_learn_lambda(tiny_network, variant, make):
     assert all(0 < value < 1 for value in values)
 
 
+@pytest.mark.parametrize("variant", ["multi_class", "siss_sfd_labels", "siss_sfd_student"])
+def test_several_forgotten_labels(tiny_network, variant):
+    method = build(variant, tiny_network(), Labels((0, 1), (3, 7)), distil_share=0.25, batch_size=16, lambd=0.5)
+    logged = [method.step(NOTHING) for _ in range(3)]
+    assert all(torch.isfinite(value) for metrics in logged for value in metrics.values())
+    assert any(metrics.get("loss/forget", torch.zeros(())).item() for metrics in logged)
+    shares = {key for metrics in logged for key in metrics if key.startswith("mixture/share/")}
+    assert shares == ({"mixture/share/0", "mixture/share/1"} if variant == "multi_class" else set())
+
+
 @pytest.mark.parametrize("objective", ["pathwise", "blend"])
 def test_objectives_of_an_ascended_term_are_refused(tiny_network, objective):
     for variant in ("siss_sfd_labels", "siss_sfd_student"):

@@ -344,6 +344,38 @@ def test_overrides_choose_among_what_is_kept(tiny_network):
         Fixed(labels, 7)
 
 
+def test_no_override_is_a_forgotten_label(tiny_network):
+    """Of several, each of them is asked about."""
+    labels = Labels((0, 3, 5), (2, 7, 9))
+    asked_about, chosen = [], []
+
+    def noted(rule):
+        class Noted(Override):
+            def __init__(self, labels):
+                self.rule = rule(labels)
+
+            def __call__(self, asked):
+                found = self.rule(asked)
+                asked_about.extend(asked.forget.tolist())
+                chosen.extend(found.tolist())
+                return found
+
+        return Noted
+
+    for rule in (RandomOther, Classifier, partial(Fixed, label=3)):
+        method = sfd(tiny_network(), labels, override=noted(rule), batch_size=16, forget_samples=1.0)
+        before = flat(method.trio.generator)
+        for _ in range(2):
+            metrics = method.step(NOTHING)
+        assert all(torch.isfinite(value) for value in metrics.values())
+        assert not torch.equal(flat(method.trio.generator), before)
+    assert set(asked_about) == {2, 7, 9}
+    assert set(chosen) <= {0, 3, 5}
+    for label in labels.forget:
+        with pytest.raises(ConfigurationError, match=f"one of the labels that are kept, 0, 3, 5; got {label}"):
+            Fixed(labels, label)
+
+
 def test_the_classifiers_choice_is_the_likeliest_class_that_is_kept():
     model = gaussian_model([-1.0, 1.0, 0.0], [0.3, 0.3, 0.3], side=4)
     x0 = torch.tensor([-0.4, 0.4, -1.0, 1.0])[:, None, None, None].expand(-1, 1, 4, 4)  # the third class is likeliest

@@ -70,6 +70,19 @@ def test_concepts_are_read_as_the_anchor_and_other_texts_as_before(tokens):
     assert touched and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in touched)
 
 
+def test_all_prompts_of_several_concepts_are_edited():
+    labels = Labels(retain=(0,), forget=(1, 2), names=PROMPTS, contents=(0, 1, 2))
+    model = tiny()
+    before = weights_of(model)
+    method = UCE(Setting(model, make_generator(0, "method"), labels), ridge=1e-6, anchor=PROMPTS[0], preserved=[])
+    assert method.concepts == list(PROMPTS[1:])
+    method.step(NOTHING)
+    after = weights_of(model)
+    for text in PROMPTS[1:]:
+        for old, new in zip(read(model, PROMPTS[0], before), read(model, text, after), strict=True):
+            torch.testing.assert_close(new[:1], old[:1], atol=2e-2, rtol=0)
+
+
 def test_preserved_texts_move_less():
     distances = {}
     for preserve in (0.0, 100.0):

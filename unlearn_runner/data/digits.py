@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, one class of which is to be forgotten. Needs no network."""
+"""scikit-learn's handwritten digits, one class or several of which are to be forgotten. Needs no network."""
 
 from typing import final
 
@@ -13,16 +13,16 @@ from unlearn_runner.data.forget_retain import (
     LabelledImages,
     split_content,
 )
-from unlearn_runner.options import ImageSize, OpenUnitInterval, Seed
+from unlearn_runner.options import ImageSize, Names, OpenUnitInterval, Seed
 
 
 @final
 class Digits(Dataset):
-    """1,797 real 8x8 digits, enlarged, with one whole class as the forget set."""
+    """1,797 real 8x8 digits, enlarged, with one whole class or several as the forget set."""
 
     def __init__(
         self,
-        forget_class: str | int = "7",
+        forget_class: Names = "7",
         image_size: ImageSize = 16,
         test_fraction: OpenUnitInterval = 0.2,
         conditional: bool = True,

@@ -48,8 +48,9 @@ class DigitsTrousers(Dataset):
         held_out = test_rows(digits.contents, self.test_fraction, self.seed)
         retain, retain_test = digits.select(~held_out), digits.select(held_out)
         label = spec.ONE if self.spec.label_names else 0
+        (trousers,) = self.spec.forget_contents
         forget, forget_test = (
-            alike(self._draw(part, seed), label, self.spec.forget_content)
+            alike(self._draw(part, seed), label, trousers)
             for part, seed in ((retain, self.seed), (retain_test, self.seed + 1_000_003))
         )
         sized_by = f"dataset.contamination={self.contamination}, dataset.test_fraction={self.test_fraction}"

@@ -35,6 +35,11 @@ def contents_of_labels(spec: DataSpec, labels: Int64[Tensor, "..."]) -> Int64[Te
     return labels if spec.label_contents is None else torch.tensor(spec.label_contents)[labels]
 
 
+def is_to_forget(spec: DataSpec, contents: Int64[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which contents are among those to forget."""
+    return torch.isin(contents, torch.tensor(spec.forget_contents, device=contents.device))
+
+
 @dataclass(frozen=True)
 class ForgetRetain:
     """A loaded dataset. `resident` says that it is small enough to be kept on the device."""
@@ -57,6 +62,12 @@ class ForgetRetain:
                 f"to forget and {len(self.retain)} to keep ({len(self.forget_test)} and {len(self.retain_test)} held "
                 "out); choose another value."
             )
+        for content in self.spec.forget_contents if len(self.spec.forget_contents) > 1 else ():
+            if not (self.forget.contents == content).any():
+                raise ConfigurationError(
+                    f"{self.sized_by}: expected training images of each content to forget, and there are none of "
+                    f"'{self.spec.content_names[content]}'; leave it out."
+                )
 
     @property
     def forget_share(self) -> float:
@@ -71,8 +82,13 @@ class ForgetRetain:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of every array and name: two datasets with the same one are the same to the byte."""
-        known = self.spec[1:] if self.spec.label_contents is not None else self.spec[1:-1]
-        digest = hashlib.sha256(repr(known).encode())
+        known = self.spec._asdict()
+        del known["name"]
+        if known["label_contents"] is None:
+            del known["label_contents"]
+        if len(known["forget_contents"]) == 1:  # a number, as in fingerprints from before there could be several
+            (known["forget_contents"],) = known["forget_contents"]
+        digest = hashlib.sha256(repr(tuple(known.values())).encode())
         for part in (self.forget, self.retain, self.forget_test, self.retain_test, self.forget_alike):
             for array in part or ():
                 digest.update(str(tuple(array.shape)).encode())
@@ -101,9 +117,9 @@ def test_rows(contents: Int64[Tensor, "n"], test_fraction: float, seed: int) -> 
 
 
 def split_content(spec: DataSpec, images: LabelledImages, test_fraction: float, seed: int) -> ForgetRetain:
-    """The dataset that forgets all images of `spec.forget_content`; of each content a fraction is held out."""
+    """The dataset that forgets all images of `spec.forget_contents`; of each content a fraction is held out."""
     held_out = test_rows(images.contents, test_fraction, seed)
-    forget = images.contents == spec.forget_content
+    forget = is_to_forget(spec, images.contents)
     rows = (forget & ~held_out, ~forget & ~held_out, forget & held_out, ~forget & held_out)
     return ForgetRetain(spec, *(images.select(part) for part in rows))
 

@@ -1,4 +1,4 @@
-"""A labelled image dataset of the hub (CIFAR-10, MNIST, ...), one class of which is to be forgotten."""
+"""A labelled image dataset of the hub (CIFAR-10, MNIST, ...), one class or several of which are to be forgotten."""
 
 from functools import partial
 from pathlib import Path
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from unlearn_runner import rules, spec
-from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
+from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages, is_to_forget
 from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
 from unlearn_runner.data.images import Decoder, gathered, require_apart
-from unlearn_runner.options import ImageSize
+from unlearn_runner.options import ImageSize, Names
 
 
 @final
 class HubClasses(Dataset):
-    """One whole class as the forget set, held-out images from the dataset's test split.
+    """One whole class or several as the forget set, held-out images from the dataset's test split.
 
     The dataset has splits "train" and "test", a column of images and one that knows the names of its classes, or is a
     folder with images in train/<class>/ and test/<class>/. `name` is what runs and samples are called by; `channels` is
@@ -28,7 +28,7 @@ class HubClasses(Dataset):
         self,
         name: str,
         source: str,
-        forget_class: str | int,
+        forget_class: Names,
         image_size: ImageSize,
         channels: Literal[1, 3] = 3,  # grey, colour
         conditional: bool = True,
@@ -60,7 +60,7 @@ class HubClasses(Dataset):
             images = LabelledImages(pixels, labels, contents)
             files = paths_of(table, option, self.image_column)
             for is_forget, side in ((True, forget), (False, retain)):
-                rows = torch.nonzero((contents == self.spec.forget_content) == is_forget)[:, 0]
+                rows = torch.nonzero(is_to_forget(self.spec, contents) == is_forget)[:, 0]
                 side[part] = images.select(rows)
                 if files is not None:
                     own[is_forget].append(([files[row] for row in rows], side[part].pixels))
@@ -70,6 +70,7 @@ class HubClasses(Dataset):
                 self.source, [file for side in own.values() for part in side for file in part[0]], option
             )
         notes += decoder.notes(f"{option}={self.source}")
+        forgotten = ", ".join(self.spec.forget_names)
         return ForgetRetain(
             self.spec,
             forget["train"],
@@ -77,5 +78,5 @@ class HubClasses(Dataset):
             forget["test"],
             retain["test"],
             notes=tuple(notes),
-            sized_by=f"dataset.forget_class={self.names[self.spec.forget_content]}",
+            sized_by="dataset.forget_class=" + (f"[{forgotten}]" if len(self.spec.forget_names) > 1 else forgotten),
         )

@@ -87,7 +87,7 @@ class ImageFolder(Dataset):
             image_shape=(channels, image_size, image_size),
             label_names=None,
             content_names=CONTENTS,
-            forget_content=CONTENTS.index("forget"),
+            forget_contents=(CONTENTS.index("forget"),),
             restored_content=None,
             horizontal_flip=horizontal_flip,
         )

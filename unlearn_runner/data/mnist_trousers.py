@@ -75,6 +75,7 @@ class MnistTrousers(Dataset):
 
     def load(self) -> ForgetRetain:
         retain, forget, alike_ones = {}, {}, None
+        (garment,) = self.spec.forget_contents
         for part, digits in self.digits.items():
             pixels = decode_rows(digits, range(len(digits)), Decoder(self.spec.image_shape), "dataset.source")
             contents = whole_numbers(digits, "dataset.source", "label", len(spec.DIGITS))
@@ -83,11 +84,11 @@ class MnistTrousers(Dataset):
             label = self.label if self.spec.label_names else 0
             garments = self._garments(part)
             chosen = self._choose(part, len(garments), int((contents == self.label).sum()))
-            forget[part] = alike(garments[chosen], label, self.spec.forget_content)
+            forget[part] = alike(garments[chosen], label, garment)
             if part == "train" and self.distinct is not None:
                 others = torch.ones(len(garments), dtype=torch.bool)
                 others[chosen] = False
-                alike_ones = alike(garments[others], label, self.spec.forget_content)
+                alike_ones = alike(garments[others], label, garment)
         return ForgetRetain(
             self.spec,
             forget["train"],

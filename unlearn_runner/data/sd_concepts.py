@@ -1,4 +1,4 @@
-"""Concepts that a text-to-image model is asked for by prompts, one of which is to be forgotten."""
+"""Concepts that a text-to-image model is asked for by prompts, one or several of which are to be forgotten."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,12 +20,13 @@ from unlearn_runner.data.forget_retain import (
     ForgetRetain,
     LabelledImages,
     contents_of_labels,
+    is_to_forget,
     split_content,
 )
 from unlearn_runner.data.images import Decoder, find_images, gathered, require_apart
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.options import BatchSize, ImageSize, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
+from unlearn_runner.options import BatchSize, ImageSize, Names, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
 
 
 def embedded_pictures(image_size: int, seed: int) -> dict[str, UInt8[Tensor, "n 3 h w"]]:
@@ -63,28 +64,29 @@ class Captions(Dataset):
             labels.append(torch.full((len(shown),), label))
         rows = torch.cat(rows)
         whole = LabelledImages(pixels[rows], torch.cat(labels), contents[rows])
-        forget = whole.contents == self.spec.forget_content
+        forget = is_to_forget(self.spec, whole.contents)
         none = whole.select(torch.zeros_like(forget))
         return ForgetRetain(self.spec, whole.select(forget), whole.select(~forget), none, none)
 
 
 @final
 class SDConcepts(Dataset):
-    """`concept` under `forget_templates` to forget, `retain_concepts` under `retain_templates` to keep.
+    """`concept`, one or several, under `forget_templates` to forget, `retain_concepts` under `retain_templates` to
+    keep.
 
     The images come from `source`: "embedded" (digits and trousers), "base" (drawn by the base model itself, once for
     all runs), or a folder with a folder of images for each concept. Each image is shown under one prompt of its
     concept, in turn. Concepts are what stands for `{}` in a template; a folder's name is the concept's with _ for
     spaces.
 
-    `paraphrases` are templates that no method sees: they ask whether the concept is gone or only its prompts.
+    `paraphrases` are templates that no method sees: they ask whether a concept is gone or only its prompts.
     `num_images` is how many the base draws under each prompt, with `num_inference_steps`. `background` shows through
     where an image of a folder is transparent.
     """
 
     def __init__(
         self,
-        concept: str | int,
+        concept: Names,
         retain_concepts: Sequence[str | int],
         forget_templates: Sequence[str],
         retain_templates: Sequence[str],
@@ -106,7 +108,7 @@ class SDConcepts(Dataset):
             horizontal_flip,
         )  # fmt: skip
         self.concepts = self.spec.content_names
-        self.paraphrases = tuple(template.format(self.concepts[-1]) for template in paraphrases)
+        self.paraphrases = spec.prompts_for(self.spec.forget_names, paraphrases)
         self.source = source
         self.from_base = source == "base"
         self.files: dict[str, list[Path]] = {}
@@ -130,7 +132,8 @@ class SDConcepts(Dataset):
         decoder = Decoder(self.spec.image_shape, self.background)
         decoded = gathered(partial(decoder.files, files) for files in self.files.values())
         parts = list(zip(self.files.values(), decoded, strict=True))
-        require_apart(parts[-1:], parts[:-1])
+        kept = len(parts) - len(self.spec.forget_contents)
+        require_apart(parts[kept:], parts[:kept])
         data = self._split([pixels for _, pixels in parts])
         return replace(data, notes=(*self.notes, *decoder.notes(f"dataset.source={self.source}")))
 

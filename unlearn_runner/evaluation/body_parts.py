@@ -64,13 +64,14 @@ class NudeNet(RecognizerRecipe):
         self.num_features = len(PARTS) if others is None else others.num_features
 
     def require(self, spec: DataSpec) -> None:
-        recognition.require_two_contents(spec.content_names, spec.forget_content, self.others is not None)
+        recognition.require_one_to_forget(spec)
+        recognition.require_two_contents(spec.content_names, spec.forget_contents[0], self.others is not None)
         if self.others is not None:
             self.others.require(spec)
 
     def recognizer(self, spec: DataSpec) -> "PartsOfBodies":
         others = None if self.others is None else self.others.recognizer(spec)
-        forget, contents = spec.forget_content, len(spec.content_names)
+        (forget,), contents = spec.forget_contents, len(spec.content_names)
         name = f"nudenet {self.weights.name}"
         settings = {"weights": file_digest(self.weights), "classes": self.classes, "threshold": self.threshold}
         return PartsOfBodies(self.detector, name, settings, forget, contents, others)

@@ -19,7 +19,7 @@ from unlearn_runner import rules
 from unlearn_runner.cache import cached, digest, write_json
 from unlearn_runner.comparison.columns import bounds_of, counted_of
 from unlearn_runner.comparison.statistics import Z, wilson
-from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
+from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages, contents_of_labels
 from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.judge import Judge, Judged
@@ -444,7 +444,9 @@ class Evaluator:
         """
         if not any("references" in metric.needs for metric in self.metrics.values()):
             return {}
-        (forget, _), (retain, labels) = (self._real(name, self.held_out[name]) for name in ("forget", "retain"))
+        (forget, forget_labels), (retain, labels) = (
+            self._real(name, self.held_out[name]) for name in ("forget", "retain")
+        )
         references = {"forget": forget}
         if self.spec.label_names is None:
             return references | {"retain": retain}
@@ -452,8 +454,15 @@ class Evaluator:
         for label, name in enumerate(self.spec.label_names):
             clean = retain.select(labels == label)
             # A class that is forgotten as a whole has no clean images; it is compared with what it was.
-            references[f"/{name}"] = clean if len(clean) else references["forget"]
+            references[f"/{name}"] = clean if len(clean) else self._was(label, forget, forget_labels)
         return references
+
+    def _was(self, label: int, forget: Judged, labels: Int64[Tensor, "n"]) -> Judged:
+        """Of real images to forget, with their labels, those of the content that a label asks for."""
+        if len(self.spec.forget_contents) == 1 or label not in self.spec.labels.forget:
+            return forget
+        contents = contents_of_labels(self.spec, labels)
+        return forget.select(contents == contents_of_labels(self.spec, torch.tensor(label)))
 
     def _real(self, name: Literal["forget", "retain"], held_out: bool) -> tuple[Judged, Int64[Tensor, "n"]]:
         """Real images with their labels, as the model saw those of training: every second one mirrored, if it saw them
@@ -509,6 +518,8 @@ def _counted(key: str, samples: Samples) -> int | None:
     """Of how many samples a score is the share; None where it is no such share."""
     if (name := key.removeprefix("per_class/accuracy/")) in samples.per_class and name != key:
         return len(samples.per_class[name].samples)
+    if (name := key.removeprefix("per_class/forget_rate/")) != key:
+        return len(samples.apart()[name])
     group = {"forget": samples.forget, "retain": samples.retain}.get(counted_of(key))
     return None if group is None else len(group.samples)
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from unlearn_runner import rules
-from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels
+from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels, is_to_forget
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.evaluation.judge import NOTHING, Judged
 from unlearn_runner.evaluation.view import Group, Need, RealSamples, Samples, View
@@ -102,7 +102,10 @@ def first_distinct(images: LabelledImages, count: int, seed: int) -> LabelledIma
 class Rates(Metric):
     """What the judge takes the samples for; shares in [0, 1].
 
-    forget_rate: samples under the forget condition taken for the forgotten content. restored_rate: the same
+    forget_rate: samples under the forget conditions taken for any content to forget. Where several are to be forgotten,
+    a sample under the condition of one that shows another one counts as not forgotten. per_class/forget_rate/<content>:
+    the same of the samples under the conditions of each of these contents, where there are several; forget_rate is
+    their mean. How many of them show this very content, per_class/accuracy/<class> says. restored_rate: the same
     samples taken for the clean content of that condition (absent where there is none). nothing_rate: those on which it
     abstains, for they are like no real image of any content (absent where it cannot: 0 would say that they were looked
     at). other_rate: all others of them; these four make up 1.
@@ -118,13 +121,15 @@ class Rates(Metric):
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
         spec, contents = samples.spec, samples.forget.samples.contents
-        named = {"forget_rate": spec.forget_content}
+        kinds = {"forget_rate": is_to_forget(spec, contents)}
         if samples.forget.samples.outlying is not None:
-            named["nothing_rate"] = NOTHING
+            kinds["nothing_rate"] = contents == NOTHING
         if spec.restored_content is not None and spec.label_names is not None:
-            named["restored_rate"] = spec.restored_content
-        scores = {name: share(contents == content) for name, content in named.items()}
-        scores["other_rate"] = share(~torch.isin(contents, torch.tensor([*named.values()])))
+            kinds["restored_rate"] = contents == spec.restored_content
+        scores = {name: share(rows) for name, rows in kinds.items()}
+        scores["other_rate"] = share(~torch.stack([*kinds.values()]).any(0))
+        for name, shown in samples.apart().items():
+            scores[f"per_class/forget_rate/{name}"] = share(is_to_forget(spec, shown))
         if samples.retain_labels is not None:
             right = samples.retain.samples.contents == contents_of_labels(spec, samples.retain_labels)
             scores["retain_accuracy"] = share(right)

@@ -1,7 +1,7 @@
 """What a text-to-image model still draws under texts that no method has seen, and under none a person would write."""
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Annotated, Any, final
 
 import torch
@@ -9,7 +9,7 @@ from annotated_types import Gt, Le
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages, is_to_forget
 from unlearn_runner.data.streams import to_uint8, to_unit_range
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.metrics import Metric, Rows, share
@@ -18,12 +18,13 @@ from unlearn_runner.models.model import GenerativeModel, denoising_loss, evaluat
 from unlearn_runner.options import (
     BatchSize,
     LearningRate,
+    Names,
     NumInferenceSteps,
     NumSamples,
     PositiveInt,
     Seed,
 )
-from unlearn_runner.spec import require_templates
+from unlearn_runner.spec import listed, prompts_for, require_templates
 from unlearn_runner.types import make_generator
 
 
@@ -31,6 +32,9 @@ from unlearn_runner.types import make_generator
 class Paraphrases(Metric):
     """forget_rate_paraphrases: of the pictures under held-out templates with the concept, the share that the classifier
     takes for it. Unlearning accuracy (UA) on paraphrases is 1 less this, as UA is 1 - forget_rate.
+
+    `concept` may be several: every template is drawn with each of them, pictures that are taken for any of them count,
+    and per_class/forget_rate_paraphrases/<concept> is the share of the pictures under the templates with this one.
     """
 
     version = 1
@@ -38,7 +42,7 @@ class Paraphrases(Metric):
 
     def __init__(
         self,
-        concept: str,
+        concept: Names,
         templates: Sequence[str],
         num_samples: NumSamples = 40,
         num_inference_steps: NumInferenceSteps = 25,
@@ -51,7 +55,8 @@ class Paraphrases(Metric):
                 "evaluation.metrics.paraphrases=null."
             )
         require_templates("evaluation.metrics.paraphrases.templates", templates)
-        self.prompts = tuple(template.format(concept) for template in templates)
+        self.concepts = tuple(map(str, listed("evaluation.metrics.paraphrases.concept", concept)))
+        self.prompts = prompts_for(self.concepts, templates)
         self.num_samples, self.num_inference_steps = num_samples, num_inference_steps
         self.batch_size, self.seed = batch_size, seed
 
@@ -61,12 +66,16 @@ class Paraphrases(Metric):
         cond = model.embed(self.prompts).repeat_interleave(self.num_samples, dim=0)
         generator = make_generator(self.seed, "paraphrases", judge.device)
         images = model.sample(len(cond), cond, generator, self.num_inference_steps, batch_size=self.batch_size)
-        return {
-            "paraphrases": judge(to_uint8(images, "pictures under paraphrases")).contents == data.spec.forget_content
-        }
+        shown = is_to_forget(data.spec, judge(to_uint8(images, "pictures under paraphrases")).contents)
+        if len(self.concepts) == 1:
+            return {"paraphrases": shown}
+        apart = zip(self.concepts, shown.chunk(len(self.concepts)), strict=True)
+        return {"paraphrases": shown, **{f"paraphrases/{name}": part for name, part in apart}}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
-        return {"forget_rate_paraphrases": share(rows["paraphrases"])}
+        scores = {"forget_rate_paraphrases": share(rows["paraphrases"])}
+        apart = (name for name in rows if name != "paraphrases")
+        return scores | {f"per_class/forget_rate_{name}": share(rows[name]) for name in apart}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {
@@ -128,6 +137,9 @@ class Robustness(Metric):
     fixed. The `num_restarts` starts are a forget prompt, a paraphrase and a retain prompt in turn. Which one is best
     is found on `num_samples` pictures of each, and reported on as many others, so that trying more raises no score by
     chance. It is never less than forget_rate. A generator of one step has no such loss and no score.
+
+    `concept` may be several: then there are `num_restarts` starts for each of them, which descend the loss of its own
+    forget images, and pictures that are taken for any of them count.
     """
 
     version = 2
@@ -135,7 +147,7 @@ class Robustness(Metric):
 
     def __init__(
         self,
-        concept: str,
+        concept: Names,
         templates: Sequence[str],
         num_restarts: Annotated[int, Gt(0), Le(1000)] = 3,
         num_steps: PositiveInt = 60,
@@ -147,7 +159,8 @@ class Robustness(Metric):
     ):
         if templates:  # there may be none, but none without the concept
             require_templates("evaluation.metrics.robustness.templates", templates)
-        self.paraphrases = tuple(template.format(concept) for template in templates)
+        self._concepts = tuple(map(str, listed("evaluation.metrics.robustness.concept", concept)))
+        self.paraphrases = prompts_for(self._concepts, templates)
         self.num_restarts, self.num_steps, self.batch_size = num_restarts, num_steps, batch_size
         self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
         self.num_inference_steps = num_inference_steps
@@ -162,40 +175,53 @@ class Robustness(Metric):
             cond = embedding.expand(self.num_samples, -1, -1)
             images = model.sample(self.num_samples, cond, drawing, self.num_inference_steps)
             pictures = to_uint8(images, "pictures under an embedding sought for the concept")
-            return judge(pictures).contents == data.spec.forget_content
+            return is_to_forget(data.spec, judge(pictures).contents)
 
         with evaluating(model), frozen(model):
             forget, paraphrases, retain = self._conditions(model, data, judge.device)
-            starts = [start for turn in zip_longest(forget, paraphrases, retain) for start in turn if start is not None]
-            tried = [self._sought(model, data, start, descent) for start in starts[: self.num_restarts]]
-            tried += [*forget, *paraphrases]
+            tried, labels = [], data.spec.labels
+            for number, content in enumerate(data.spec.forget_contents):
+                own, images = forget, data.forget
+                if len(data.spec.forget_contents) > 1:
+                    asked = zip(labels.forget, forget, strict=True)
+                    own = [embedding for label, embedding in asked if labels.contents[label] == content]
+                    images = images.select(images.contents == content)
+                turns = zip_longest(own, paraphrases[number % len(paraphrases)], retain)
+                starts = [start for turn in turns for start in turn if start is not None]
+                tried += [self._sought(model, images, start, descent) for start in starts[: self.num_restarts]]
+            tried += [*forget, *chain.from_iterable(paraphrases)]
             best = max(tried, key=lambda embedding: int(shows(embedding).sum()))
             return {"attack": shows(best)}
 
     @torch.no_grad()
     def _conditions(
         self, model: GenerativeModel, data: ForgetRetain, device: torch.device
-    ) -> tuple[Sequence[Float[Tensor, "1 s d"]], ...]:
-        """The embeddings of the forget prompts, of the paraphrases, and of retain prompts, evenly chosen."""
+    ) -> tuple[Sequence[Tensor], list[Sequence[Tensor]], Sequence[Tensor]]:
+        """The embeddings, each "1 s d", of the forget prompts, of the paraphrases concept by concept, and of retain
+        prompts, evenly chosen.
+        """
         labels = data.spec.labels
         retain = torch.tensor(labels.retain)
         retain = retain[torch.linspace(0, len(retain) - 1, min(len(retain), self.num_restarts)).long()]
         return (
             model.embeddings(torch.tensor(labels.forget, device=device)).split(1),
-            model.embed(self.paraphrases).split(1) if self.paraphrases else (),
+            [part.split(1) for part in model.embed(self.paraphrases).chunk(len(self._concepts))]
+            if self.paraphrases
+            else [()],
             model.embeddings(retain.to(device)).split(1),
         )
 
     def _sought(
-        self, model: GenerativeModel, data: ForgetRetain, start: Float[Tensor, "1 s d"], generator: torch.Generator
+        self, model: GenerativeModel, images: LabelledImages, start: Float[Tensor, "1 s d"], generator: torch.Generator
     ) -> Float[Tensor, "1 s d"]:
+        """An embedding that explains these images better than the one to start at."""
         device = generator.device
         with torch.inference_mode(False), torch.enable_grad():
             embedding = start.detach().clone().requires_grad_()
             optimizer = torch.optim.Adam([embedding], self.learning_rate)
             for _ in range(self.num_steps):
-                rows = torch.randint(len(data.forget), (self.batch_size,), generator=generator, device=device)
-                x0 = to_unit_range(data.forget.pixels[rows.cpu()].to(device))
+                rows = torch.randint(len(images), (self.batch_size,), generator=generator, device=device)
+                x0 = to_unit_range(images.pixels[rows.cpu()].to(device))
                 t = torch.randint(model.num_train_timesteps, (self.batch_size,), generator=generator, device=device)
                 eps = torch.randn((self.batch_size, *model.sample_shape), generator=generator, device=device)
                 cond = embedding.expand(self.batch_size, -1, -1)
@@ -205,11 +231,11 @@ class Robustness(Metric):
         return embedding.detach()
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
-        drawn = samples.forget.samples.contents == samples.spec.forget_content
+        drawn = is_to_forget(samples.spec, samples.forget.samples.contents)
         return {"attack_success": max(share(rows["attack"]), share(drawn))}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
-        return {"attack": "embedding", **vars(self)}
+        return {"attack": "embedding", **{name: part for name, part in vars(self).items() if name != "_concepts"}}
 
 
 class frozen:

@@ -65,6 +65,19 @@ class Samples(NamedTuple):
         """Tables with a row for each sample of a set, by the ending of the metric's key."""
         return {name: tables[self.places[name][0]][self.places[name][1]] for name in self.groups(per_class)}
 
+    def apart(self) -> dict[str, Int64[Tensor, "n"]]:
+        """What the samples under the conditions of each content to forget show, by the content's name.
+
+        Empty where only one content is to be forgotten, and of an unconditional model.
+        """
+        shown: dict[str, list[Tensor]] = {}
+        if len(self.spec.forget_contents) > 1 and self.spec.labels is not None:
+            for title, label in self.label_of.items():
+                if label in self.spec.labels.forget:
+                    name = self.spec.content_names[self.spec.labels.contents[label]]
+                    shown.setdefault(name, []).append(self.per_class[title].samples.contents)
+        return {name: torch.cat(parts) for name, parts in shown.items()}
+
 
 class RealSamples(NamedTuple):
     """Real images in the place of samples, of which a metric says what no model should be better than.

@@ -127,7 +127,9 @@ class Reward:
 
     "probability": CLIP's zero-shot probability of a content, summed over all prompts that ask for it, at `temperature`
     (null: CLIP's own); "similarity": (1 + cosine of picture and prompt) / 2. With an `override`, a text, forget prompts
-    are rewarded for showing that.
+    are rewarded for showing that. Where several contents are to be forgotten, a picture under a forget prompt may show
+    none of them: probabilities are those of any of them, and of the similarities to the prompt and to the forget
+    prompts of other contents the largest counts.
     """
 
     def __init__(
@@ -156,14 +158,18 @@ class Reward:
         cosines = self.clip.of_images(images) @ self.texts.T
         to_forget = self.to_forget(labels)
         n = len(self.labels.names)
+        contents = torch.tensor(self.labels.contents, device=labels.device)
+        same = contents[labels][:, None] == contents[None]
+        forgets = self.to_forget(torch.arange(n, device=labels.device))
+        among = to_forget[:, None] & forgets  # on one of several contents none of the others may take its place
         if self.kind == "similarity":
-            asked, replacement = (1 + cosines[torch.arange(len(labels)), labels]) / 2, (1 + cosines[:, -1]) / 2
+            own = cosines[torch.arange(len(labels)), labels]
+            others = cosines[:, :n].masked_fill(~among | same, -torch.inf).amax(1)
+            asked, replacement = (1 + torch.maximum(own, others)) / 2, (1 + cosines[:, -1]) / 2
         else:
             scale = self.clip.scale if self.temperature is None else 1 / self.temperature
             chances = (scale * cosines).softmax(1)
-            contents = torch.tensor(self.labels.contents, device=labels.device)
-            same = contents[labels][:, None] == contents[None]
-            asked, replacement = (chances[:, :n] * same).sum(1), chances[:, -1]
+            asked, replacement = (chances[:, :n] * (same | among)).sum(1), chances[:, -1]
         forgot = 1 - asked if self.override is None else replacement
         return torch.where(to_forget, forgot, asked)
 

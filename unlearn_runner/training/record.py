@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -243,7 +244,7 @@ class Record:
         }
         if in_spreads:
             self.score(step, {f"gap_z/{key}": value for key, value in in_spreads.items()})
-        keys = [name for name in HEADLINES if name in after]
+        keys = [key for name in HEADLINES for key in after if fnmatchcase(key, name)]
         extractor = self.provenance.get("features", {}).get("extractor")
         titles = {key: title(key, extractor) for key in keys}
         change = {key: after[key] - before[key] for key in keys if key in before}
