@@ -12,7 +12,7 @@ from unlearn_runner.methods import posterior as module
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.lambdas import ClosedForm
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.posterior import Part, Posterior, RetainedImages, ReTrack, full_precision, posterior
+from unlearn_runner.methods.posterior import Part, Posterior, RetainedImages, ReTrack, full_precision, posterior, trust
 from unlearn_runner.methods.siss import SISS, mix
 from unlearn_runner.models.model import Noising
 from unlearn_runner.spec import Labels
@@ -270,19 +270,30 @@ def test_under_a_condition_that_keeps_no_image_the_nearest_labels_are_drawn_or_a
     assert (unet.means[0].item(), unet.means[1].item()) == (pytest.approx(-0.5, abs=0.05), pytest.approx(0.3, abs=0.05))
 
 
-def test_far_targets_count_less(monkeypatch):
-    """By cap D / ||eps||^2 where that is below 1, and only of samples under the forget conditions."""
+def test_far_targets_cost_at_most_the_cap():
+    """A network that answers with the noise that led to a sample: its loss is ||astray||^2 before the weight."""
+    astray = torch.randn((500, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    astray *= torch.logspace(-3, 3, 500)[:, None, None, None]
+    squares = astray.square().flatten(1).mean(1)
+    weights = trust(astray, 0.1)
+    torch.testing.assert_close(weights * squares, squares.clamp(max=0.1))
+    assert weights[0] == 1
+    assert trust(torch.zeros(1, 1, 4, 4), 0.1).item() == 1, "a target that is the sample's own image"
+
+
+@pytest.mark.parametrize("follow", [0.0, 1.0])
+def test_only_noisy_forget_images_count_less(monkeypatch, follow):
+    """What begins at a retained image counts as it is, whatever the cap."""
     model = gaussian_model([-0.2], [0.5], side=2)
     seen = []
     monkeypatch.setattr(Update, "gradient", lambda self, loss: seen.append(loss.item()) or torch.zeros(2))
     losses = {}
     retain, forget = images(150, (1, 2, 2), 0, torch.float32), images(150, (1, 2, 2), 3, torch.float32)
-    for cap in (None, 1e9, 0.5):
-        method = trained(model, retain, forget, 1, cap=cap, lambd=1.0)
+    for cap in (None, 1e9, 1e-3):
+        trained(model, retain, forget, 1, cap=cap, lambd=1.0, follow=follow)
         losses[cap] = seen.pop()
-        assert method.trained is model
     assert losses[None] == losses[1e9]
-    assert losses[0.5] < losses[None]
+    assert losses[1e-3] < 0.2 * losses[None] if follow == 0.0 else losses[1e-3] == losses[None]
 
 
 def test_retrack_weighs_the_nearest_of_the_clean_image(model):
@@ -385,7 +396,7 @@ def test_sisss_forget_term_is_the_loss_at_the_posterior_mean(model):
     wanted = brute_force(mixture.m, noisings[1], known)
     torch.testing.assert_close(found.x0, wanted)
     torch.testing.assert_close(noisings[1].scale * found.x0 + noisings[1].std * found.eps, mixture.m)
-    squares = found.eps.square().flatten(1).mean(1)
-    torch.testing.assert_close(found.weight, mixture.forget.weight * (1 / squares).clamp(max=1))
+    astray = (found.eps - mixture.forget.eps).square().flatten(1).mean(1)
+    torch.testing.assert_close(found.weight, mixture.forget.weight * (0.1 / astray).clamp(max=1))
     assert method.factors(batch) == (1.0, -1.0)
     assert SISS(Setting(model, make_generator(0, "m")), adam).factors(batch) == (1.0, 1.0)

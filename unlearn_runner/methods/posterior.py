@@ -42,11 +42,14 @@ def posterior(log_densities: Float[Tensor, "b n"], k: int | None = None) -> Floa
     return torch.zeros_like(log_densities).scatter(1, rows, largest.softmax(1))
 
 
-def trust(eps: Float[Tensor, "b ..."], cap: float) -> Float[Tensor, "b"]:
-    """min(1, cap D / ||eps||^2), by which a sample counts: D the number of entries, eps the noise that would lead from
-    its target to it. At little noise a target is far, and the sampler does not come there any more.
+def trust(astray: Float[Tensor, "b ..."], cap: float) -> Float[Tensor, "b"]:
+    """min(1, cap D / ||astray||^2), by which a sample counts. D is the number of entries, `astray` the noise that would
+    lead to it from its target, less the noise that led to it.
+
+    With little noise that is large, and the sampler does not come there once it has been turned away. A network that
+    still answers with the noise that led there has a loss of at most cap for each entry.
     """
-    return (cap / eps.square().flatten(1).mean(1)).clamp(max=1)
+    return (cap / astray.square().flatten(1).mean(1).clamp(min=1e-12)).clamp(max=1)
 
 
 class Part(NamedTuple):
@@ -304,8 +307,8 @@ class Posterior(Method):
         subset: of so many retained images only, which the target is then an estimate from; None: of all. Half of them
             are the nearest to the forget images without noise, as many of each, found once; the others are drawn anew
             at every step and stand for the rest (all, where there are too many forget images for one near each).
-        cap: of `trust`, which noisy forget images count by; noise itself has ||eps||^2 of about D. None: each counts by
-            1. Without effect on a VAE, whose targets are images.
+        cap: of `trust`, by which noisy forget images count. None: each counts by 1. Without effect on a VAE, whose
+            targets are images.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
     """
 
@@ -320,7 +323,7 @@ class Posterior(Method):
         without_images: Literal["nearest", "all"] = "nearest",
         k: PositiveInt | None = None,
         subset: PositiveInt | None = None,
-        cap: Annotated[float, Gt(0)] | None = 1.0,
+        cap: Annotated[float, Gt(0)] | None = 0.1,
         timesteps: TimestepSampler | None = None,
     ):
         self.reads = Streams(retain="retain", forget=True)
@@ -372,14 +375,14 @@ class Posterior(Method):
             drawn = Noising(*(part if isinstance(part, float) else part[rows] for part in noising))
             x0[rows] = self.retained.target(m[rows], drawn, _some(cond, rows), x0[rows], self.k, some)
         if model.is_diffusion:
-            eps = (m - noising.scale * x0) / noising.std
+            led, eps = eps, (m - noising.scale * x0) / noising.std
 
         # 3. the loss, and the update
         answer = model.predict(m, timesteps, cond)
         losses = model.loss(answer, x0, m, eps, noising.std, timesteps) / model.num_entries
         weights = t_weights
         if self.cap is not None and model.is_diffusion:
-            weights = torch.where(forgets & ~following, t_weights * trust(eps, self.cap), t_weights)
+            weights = torch.where(forgets & ~following, t_weights * trust(eps - led, self.cap), t_weights)
         gradient = self.update.gradient((weights * losses).mean())
         self.update.apply(gradient)
 

@@ -291,7 +291,7 @@ class SISS(Method):
 
     With `forget_target="posterior"` it descends both, L_forget being the loss at the posterior mean of the retained
     images instead of at the forget image: bounded, and nothing is ascended. (The target of `methods/posterior.py`;
-    samples count by its `trust`, with cap 1.)
+    samples count by its `trust`, with cap 0.1.)
 
     Args:
         lambd: share of samples drawn from the forget image, in [0, 1], or a LambdaController.
@@ -437,7 +437,7 @@ class SISS(Method):
         if not model.is_diffusion:
             return forget._replace(x0=target)
         eps = (mixture.m - noising.scale * target) / noising.std
-        return Origin(target, eps, forget.std, forget.weight * trust(eps, cap=1.0))
+        return Origin(target, eps, forget.std, forget.weight * trust(eps - forget.eps, cap=0.1))
 
     def terms_apart(
         self, batch: Batch, timesteps: Int64[Tensor, "b"], eps: Float[Tensor, "b ..."], norms: bool = True
