@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.data.streams import ImageSet
+from unlearn_runner.distributed import averaged
 from unlearn_runner.gradients import as_vector, gradients
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.method import Method, Setting, Update
@@ -60,7 +61,7 @@ def salient(model: GenerativeModel, images: ImageSet, share: float) -> Bool[Tens
     for part in rows.split(PART):
         x0, cond = images.take(part)
         loss = drawn_loss(model, x0, cond, generator).sum()
-        gradient = as_vector(gradients(loss, weights), weights)
+        gradient = averaged(as_vector(gradients(loss, weights), weights))
         total = gradient if total is None else total + gradient
     size = total.abs()
     least = size.kthvalue(len(size) - max(1, round(share * len(size))) + 1).values
