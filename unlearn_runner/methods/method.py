@@ -135,7 +135,7 @@ class Update:
         saliency: OpenUnitInterval | None = None,
     ):
         self.trained = model
-        if saliency is not None and not isinstance(model, GenerativeModel):
+        if saliency is not None and not hasattr(model, "noising"):  # what its forget gradient is measured by
             raise ConfigurationError(
                 f"a {_name(type(model))} has no forget gradient to choose weights by; leave saliency out of its update."
             )
