@@ -60,7 +60,7 @@ def salient(model: GenerativeModel, images: ImageSet, share: float) -> Bool[Tens
     total = None
     for part in rows.split(PART):
         x0, cond = images.take(part)
-        loss = drawn_loss(model, x0, cond, generator).sum()
+        loss = drawn_loss(model, x0.to(weights[0].dtype), cond, generator).sum()
         gradient = averaged(as_vector(gradients(loss, weights), weights))
         total = gradient if total is None else total + gradient
     size = total.abs()
