@@ -65,13 +65,15 @@ class Seen(NamedTuple):
     centers: Float[Tensor, "n d"]  # of q(m|x)
     stds: Float[Tensor, "n d"] | None  # of q(m|x); None: the same of every image
     images: Float[Tensor, "n p"] | None  # what the network should answer with; None: the centers
+    squares: Float[Tensor, "n"] | None = None  # of the centers, summed, where they are known already
 
 
 def _log_densities(m: Float[Tensor, "b d"], noising: Noising, images: Seen) -> Float[Tensor, "b n"]:
     """log q(m|x_i) but for what is the same of all images."""
     if images.stds is None:
         scale, std = noising.scale.flatten(1), noising.std.flatten(1)
-        return scale / std.square() * (m @ images.centers.T - scale / 2 * images.centers.square().sum(1))
+        squares = images.centers.square().sum(1) if images.squares is None else images.squares
+        return scale / std.square() * (m @ images.centers.T - scale / 2 * squares)
     precisions = images.stds.square().reciprocal()
     inner = m @ (images.centers * precisions).T - m.square() @ precisions.T / 2
     return inner - ((images.centers.square() * precisions) / 2 + images.stds.log()).sum(1)
@@ -118,7 +120,8 @@ class RetainedImages:
         self.near = torch.zeros(0, dtype=torch.int64)
         if images.resident:
             parts = zip(*self._read(None), strict=True)
-            self.kept = Seen(*(None if part[0] is None else torch.cat(part) for part in parts))
+            kept = Seen(*(None if part[0] is None else torch.cat(part) for part in parts))
+            self.kept = kept._replace(squares=kept.centers.square().sum(1))
 
     def __len__(self) -> int:
         return len(self.rows)
