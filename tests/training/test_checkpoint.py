@@ -1,9 +1,11 @@
 """Checkpoints are whole or refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trainers import build_trainer
 
 from unlearn_runner.cache import atomic, cached, file_digest, fingerprint
 from unlearn_runner.errors import ConfigurationError
@@ -176,3 +178,19 @@ def test_atomic_keeps_the_old_file_when_writing_fails(tmp_path):
         raise OSError("no space")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_method_gets_its_state_on_its_networks_device(composed, digits, tmp_path):
+    """A checkpoint is read to the CPU; the device "meta", on which nothing is computed, stands for a GPU here."""
+    trainer = build_trainer(composed(), digits, tmp_path)
+    tensor, taken = torch.zeros(2), {}
+    part = SimpleNamespace(load_state_dict=taken.update)
+    trainer.method = SimpleNamespace(networks=(torch.nn.Linear(1, 1, device="meta"),), stateful=lambda: {"part": part})
+    optimizer = {"state": {0: {"step": tensor}}, "param_groups": []}
+    state = {"keep": tensor, "kept": [(1, (tensor, None))], "optimizer": optimizer, "steps": 3}
+    trainer._load_learner_state({**trainer._initial, "method": {"part": state}})
+    assert taken["keep"].is_meta
+    number, (rollouts, nothing) = taken["kept"][0]
+    assert rollouts.is_meta
+    assert (number, nothing, taken["steps"]) == (1, None, 3)
+    assert taken["optimizer"] is optimizer, "an optimizer finds the place itself"

@@ -63,6 +63,19 @@ def identity_of(method: Method, spec: DataSpec) -> dict[str, str]:
     return {"method": type(method).__name__, "model": fingerprint(shapes), "dataset": spec.name}
 
 
+def on_device(state: Any, device: torch.device) -> Any:
+    """A part's state with its tensors on this device: a checkpoint is read to the CPU. Not those of optimizers, which
+    find the place themselves; some of theirs belong on the CPU.
+    """
+    if isinstance(state, torch.Tensor):
+        return state.to(device)
+    if isinstance(state, Mapping):
+        return state if "param_groups" in state else {key: on_device(value, device) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(on_device(value, device) for value in state)
+    return state
+
+
 @final
 class Trainer:
     """Lets the method begin. Then draws batches, lets it take its steps, writes checkpoints and tells its listeners.
@@ -241,8 +254,9 @@ class Trainer:
         return {"method": parts, "stream": self.stream.state_dict(), "rng": rng}
 
     def _load_learner_state(self, state: dict[str, Any]) -> None:
+        device = next(self.method.networks[0].parameters()).device
         for name, part in self.method.stateful().items():
-            part.load_state_dict(state["method"][name])
+            part.load_state_dict(on_device(state["method"][name], device))
         self.stream.load_state_dict(state["stream"])
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"] and torch.cuda.is_available():
