@@ -119,11 +119,11 @@ class Trainer:
 
     def _begin(self) -> None:
         """Let the method begin, and find the weights that its masks let move. Passes of the network are counted."""
-        evaluations = self._evaluations()
-        self.method.begin(self.stream.images() if "images" in self.method.requires else None)
+        evaluations, images = self._evaluations(), self.stream.images()
+        self.method.begin(images if "images" in self.method.requires else None)
         for part in self.method.stateful().values():
             if isinstance(part, Mask) and part.share is not None:
-                part.keep = salient(part.trained, self.stream.images().forget, part.share)
+                part.keep = salient(part.trained, images.forget, part.share)
         self.clock.network_evaluations += self._evaluations() - evaluations
 
     def listen(self, name: str, listener: Listener) -> None:
