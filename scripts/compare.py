@@ -65,7 +65,10 @@ def parser() -> Parser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print a line for each table, row and metric")
     form.add_argument("--latex", action="store_true", help="print tables for booktabs")
-    form.add_argument("--markdown", action="store_true", help="print Markdown, a line for each metric")
+    form.add_argument(
+        "--markdown", action="store_true",
+        help="print Markdown, a line for each metric, or for each row if these are more",
+    )  # fmt: skip
     add("--html", type=Path, metavar="FILE", help="also write the whole comparison as one page that needs no network")
     add("--grid", type=Path, metavar="FILE", help="also write a PNG of everyone's samples")
     add("--curves", type=Path, metavar="FILE", help="also write a PNG of forgetting over the steps")

@@ -270,6 +270,27 @@ def test_under_a_condition_that_keeps_no_image_the_nearest_labels_are_drawn_or_a
     assert (unet.means[0].item(), unet.means[1].item()) == (pytest.approx(-0.5, abs=0.05), pytest.approx(0.3, abs=0.05))
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_what_follows_begins_at_any_image_that_explains_its_condition(resident):
+    """Alike often, mirrored ones among them; under a label that nothing stands in for, and without labels, at any."""
+    model = gaussian_model([0.0] * 3, [1.0] * 3, side=2)
+    x0, labels = images(30, (1, 2, 2), 0, torch.float32), torch.tensor([0, 1, 1]).repeat(10)
+    stand_in = {0: 0, 2: 1}
+    retained = RetainedImages(model, Given(x0, labels, mirrored=True, resident=resident), stand_in)
+    drawn, found = retained.drawn_for(torch.tensor([0, 2]).repeat_interleave(4000), 8000, make_generator(0, "test"))
+    assert found.tolist() == [0] * 4000 + [1] * 4000
+    for part, label, n in ((drawn[:4000], 0, 20), (drawn[4000:], 1, 40)):
+        kinds, counts = part.flatten(1).unique(dim=0, return_counts=True)
+        both = torch.cat([x0[labels == label], x0[labels == label].flip(-1)]).flatten(1)
+        torch.testing.assert_close(kinds, both.unique(dim=0))
+        expected = 4000 / n
+        assert ((counts - expected).square().sum() / expected).item() < 2 * n, "chi squared, about n"
+    for cond, among in ((torch.full((2000,), 2), {2: None}), (None, {})):
+        everything = RetainedImages(model, Given(x0, labels if among else None, resident=resident), among)
+        drawn, found = everything.drawn_for(cond, 2000, make_generator(0, "test"))
+        assert len(drawn.flatten(1).unique(dim=0)) == 30
+
+
 def test_far_targets_cost_at_most_the_cap():
     """A network that answers with the noise that led to a sample: its loss is ||astray||^2 before the weight."""
     astray = torch.randn((500, 1, 4, 4), generator=torch.Generator().manual_seed(0))

@@ -81,6 +81,10 @@ def test_markdown(two_methods):
     assert table["mia_auc"] == "| mia_auc |  |  | 0.250 |  |"
     assert table["deletion_steps"] == "| deletion_steps |  |  |  | 50.0 (1 of 3) |"
     assert table["cost/seconds"].startswith("| cost/seconds |  |  | 121 ± 2 |")
+    few = command(two_methods, "--markdown", "--sort", "label", "--metrics", "forget_rate", "cost/seconds").stdout
+    assert few.splitlines()[:2] == ["| | forget_rate | cost/seconds |", "|---|---|---|"]
+    assert [line.split("|")[1].strip() for line in few.splitlines()[2:6]] == ["base", "oracle", "neg_grad", "siss"]
+    assert few.splitlines()[4].startswith("| neg_grad | **0.000 [0.000, 0.037]** | 121 ± 2 |")
 
 
 def test_csv_goes_into_a_data_frame(two_methods):

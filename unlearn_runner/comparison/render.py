@@ -129,12 +129,13 @@ def terminal() -> Console:
 
 
 def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], title_of: TitleOf = str) -> str:
-    """One line for each metric, one column for each row: tables with many metrics stay readable."""
-    lines = ["| | " + " | ".join(markdown_escaped(row.label) for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for column in columns:
-        said = [markdown_cell(found.get(column)) for found in cells]
-        lines.append(f"| {markdown_escaped(title_of(column))} | " + " | ".join(said) + " |")
-    return "\n".join(lines)
+    """The longer of metrics and rows goes down the page: tables with many of either stay readable."""
+    across, down = [markdown_escaped(row.label) for row in rows], [markdown_escaped(title_of(key)) for key in columns]
+    said = [[markdown_cell(found.get(column)) for found in cells] for column in columns]
+    if len(rows) > len(columns):
+        across, down, said = down, across, [list(line) for line in zip(*said, strict=True)]
+    lines = [f"| {' | '.join([name, *line])} |" for name, line in zip(down, said, strict=True)]
+    return "\n".join([f"| | {' | '.join(across)} |", "|---" * (len(across) + 1) + "|", *lines])
 
 
 def markdown_escaped(said: str) -> str:

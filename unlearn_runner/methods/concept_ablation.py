@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Literal, final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
@@ -71,9 +73,13 @@ class ConceptAblation(Method):
     def begin(self, images: Images | None) -> None:
         """A resumed run draws the same pictures again; its generator's state is restored afterwards."""
         self.condition = self.trained.embed([self.anchor])
-        cond = self.condition.expand(self.num_images, -1, -1)
-        drawn = self.trained.sample(self.num_images, cond, self.generator, self.num_inference_steps)
-        self.drawn = torch.cat([self.trained.encode(part) for part in drawn.split(self.batch_size)])
+        full, rest = divmod(self.num_images, self.batch_size)
+        self.drawn = torch.cat([self._pictures(n) for n in [self.batch_size] * full + [rest] * (rest > 0)])
+
+    def _pictures(self, n: int) -> Float[Tensor, "n ..."]:
+        """Encoded."""
+        cond = self.condition.expand(n, -1, -1)
+        return self.trained.encode(self.trained.sample(n, cond, self.generator, self.num_inference_steps))
 
     def step(self, batch: Batch) -> Metrics:
         model, g = self.trained, self.generator

@@ -116,6 +116,8 @@ class RetainedImages:
         self.rows = torch.cat([rows] * (2 if images.mirrored else 1))  # the second half left to right
         if self.labels is not None:
             self.labels = self.labels[self.rows.to(self.labels.device)]
+            self.by_label = self.labels.argsort(stable=True)
+            self.counts = self.labels.bincount(minlength=model.num_labels)
         self.num_plain, self.kept = len(rows), None
         self.near = torch.zeros(0, dtype=torch.int64)
         if images.resident:
@@ -225,36 +227,18 @@ class RetainedImages:
         """The posterior mean of the images, or of some, at each m; see `log_densities`."""
         return self.mean(posterior(self.log_densities(m, noising, cond, some), k), like, some)
 
-    @torch.no_grad()
     def drawn_for(
-        self,
-        x0: Float[Tensor, "b ..."],
-        cond: Shaped[Tensor, "b"] | None,
-        some: Part | None,
-        generator: torch.Generator,
-        k: int | None = None,
-    ) -> tuple[Float[Tensor, "b ..."], Shaped[Tensor, "b"] | None]:
-        """For each x0 an image that it may be taken for in the noisier half of the timesteps, and its label."""
-        weights = self.posterior_of_noisy(x0, cond, generator, 0.5, k, some)
-        drawn = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        return self.take(drawn if some is None else some.numbers[drawn])
-
-    @torch.no_grad()
-    def posterior_of_noisy(
-        self,
-        x0: Float[Tensor, "b ..."],
-        cond: Shaped[Tensor, "b"] | None,
-        generator: torch.Generator,
-        least: float,
-        k: int | None = None,
-        some: Part | None = None,
-    ) -> Float[Tensor, "b n"]:
-        """What each x0 may be taken for at a random timestep of at least this share of all."""
-        model, most = self.model, self.model.num_train_timesteps
-        timesteps = torch.randint(int(least * most), most, (len(x0),), generator=generator, device=x0.device)
-        noising = model.noising(x0, timesteps, cond)
-        m = noising.sample(draw_eps(model, x0, generator))
-        return posterior(self.log_densities(m, noising, cond, some), k)
+        self, cond: Shaped[Tensor, "b"] | None, n: int, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "n ..."], Shaped[Tensor, "n"] | None]:
+        """For each of n samples one of the images that explain its condition, all alike, and its label."""
+        share = torch.rand(n, generator=generator, device=generator.device)
+        if cond is None or self.labels is None:
+            return self.take((share * len(self)).long())
+        wanted = self.wanted[cond]
+        every = (wanted == EVERY) | (self.counts[wanted] == 0)
+        first = torch.where(every, 0, (self.counts.cumsum(0) - self.counts)[wanted])
+        count = torch.where(every, len(self), self.counts[wanted])
+        return self.take(self.by_label[first + (share.to(count.device) * count).long()])
 
     def nearness(self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None) -> Float[Tensor, "b n"]:
         """`log_densities` without noise: the more, the nearer an image is."""
@@ -285,7 +269,11 @@ def explaining(
             rows = (images.forget.labels == label).nonzero()[:ENOUGH, 0].cpu()
             # a prompt without a forget image of its own: those of the others
             x0, conds = images.forget.take(rows if len(rows) else torch.arange(len(images.forget))[:ENOUGH])
-            weights = everything.posterior_of_noisy(encoded(model, x0), conds, generator, 0.0, k)
+            x0 = encoded(model, x0)
+            timesteps = torch.randint(model.num_train_timesteps, (len(x0),), generator=generator, device=x0.device)
+            noising = model.noising(x0, timesteps, conds)
+            m = noising.sample(draw_eps(model, x0, generator))
+            weights = posterior(everything.log_densities(m, noising, conds), k)
             mass = torch.zeros(model.num_labels, device=weights.device)
             stand_in[label] = int(mass.index_add_(0, everything.labels, weights.sum(0)).argmax())
     return RetainedImages(model, images.retain, stand_in)
@@ -302,8 +290,8 @@ class Posterior(Method):
 
     Args:
         lambd: share of samples under the forget conditions, in [0, 1]. 0 is naive deletion.
-        follow: share of these that begin at a retained image instead of a forget image: one that a forget image at a
-            high noise level may be taken for, at which the sampler arrives once it has been turned away.
+        follow: share of these that begin at a retained image of the condition instead of a forget image: there the
+            sampler arrives once it has been turned away. Its target is the image itself.
         without_images: what explains samples under a label or prompt that no retained image has: "nearest", the images
             of the label that its forget images, made noisy, are most likely of; "all" retained images.
         k: how many retained images explain a sample, those that are nearest to it; None: all.
@@ -353,39 +341,40 @@ class Posterior(Method):
         device = batch.x0_retain.device
 
         # 1. which samples are under the forget conditions, and the images that they are drawn from
-        timesteps, t_weights = self.timesteps.draw(b, model.num_train_timesteps, g, device)
+        timesteps, weights = self.timesteps.draw(b, model.num_train_timesteps, g, device)
         eps = draw_eps(model, batch.x0_retain, g)
         forgets, following = torch.rand((2, b), generator=g, device=device)
         forgets, following = forgets < self.lambd, following < self.follow
-        rows, follows = forgets.nonzero()[:, 0], (forgets & following).nonzero()[:, 0]
+        astray, follows = (forgets & ~following).nonzero()[:, 0], (forgets & following).nonzero()[:, 0]
         with torch.no_grad():
             x0 = model.encode(torch.where(_beside(forgets, batch.x0_retain), batch.x0_forget, batch.x0_retain))
         cond = batch.cond_retain
         if cond is not None:
             cond = torch.where(_beside(forgets, cond), batch.cond_forget, cond)
         own = cond  # of the image that a sample is drawn from
-        some = self.retained.some(self.subset, g)
         if len(follows):
-            arrived, labels = self.retained.drawn_for(x0[follows], _some(cond, follows), some, g, self.k)
-            x0[follows] = arrived.to(x0.dtype)
+            retained, labels = self.retained.drawn_for(_some(cond, follows), len(follows), g)
+            x0[follows] = retained.to(x0.dtype)
             if own is not None:
                 own = own.index_copy(0, follows, labels)
 
-        # 2. the samples, and what they are to be denoised into
+        # 2. the samples, and what those from forget images are to be denoised into
         noising = model.noising(x0, timesteps, own)
         m = noising.sample(eps)
-        if len(rows):
-            drawn = Noising(*(part if isinstance(part, float) else part[rows] for part in noising))
-            x0[rows] = self.retained.target(m[rows], drawn, _some(cond, rows), x0[rows], self.k, some)
-        if model.is_diffusion:
-            led, eps = eps, (m - noising.scale * x0) / noising.std
+        if len(astray):
+            q = Noising(*(part if isinstance(part, float) else part[astray] for part in noising))
+            some = self.retained.some(self.subset, g)
+            x0[astray] = self.retained.target(m[astray], q, _some(cond, astray), x0[astray], self.k, some)
+            if model.is_diffusion:
+                led, towards = eps[astray], (m[astray] - q.scale * x0[astray]) / q.std
+                eps = eps.index_copy(0, astray, towards)
+                if self.cap is not None:
+                    trusted = trust(towards - led, self.cap).to(weights)
+                    weights = weights.index_copy(0, astray, weights[astray] * trusted)
 
         # 3. the loss, and the update
         answer = model.predict(m, timesteps, cond)
         losses = model.loss(answer, x0, m, eps, noising.std, timesteps) / model.num_entries
-        weights = t_weights
-        if self.cap is not None and model.is_diffusion:
-            weights = torch.where(forgets & ~following, t_weights * trust(eps - led, self.cap), t_weights)
         gradient = self.update.gradient((weights * losses).mean())
         self.update.apply(gradient)
 
