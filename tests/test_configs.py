@@ -290,10 +290,11 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
 
 
 BEFORE_ABSTAINING = pytest.mark.xfail(strict=True, reason="made before the judge could abstain: to be made again")
-PUBLISHED = [
-    pytest.param(path.name, marks=BEFORE_ABSTAINING if [*path.glob("siss*_0/summary.json")] else ())
-    for path in sorted((ROOT / "docs" / "runs").iterdir())
-]
+PUBLISHED = []
+for path in sorted((ROOT / "docs" / "runs").iterdir()):
+    published = [file.read_text() for file in path.glob("siss*_0/summary.json")]
+    old = published and not any("eval/nothing_rate" in text for text in published)
+    PUBLISHED.append(pytest.param(path.name, marks=BEFORE_ABSTAINING if old else ()))
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED)

@@ -29,14 +29,14 @@ def finished(tmp_path, *overrides: str, timeout: int = 3600):
     return folder, summary(folder)["metrics"]
 
 
-def test_default_run_unlearns_the_trousers_and_keeps_the_digits(tmp_path):
-    _, metrics = finished(tmp_path, "evaluation=full", timeout=1800)
-    for digit in "023456789":
-        assert metrics[f"base/per_class/accuracy/{digit}"] >= 0.90, digit
+def test_default_run_forgets_the_trousers_and_draws_digits_as_the_oracle_does(tmp_path):
+    """The judge abstains on a quarter of what an oracle draws, too, so the oracle is the measure."""
+    _, metrics = finished(tmp_path, "evaluation=full", "evaluation.oracle=true", timeout=2400)
     assert 0.3 <= metrics["base/forget_rate"] <= 0.7
-    assert metrics["eval/forget_rate"] <= 0.05
-    assert metrics["eval/restored_rate"] >= 0.85
+    assert metrics["eval/forget_rate"] <= 0.01
+    assert metrics["eval/restored_rate"] >= metrics["oracle/restored_rate"] - 0.05
     assert metrics["eval/retain_accuracy"] >= metrics["base/retain_accuracy"] - 0.03
+    assert metrics["eval/nothing_rate"] <= metrics["oracle/nothing_rate"] + 0.05
     assert metrics["cost/peak_memory_gb"] <= 2.0
 
 

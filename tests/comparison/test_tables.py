@@ -363,7 +363,8 @@ def test_runs_of_any_budget_share_a_table_when_asked_to(tmp_path):
     for label, steps in (("a", 20), ("b", 20), ("a", 10)):
         for seed in (0, 1):
             metrics = {"eval/forget_rate": 0.1 * steps, "cost/network_evaluations": 64 * steps}
-            plan = {"trainer": {"max_steps": steps, "batch_size": 4}}
+            schedule = {"update": {"lr_schedule": {"num_training_steps": steps}}}  # goes without saying
+            plan = {"trainer": {"max_steps": steps, "batch_size": 4}, "method": schedule}
             make_run(tmp_path / str(steps), label, seed, metrics, config=plan)
     assert [table.title for table in comparison(tmp_path).tables] == ["steps 20", "steps 10"]
     table = only(tmp_path, any_budget=True)

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -247,10 +248,12 @@ def test_curves_are_drawn_over_steps(tmp_path):
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "docs" / "runs").iterdir()), ids=lambda folder: folder.name)
 def test_tables_in_the_docs_are_those_of_the_published_runs(folder):
-    done = command(folder, "--markdown", "--sort", "label", "--no-marks")
+    page = (ROOT / "docs" / "results.md").read_text()
+    named = re.search(r"compare\.py docs/runs/<experiment> (.*?)\n\n", page, re.DOTALL)[1].replace("\\\n", "").split()
+    old = not any("eval/nothing_rate" in file.read_text() for file in folder.glob("*/summary.json"))
+    done = command(folder, *(["--markdown", "--sort", "label", "--no-marks"] if old else named))
     assert done.returncode == 0, done.stderr
     assert "Not in a table" not in done.stderr
-    page = (ROOT / "docs" / "results.md").read_text()
     section = page.split(f"### {folder.name}\n", 1)[1].split("\n#", 1)[0]
     tables, legend = done.stdout.strip().rsplit("\n\n", 1)
     assert tables in section

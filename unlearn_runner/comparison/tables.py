@@ -100,14 +100,22 @@ def said(value: Any) -> str:
 
 
 def told_apart(runs: list[Run]) -> list[Run]:
-    """The same runs; those of one label whose methods were set differently get what differs added to their label."""
+    """The same runs; those of one label whose methods were set differently get what differs added to their label.
+
+    A schedule of as many steps as the run goes without saying.
+    """
     by_label: dict[str, list[Run]] = {}
     for run in runs:
         by_label.setdefault(run.label, []).append(run)
     named: list[Run] = []
     for label, same in by_label.items():
         keys = dict.fromkeys(key for run in same for key in run.settings)
-        varying = [key for key in keys if len({repr(run.settings.get(key)) for run in same}) > 1]
+        found = {key: [repr(run.settings.get(key)) for run in same] for key in keys}
+        budgets = {key: found[key] for key in (f"trainer.{name}" for name in BUDGET) if key in found}
+        varying = [
+            key for key in keys
+            if len(set(found[key])) > 1 and (key in budgets or found[key] not in budgets.values())
+        ]  # fmt: skip
         names = short_names(varying)
         for run in same:
             more = " ".join(f"{names[key]}={last_part(run.settings.get(key))}" for key in varying)

@@ -81,7 +81,9 @@ def _log_densities(m: Float[Tensor, "b d"], noising: Noising, images: Seen) -> F
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Matrix products without TF32, whose three digits are too few to tell near images apart at little noise."""
+    """Matrix products without TF32, whose three digits are too few to tell near images apart at little noise, where the
+    noise that leads from an image to a sample multiplies its error, too.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -211,7 +213,8 @@ class RetainedImages:
         for part in self._parts(some, like.dtype):
             images = part.centers if part.images is None else part.images
             stop = start + len(images)
-            total, start = total + weights[:, start:stop] @ images, stop
+            with full_precision():
+                total, start = total + weights[:, start:stop] @ images, stop
         return total.view_as(like)
 
     @torch.no_grad()
