@@ -598,10 +598,11 @@ def test_config_hash_is_of_what_changes_the_result(composed):
             r"dataset/concepts@dataset: there is no such group of options; did you mean dataset=celebrity\?",
         ),
         (["trainer.max_step=3"], r"trainer\.max_step: there is no such option; near it: max_steps"),
-        (["method.lambd=1.5"], r"method\.lambd must be a number in \[0, 1\] or .*, got 1\.5"),
+        (["method.lambd=1.5"], r"^method\.lambd must be a number in \[0, 1\], got 1\.5\.$"),
+        (["method=siss", "method.lambd=1.5"], r"method\.lambd must be a number in \[0, 1\] or .*, got 1\.5"),
         (["model=vae", "method=erase_diff"], r"method=erase_diff needs a diffusion model"),
         (["model=vae", "model.network.norm_num_groups=7"], r"divide by norm_num_groups=7, got \[16, 32\]"),
-        (["method.tau=1.0"], r"give method\.tau or method\.rho, not both"),
+        (["method=siss", "method.tau=1.0"], r"give method\.tau or method\.rho, not both"),
         (["trainer.max_steps=0"], r"trainer\.max_steps must be a whole number above 0, got 0"),
         (["dataset=cifar10", "dataset.source=./nowhere"], r"dataset\.source=\./nowhere: there is no such folder"),
         (["dataset=image_folder"], r"dataset\.forget_dir is missing: give it, dataset\.forget_dir=\.\.\."),
@@ -619,7 +620,7 @@ def test_config_hash_is_of_what_changes_the_result(composed):
         (["evaluation.bootstrap=3"], r"evaluation\.bootstrap must be a whole number of at least 20 or null, got 3"),
         (["experiment=mnist_trouser"], r"experiment=mnist_trouser: there is no such option; near it: mnist_trousers"),
         (["experiment=null"], r"a group needs one of its options, got null"),
-        (["+method.lambda=0.5"], r"method\.lambda: SISS has no such option; near it: lambd"),
+        (["+method.lambda=0.5"], r"method\.lambda: Posterior has no such option; near it: lambd"),
         (["~method"], r"~method: no run goes without"),
         (["~objective"], r"~objective: there is nothing to take away: no such option, or it is null"),
         (["method=siss", "method/lambd=blend"], r"method/lambd: this method has no such .*: method=adaptive_siss"),
@@ -662,7 +663,7 @@ def refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(  # of types that the tests' own type checker would refuse first
     "overrides, sentence",
     [
-        (["method.lambd=variance"], r"\[0, 1\] .*got 'variance'; did you mean method/lambd=variance"),
+        (["method=siss", "method.lambd=variance"], r"\[0, 1\] .*got 'variance'; did you mean method/lambd=variance"),
         (["evaluation.threshold=few"], r"evaluation\.threshold must be a number in \[0, 1\] or null, got 'few'"),
     ],
 )
@@ -699,12 +700,12 @@ def test_checkpoint_of_another_run_is_refused(run, resumed):
     folder = run(*KEPT)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for override, sentence in {
-        "method=neg_grad": r"of another method \(SISS\) than this run's \(NegGrad\)",
+        "method=neg_grad": r"of another method \(Posterior\) than this run's \(NegGrad\)",
         "seed=1": r"of another seed \(0\) than this run's \(1\)",
         "dataset.seed=1": r"of another dataset\.seed \(0\) than this run's \(1\)",
         "trainer.batch_size=4": r"of another trainer\.batch_size \(8\) than this run's \(4\)",
         "method/update=sgd": r"of another method\.update\.optimizer \(AdamW\) than this run's \(SGD\)",
-        "method/lambd=closed_form": r"of another method\.lambd \(\w+\) than this run's \(ClosedForm\)",
+        "method.lambd=0.3": r"of another method\.lambd \(0\.25\) than this run's \(0\.3\)",
         "trainer.max_steps=2": r"of another trainer\.max_steps \(4\) than this run's \(2\)",
         "hardware.mixed_precision=bf16": r"of another hardware\.mixed_precision \(no\) than this run's \(bfloat16\)",
         "trainer.log_every=2": "this run has finished, nothing is left to do",

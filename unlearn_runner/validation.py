@@ -203,9 +203,8 @@ class _Check:
         plain = [arm for arm in arms if not (_is_part(arm) or _is_list(arm) or _is_table(arm) or arm is type(None))]
         value = _as_meant(value, plain)
         if not any(_fits(value, arm) for arm in plain):
-            raise ConfigurationError(
-                f"{path} must be {in_words(kind, value)}, got {shown(value)}{self._meant(path, value)}."
-            )
+            meant = self._meant(path, value) if any(_is_part(arm) for arm in arms) else ""
+            raise ConfigurationError(f"{path} must be {in_words(kind, value)}, got {shown(value)}{meant}.")
         return value
 
     def _list(self, value: Sequence[Any], arm: Any, kind: Any, path: str) -> list[Any]:
