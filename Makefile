@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 EXPERIMENT ?= digits_trousers
-METHODS ?= naive_deletion,neg_grad,erase_diff,siss,siss_no_is
+METHODS ?= posterior,retrack,adaptive_siss,siss,siss_no_is,erase_diff,naive_deletion,neg_grad
 SEEDS ?= 0,1,2
 
 .DEFAULT_GOAL := help

@@ -65,8 +65,11 @@ WRONG = [
     (["method.update.max_grad_norm=0"], "must be a number above 0 or null, got 0"),
     (["method=siss", "method.superfactor=-2"], "method.superfactor must be a number above -1, got -2"),
     (["method=siss", "method.population=both"], "method.population must be one of retain, all, got 'both'"),
-    (["method.lambd.beta=0"], "method.lambd.beta must be a number above 0"),
-    (["method.lambd.objective=elbo"], "method.lambd.objective must be one of pathwise, variance, blend"),
+    (["method=adaptive_siss", "method.lambd.beta=0"], "method.lambd.beta must be a number above 0"),
+    (
+        ["method=adaptive_siss", "method.lambd.objective=elbo"],
+        "method.lambd.objective must be one of pathwise, variance, blend",
+    ),
     (["method=adaptive_siss", "method.lambd.context=current"], "method.lambd.context must be previous with objective"),
     (["method=sfd", "method.second_teacher=fake_score"], "second_teacher=fake_score needs method.distil_share above 0"),
     (["method=erase_diff", "method.eta=0"], "method.eta must be a number above 0, got 0"),
@@ -97,7 +100,7 @@ WRONG = [
     # names
     (["name=../../x"], "name must be a text that can be the name of one folder"),
     (["paths.cache=''"], "paths.cache must be a text that is not empty"),
-    (["+method.lambda=0.5"], "method.lambda: SISS has no such option; near it: lambd"),
+    (["+method.lambda=0.5"], "method.lambda: Posterior has no such option; near it: lambd"),
     (["+foo=1"], "foo: there is no such option"),
     (["+evaluation.metrics.mine._target_=unlearn_runner.evaluation.metrics.Mine"], "there is no such class"),
     (["evaluation.metrics.fid._target_=unlearn_runner.hardware.Hardware"], "makes no Metric, which is needed there"),

@@ -119,7 +119,7 @@ def test_several_oracles_have_their_spread_and_methods_z_in_every_form(tmp_path)
     said = "oracle: mean ± standard deviation of 3 models that never saw the forget set"
     for form, cell in (
         ((), "z=+4.0"),
-        (("--markdown",), "| 1.100 ± 0.100 | 1.500 ± 1.271, z=+4.0 |"),
+        (("--markdown",), "| oracle | 1.100 ± 0.100 |\n| siss | 1.500 ± 1.271, z=+4.0 |"),
         (("--latex",), r"siss & 2 & $1.500 \pm 1.271, z=+4.0$ \\"),
     ):
         shown = command(tmp_path, *form).stdout
