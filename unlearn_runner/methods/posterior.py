@@ -236,12 +236,12 @@ class RetainedImages:
         """For each of n samples one of the images that explain its condition, all alike, and its label."""
         share = torch.rand(n, generator=generator, device=generator.device)
         if cond is None or self.labels is None:
-            return self.take((share * len(self)).long())
+            return self.take((share * len(self)).long().clamp(max=len(self) - 1))  # 8 million of them round up
         wanted = self.wanted[cond]
         every = (wanted == EVERY) | (self.counts[wanted] == 0)
         first = torch.where(every, 0, (self.counts.cumsum(0) - self.counts)[wanted])
         count = torch.where(every, len(self), self.counts[wanted])
-        return self.take(self.by_label[first + (share.to(count.device) * count).long()])
+        return self.take(self.by_label[first + (share.to(count.device) * count).long().minimum(count - 1)])
 
     def nearness(self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b"] | None) -> Float[Tensor, "b n"]:
         """`log_densities` without noise: the more, the nearer an image is."""
@@ -370,7 +370,7 @@ class Posterior(Method):
             x0[astray] = self.retained.target(m[astray], q, _some(cond, astray), x0[astray], self.k, some)
             if model.is_diffusion:
                 led, towards = eps[astray], (m[astray] - q.scale * x0[astray]) / q.std
-                eps = eps.index_copy(0, astray, towards)
+                eps = eps.index_copy(0, astray, towards.to(eps))
                 if self.cap is not None:
                     trusted = trust(towards - led, self.cap).to(weights)
                     weights = weights.index_copy(0, astray, weights[astray] * trusted)
