@@ -230,6 +230,7 @@ class RetainedImages:
         """The posterior mean of the images, or of some, at each m; see `log_densities`."""
         return self.mean(posterior(self.log_densities(m, noising, cond, some), k), like, some)
 
+    @torch.no_grad()
     def drawn_for(
         self, cond: Shaped[Tensor, "b"] | None, n: int, generator: torch.Generator
     ) -> tuple[Float[Tensor, "n ..."], Shaped[Tensor, "n"] | None]:
