@@ -8,11 +8,13 @@ from torch.distributions import Normal
 from toy import gaussian_flow, gaussian_model
 
 from unlearn_runner.data.streams import Images, ImageSet
-from unlearn_runner.methods import posterior as module
+from unlearn_runner.methods import retained_images as module
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
 from unlearn_runner.methods.lambdas import ClosedForm
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.posterior import Part, Posterior, RetainedImages, ReTrack, full_precision, posterior, trust
+from unlearn_runner.methods.posterior import Posterior
+from unlearn_runner.methods.retained_images import RetainedImages, Subset, full_precision, posterior, trust
+from unlearn_runner.methods.retrack import ReTrack
 from unlearn_runner.methods.siss import SISS, mix
 from unlearn_runner.models.model import Noising
 from unlearn_runner.spec import Labels
@@ -151,12 +153,12 @@ def test_of_some_images_the_mean_is_that_of_these(model):
     known = images(12)
     retained = RetainedImages(model, Given(known), {})
     g = make_generator(0, "method")
-    assert retained.some(None, g) is retained.some(12, g) is None
-    some = retained.some(5, g)
-    assert len(some.numbers) == 5
+    assert retained.subset(None, g) is retained.subset(12, g) is None
+    subset = retained.subset(5, g)
+    assert len(subset.numbers) == 5
     m, noising = noisy(model, images(4, seed=5), torch.tensor([100, 300, 600, 900]))
-    found = retained.mean(posterior(retained.log_densities(m, noising, None, some)), m, some)
-    torch.testing.assert_close(found, brute_force(m, noising, known[some.numbers]))
+    found = retained.mean(posterior(retained.log_densities(m, noising, None, subset)), m, subset)
+    torch.testing.assert_close(found, brute_force(m, noising, known[subset.numbers]))
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -164,34 +166,34 @@ def test_of_some_images_the_nearest_are_always_there(model, resident):
     """Against brute force; little noise then leaves the target as it is of all images, and much noise on average."""
     known, forget = images(400), images(3, seed=5)
     retained = RetainedImages(model, Given(known, resident=resident), {})
-    retained.keep_near(Given(forget), 31)
+    retained.always_nearest(Given(forget), 31)
     distances = (forget[:, None] - known).square().flatten(2).sum(2)
     assert set(retained.near.tolist()) == set(distances.argsort(1)[:, :10].flatten().tolist())
     g = make_generator(0, "method")
-    some = retained.some(80, g)
-    assert set(retained.near.tolist()) <= set(some.numbers.tolist())
-    assert some.log_counts.exp().sum().item() == pytest.approx(400), "together they stand for all"
+    subset = retained.subset(80, g)
+    assert set(retained.near.tolist()) <= set(subset.numbers.tolist())
+    assert subset.log_counts.exp().sum().item() == pytest.approx(400), "together they stand for all"
     m, noising = noisy(model, forget, torch.tensor([1, 5, 10]))
-    torch.testing.assert_close(retained.target(m, noising, None, m, some=some), brute_force(m, noising, known))
+    torch.testing.assert_close(retained.target(m, noising, None, m, subset=subset), brute_force(m, noising, known))
     m, noising = noisy(model, forget, torch.tensor([500, 700, 900]))
     wanted = brute_force(m, noising, known)
-    parts = [retained.target(m, noising, None, m, some=retained.some(80, g)) for _ in range(60)]
+    parts = [retained.target(m, noising, None, m, subset=retained.subset(80, g)) for _ in range(60)]
     assert (torch.stack(parts).mean(0) - wanted).square().mean() < 0.1 * (parts[0] - wanted).square().mean()
 
 
 def test_with_more_forget_images_than_places_none_is_near(model):
     retained = RetainedImages(model, Given(images(40)), {})
-    retained.keep_near(Given(images(20, seed=5)), 10)
+    retained.always_nearest(Given(images(20, seed=5)), 10)
     assert len(retained.near) == 0
-    assert len(retained.some(20, make_generator(0, "method")).numbers) == 20
+    assert len(retained.subset(20, make_generator(0, "method")).numbers) == 20
 
 
 def test_a_part_without_an_image_of_a_label_explains_it_all_the_same(model):
     known, labels = images(6), torch.tensor([0, 0, 0, 1, 1, 1])
     retained = RetainedImages(model, Given(known, labels), {0: 0, 1: 1})
-    some, cond = Part(torch.tensor([0, 1]), torch.zeros(2)), torch.tensor([0, 1])
+    subset, cond = Subset(torch.tensor([0, 1]), torch.zeros(2)), torch.tensor([0, 1])
     m, noising = noisy(model, images(2, seed=5), torch.tensor([300, 600]))
-    found = retained.mean(posterior(retained.log_densities(m, noising, cond, some)), m, some)
+    found = retained.mean(posterior(retained.log_densities(m, noising, cond, subset)), m, subset)
     torch.testing.assert_close(found, brute_force(m, noising, known[:2]))
 
 

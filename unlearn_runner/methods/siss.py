@@ -22,7 +22,7 @@ from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
 from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Setting, Update
-from unlearn_runner.methods.posterior import RetainedImages, encoded, explaining, trust
+from unlearn_runner.methods.retained_images import TRUST_CAP, RetainedImages, encoded, retained_images, trust
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising, denoising_loss
 from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
@@ -290,8 +290,8 @@ class SISS(Method):
     """Descends L_retain and ascends L_forget on samples of a mixture of a retain and a forget image.
 
     With `forget_target="posterior"` it descends both, L_forget being the loss at the posterior mean of the retained
-    images instead of at the forget image: bounded, and nothing is ascended. (The target of `methods/posterior.py`;
-    samples count by its `trust`, with cap 0.1.)
+    images instead of at the forget image: bounded, and nothing is ascended. (The target of `method=posterior`;
+    samples count by `trust`, with cap TRUST_CAP.)
 
     Args:
         lambd: share of samples drawn from the forget image, in [0, 1], or a LambdaController.
@@ -347,7 +347,7 @@ class SISS(Method):
 
     def begin(self, images: Images | None) -> None:
         if self.forget_target == "posterior":
-            self.retained = explaining(self.trained, images, self.labels, "nearest", self.generator)
+            self.retained = retained_images(self.trained, images, self.labels, "nearest", self.generator)
 
     def step(self, batch: Batch) -> Metrics:
         model, b, pixels = self.trained, len(batch.x0_retain), self.trained.num_entries
@@ -437,7 +437,7 @@ class SISS(Method):
         if not model.is_diffusion:
             return forget._replace(x0=target)
         eps = (mixture.m - noising.scale * target) / noising.std
-        return Origin(target, eps, forget.std, forget.weight * trust(eps - forget.eps, cap=0.1))
+        return Origin(target, eps, forget.std, forget.weight * trust(eps - forget.eps, TRUST_CAP))
 
     def terms_apart(
         self, batch: Batch, timesteps: Int64[Tensor, "b"], eps: Float[Tensor, "b ..."], norms: bool = True
