@@ -791,7 +791,9 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
                 )
             if _name(node) in ("Paraphrases", "Robustness") and node["templates"]:
                 require_templates(f"{path}.metrics.{name}.templates", node["templates"])
-            enough_samples(f"{path}.metrics.{name}", _name(node), node, look["sampling"], features, labels)
+            least, why = least_samples(_name(node), node, features)
+            classes = len(labels) if node.get("per_class") and labels is not None else None
+            enough_samples(f"{path}.metrics.{name}", least, why, look["sampling"]["num_samples"], classes)
         needed = {"evaluation.probe": "evaluation.every", "evaluation": "evaluation.relearning"}.get(path)
         asked = path == "evaluation.probe" or (path == "evaluation" and evaluation["relearning"] is not None)
         if asked and not any("forget_rate" in catalogue.made_by(_name(node)) for node in metrics.values()):
@@ -816,30 +818,24 @@ def samples_of(metric: str) -> str:
     return "evaluation.num_samples" if look == "evaluation" else f"{look}.sampling.num_samples"
 
 
-def enough_samples(
-    path: str,
-    metric: str,
-    node: Mapping[str, Any],
-    sampling: Mapping[str, Any],
-    features: int,
-    labels: Sequence[str] | None,
-) -> None:
-    """Whether there are as many samples as a metric splits, or compares in so many features."""
+def least_samples(metric: str, node: Mapping[str, Any], features: int) -> tuple[int, str]:
+    """How many samples a metric splits, or compares in so many features, and why so many."""
     if metric == "FID":
-        least, why = (
-            max(node["min_samples"], features + 1),
-            f"its min_samples, and more than {features} features",
-        )
-    elif metric in ("KID", "PrecisionRecall") or (metric == "CMMD" and measured(node)):
-        least, why = node["min_samples"], "its min_samples"
-    elif metric == "IS":
-        least, why = node["splits"], "its splits"
-    else:
-        return
-    count = sampling["num_samples"]
+        return max(node["min_samples"], features + 1), f"its min_samples, and more than {features} features"
+    if metric in ("KID", "PrecisionRecall") or (metric == "CMMD" and measured(node)):
+        return node["min_samples"], "its min_samples"
+    if metric == "IS":
+        return node["splits"], "its splits"
+    return 0, ""
+
+
+def enough_samples(path: str, least: int, why: str, count: int, num_labels: int | None) -> None:
+    """Whether each group has as many samples as the metric at this path needs: the `count` under the retained labels
+    and, if `num_labels` is given, those of each of the retained labels, which are all but one.
+    """
     groups = {"": count}
-    if node.get("per_class") and labels is not None and len(labels) > 1:
-        groups[" for each class"] = count // (len(labels) - 1)
+    if num_labels is not None and num_labels > 1:
+        groups[" for each class"] = count // (num_labels - 1)
     for which, found in groups.items():
         if found < least:
             raise ConfigurationError(

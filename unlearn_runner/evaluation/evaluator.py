@@ -114,21 +114,13 @@ def require_enough_samples(
     """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with; `path` is
     where the metrics are in the configuration.
     """
+    why = f"its min_samples, and more than {num_features} features"
     for name, metric in metrics.items():
-        if metric is None:
-            continue
-        least = metric.least(num_features)
-        groups = {"": sampling.num_samples}
-        if metric.per_class and num_labels is not None and num_labels > 1:
-            groups[" for each class"] = sampling.num_samples // (num_labels - 1)
-        for which, count in groups.items():
-            if count < least:
-                option = f"{path}.metrics.{name}"
-                raise ConfigurationError(
-                    f"{option} needs at least {least} samples{which} (its min_samples, and more than {num_features} "
-                    f"features); {rules.samples_of(option)}={sampling.num_samples} gives {count}: draw more, or leave "
-                    f"it out with {option}{'.per_class=false' if which else '=null'}."
-                )
+        if metric is not None:
+            classes = num_labels if metric.per_class else None
+            rules.enough_samples(
+                f"{path}.metrics.{name}", metric.least(num_features), why, sampling.num_samples, classes
+            )
 
 
 def require_references(metrics: dict[str, Metric | None], sampling: Sampling, data: ForgetRetain) -> None:
@@ -216,16 +208,12 @@ class Evaluator:
     def once(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
         key = {
-            "version": VERSION,
+            **self._key(),
             "model": model.fingerprint(),
             "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
-            "data": self.data.fingerprint,
-            "judge": self.judge.fingerprint,
             "clip": None if self.clip is None else self.clip.fingerprint(),
             "settings": self.provenance(model),  # with the version of each metric
             "metrics": _classes(self.metrics),
-            "libraries": {name: metadata.version(name) for name in LIBRARIES},
-            "device": str(self.judge.device.type),
             **({} if self.sampling.bootstrap is None else {"intervals": INTERVALS_VERSION}),
         }
 
@@ -233,6 +221,16 @@ class Evaluator:
             self(model, before).save(folder)
 
         return open_evaluation(cached(self.cache_dir, "evaluations", key, make, open_evaluation, together=True))
+
+    def _key(self) -> dict[str, Any]:
+        """What everything that is kept in the cache depends on."""
+        return {
+            "version": VERSION,
+            "data": self.data.fingerprint,
+            "judge": self.judge.fingerprint,
+            "libraries": {name: metadata.version(name) for name in LIBRARIES},
+            "device": str(self.judge.device.type),
+        }
 
     def floor(self, model: GenerativeModel) -> dict[str, float]:
         """What as many real images score as samples are drawn, under the same labels: no model should be better.
@@ -247,17 +245,13 @@ class Evaluator:
             return {}
         settings = self.provenance(model)
         key = {
-            "version": VERSION,
-            "judge": self.judge.fingerprint,
-            "data": self.data.fingerprint,
+            **self._key(),
             "conditions": {
                 name: labels if labels is None else labels.tolist() for name, labels in self.conditions.items()
             },
             "settings": {name: settings[name] for name in ("num_samples", "seed", "references")},
             "metrics": {name: settings["metrics"][name] for name in metrics},
             "classes": _classes(metrics),
-            "libraries": {name: metadata.version(name) for name in LIBRARIES},
-            "device": str(self.judge.device.type),
         }
 
         def make(folder: Path) -> None:
