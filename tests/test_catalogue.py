@@ -85,7 +85,7 @@ def test_every_published_score_is_known_and_within_its_bounds():
 
 
 def test_where_a_key_is_shown():
-    assert keys(In.SHORT)[:3] == ("forget_rate", "restored_rate", "retain_accuracy")
+    assert keys(In.SHORT)[:4] == ("forget_rate", "restored_rate", "nothing_rate", "retain_accuracy")
     assert set(keys(In.SHORT)) <= set(keys(In.LONG))
     assert all(key_of(key) == f"eval/{key}" for key in keys(In.RUN)), "what a run ends with is of its model"
     assert keys(In.PLOT, FORGETTING) == ("forget_rate", "restored_rate", "forget_rate_paraphrases")

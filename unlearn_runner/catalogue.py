@@ -90,7 +90,7 @@ ENTRIES = (
           "Absent where the whole class is forgotten"),
     Entry("other_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
           "share of the same samples that it takes for something else that is real"),
-    Entry("nothing_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG,
+    Entry("nothing_rate", "Rates", ORACLE, SHARE, FORGETTING, RUN | LONG | SHORT,
           "share of the same samples on which the judge abstains, for they are like no real image of any content "
           "(rubble), or show none of them where the judge can say so. `forget_rate`, `restored_rate`, `other_rate` and "
           "`nothing_rate` make up 1. Absent where the judge cannot abstain"),
@@ -101,7 +101,7 @@ ENTRIES = (
           "detector in which no classifier has a say: rubble has 1, real images 0.05. High for the base where what is "
           "to be forgotten looks like no retained image"),
     Entry("outliers_retain", "Outliers", LOW, SHARE, RETENTION, LONG, "the same of samples under the other labels"),
-    Entry("precision_forget", "Outliers", ORACLE, SHARE, FORGETTING, RUN | LONG,
+    Entry("precision_forget", "Outliers", ORACLE, SHARE, FORGETTING, RUN | LONG | SHORT,
           "share of samples under the forget condition that lie among real retained images (5 nearest neighbours, "
           "[1904.06991](https://arxiv.org/abs/1904.06991)), in the outlier detector's features: rubble has 0"),
     Entry("density_forget", "Outliers", ORACLE, POSITIVE, FORGETTING, LONG,
@@ -119,9 +119,9 @@ ENTRIES = (
     Entry("is_forget", "IS", None, (1.0, math.inf), FORGETTING, LONG, _INCEPTION),
     Entry("is_retain", "IS", HIGH, (1.0, math.inf), RETENTION, RUN | LONG, _INCEPTION),
     Entry("ssim_forget", "SSIM", None, (-1.0, 1.0), FORGETTING, LONG, _SSIM),
-    Entry("ssim_retain", "SSIM", HIGH, (-1.0, 1.0), RETENTION, RUN | LONG | SHORT | PLOT, _SSIM),
+    Entry("ssim_retain", "SSIM", HIGH, (-1.0, 1.0), RETENTION, RUN | LONG | PLOT, _SSIM),
     Entry("nll_forget", "NLL", ORACLE, ANY, FORGETTING, RUN | LONG, _NLL),
-    Entry("nll_retain", "NLL", LOW, ANY, RETENTION, RUN | LONG | SHORT, _NLL),
+    Entry("nll_retain", "NLL", LOW, ANY, RETENTION, RUN | LONG, _NLL),
     Entry("nll_bound_forget", "NLL", ORACLE, ANY, FORGETTING, LONG, _BOUND),
     Entry("nll_bound_retain", "NLL", LOW, ANY, RETENTION, LONG, _BOUND),
     Entry("mia_auc", "Membership", 0.5, SHARE, FORGETTING, RUN | LONG | SHORT, _MIA),

@@ -252,6 +252,9 @@ def test_who_draws_rubble_is_not_the_best(tmp_path):
         "first, but not called the best: noise by forget_rate (draws what is like no real image).",
     ]
     assert best(only(tmp_path, metrics=["forget_rate"]), "forget_rate") == ["good"], "asked or not"
+    in_order = [row.label for row in table.rows if row.is_method]
+    assert in_order == ["good", "fair", "keeps it", "noise"], "who is never called the best stands last"
+    assert [row.label for row in only(tmp_path, sort="label").rows][1:] == ["fair", "good", "keeps it", "noise"]
 
 
 def test_without_outliers_the_bases_own_rubble_is_usual(tmp_path):

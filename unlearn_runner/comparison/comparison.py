@@ -106,8 +106,9 @@ def table_of(
     read = [column for column in dict.fromkeys([*columns, *answers, by]) if key_of(column) in keys]
     columns = [column for column in columns if column in read]
     asked = [column for column in columns if column in asked]
-    rows = in_order(rows_of(runs, read), by)
+    rows = rows_of(runs, read)
     barred = barred_of(rows, wanted.floor)
+    rows = in_order(rows, by, barred)
     cells = cells_of(rows, columns, barred, num_samples_of(runs))
     if not wanted.marks:
         cells = [{column: cell._replace(best=False) for column, cell in row.items()} for row in cells]

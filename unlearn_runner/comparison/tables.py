@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -206,18 +206,20 @@ def seeds_of(values: dict[str, dict[int, float]]) -> list[int]:
     return sorted({seed for by_seed in values.values() for seed in by_seed})
 
 
-def in_order(rows: list[Row], by: str) -> list[Row]:
-    """Base and oracle, then the methods from the best to the worst in a column; "label": alphabetical."""
+def in_order(rows: list[Row], by: str, barred: Container[str] = ()) -> list[Row]:
+    """Base and oracle, then the methods from the best to the worst in a column, and last those that are `barred` from
+    being called the best; "label": alphabetical.
+    """
     methods = [row for row in rows if row.is_method]
     references = [row for row in rows if not row.is_method]
     if by == "label":
         return references + sorted(methods, key=lambda row: row.label)
 
-    def place(row: Row) -> tuple[bool, float, str]:
+    def place(row: Row) -> tuple[bool, bool, float, str]:
         if not row.values.get(by):
-            return True, 0.0, row.label
+            return row.label in barred, True, 0.0, row.label
         how_bad = badness(rows, row, by) or row.values[by]
-        return False, mean(how_bad.values()), row.label
+        return row.label in barred, False, mean(how_bad.values()), row.label
 
     return references + sorted(methods, key=place)
 
