@@ -317,9 +317,18 @@ def test_unknown_metrics_and_baselines_get_the_nearest_names(tmp_path):
         comparison(tmp_path, sort="forget_rat")
     with pytest.raises(ConfigurationError, match="fid_retain"):
         comparison(tmp_path, metrics=["reached/fid_retain"])
+    with pytest.raises(ConfigurationError, match="'forget_rat'; near it: forget_rate"):
+        comparison(tmp_path, metrics=["forget_rate", "forget_rat"])
     with pytest.raises(ConfigurationError, match="near it: naive_deletion"):
         comparison(tmp_path, baseline="naive-deletion")
     assert choose(["eval/forget_rate", "forget_rate"], {"eval/forget_rate"}) == ["forget_rate"]
+
+
+def test_a_metric_that_was_not_measured_is_left_out_beside_others(tmp_path):
+    make_run(tmp_path, "a", 0, {"eval/forget_rate": 0.1})
+    found = comparison(tmp_path, metrics=["eval/restored_rate", "forget_rate"])
+    assert found.tables[0].columns == ["forget_rate"]
+    assert found.remarks == ["no run has eval/restored_rate."]
 
 
 @pytest.mark.parametrize(

@@ -53,16 +53,16 @@ OTHERS = ("cost", "reached", "mean", "oracle_gap", "oracle_std", "gap_z", "base"
 def choose(wanted: Iterable[str], keys: set[str]) -> list[str]:
     """The columns that a user named, with or without `eval/`; `keys` are all keys of the runs' summaries.
 
-    Raises ConfigurationError with the nearest names for one that no run has.
+    A metric that no run has is left out, if another is there. Raises ConfigurationError with the nearest names for what
+    is no metric's name, and if no run has any of them.
     """
     there = {key.removeprefix("eval/") for key in keys}
-    chosen = []
-    for name in wanted:
-        column = name.removeprefix("eval/")
-        if column not in there:
+    columns = {name.removeprefix("eval/"): name for name in wanted}
+    chosen = [column for column in columns if column in there]
+    for column, name in columns.items():
+        if column not in there and (entry_of(column) is None or not chosen):
             raise ConfigurationError(f"no run has a metric '{name}'{near(column, there)}.")
-        chosen.append(column)
-    return list(dict.fromkeys(chosen))
+    return chosen
 
 
 def shown(keys: set[str], short: bool) -> list[str]:

@@ -89,6 +89,8 @@ def compare(found: Found, wanted: Wanted) -> Comparison:
     if wanted.baseline is not None:
         require_baseline(wanted.baseline, {row.label for table in tables for row in table.rows if row.is_method})
     remarks = list(found.remarks)
+    if absent := [name for name in wanted.metrics if name.removeprefix("eval/") not in chosen]:
+        remarks.append(f"no run has {', '.join(absent)}.")
     if len(tables) > 1:
         further = f" ({more} further settings differ with these)" if more else ""
         remarks.append(f"these runs were not measured alike, so they stand in {len(tables)} tables{further}.")
