@@ -207,7 +207,16 @@ class Evaluator:
 
     def once(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> Evaluation:
         """What calling it gives, kept in the cache: for models that many runs share, bases and oracles."""
-        key = {
+
+        def make(folder: Path) -> None:
+            self(model, before).save(folder)
+
+        key = self.key(model, before)
+        return open_evaluation(cached(self.cache_dir, "evaluations", key, make, open_evaluation, together=True))
+
+    def key(self, model: GenerativeModel, before: dict[str, Judged] | None = None) -> dict[str, Any]:
+        """Everything that the scores of this model depend on."""
+        return {
             **self._key(),
             "model": model.fingerprint(),
             "before": None if before is None else digest({name: judged.images for name, judged in before.items()}),
@@ -217,13 +226,8 @@ class Evaluator:
             **({} if self.sampling.bootstrap is None else {"intervals": INTERVALS_VERSION}),
         }
 
-        def make(folder: Path) -> None:
-            self(model, before).save(folder)
-
-        return open_evaluation(cached(self.cache_dir, "evaluations", key, make, open_evaluation, together=True))
-
     def _key(self) -> dict[str, Any]:
-        """What everything that is kept in the cache depends on."""
+        """What everything that is kept in the cache depends on, whatever the model."""
         return {
             "version": VERSION,
             "data": self.data.fingerprint,

@@ -29,7 +29,7 @@ from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Strea
 
 @final
 class ConceptAblation(Method):
-    """Reads no image of the dataset.
+    """The step reads no image of the dataset.
 
     Args:
         batch_size: pictures in a step.

@@ -1,18 +1,21 @@
 """What of a run is scored, and when, and all of it into the run's record."""
 
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, final
 
+from unlearn_runner.cache import cached, write_json
 from unlearn_runner.catalogue import USUAL, hides_rubble, is_rubble
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.training.clock import Clock, Listener
 from unlearn_runner.training.record import Oracle, Record
-from unlearn_runner.training.relearning import Relearning
+from unlearn_runner.training.relearning import RELEARNING_VERSION, Relearning
 
 
 @final
@@ -136,6 +139,26 @@ class RunRecorder:
         except NonFiniteError:  # it is relearning that diverged
             return {"relearn_steps": math.nan}
 
+    def _relearnt_once(self, name: str, model: GenerativeModel) -> dict[str, float]:
+        """The same, kept in the cache: for oracles, which many runs with the same base share."""
+        if self.relearning is None or not model.has_training_loss:
+            return self._relearnt(name, model)
+        key = {
+            **self.probe.key(model),
+            "relearning": self.record.config["evaluation"]["relearning"],
+            "relearning_version": RELEARNING_VERSION,
+            "base_rate": self.record.scores["base/forget_rate"],
+        }
+
+        def make(folder: Path) -> None:
+            write_json(folder / "scores.json", self._relearnt(name, model))
+
+        def read(folder: Path) -> dict[str, float]:
+            scores = json.loads((folder / "scores.json").read_text())
+            return {name: math.nan if value is None else value for name, value in scores.items()}
+
+        return read(cached(self.probe.cache_dir, "relearnings", key, make, read, together=True))
+
     def compare_with_oracles(self, step: int, oracles: Iterable[tuple[dict[str, Any], GenerativeModel]]) -> None:
         """Score the models that never saw the forget set, each of which comes after where it is from: its `seed`, or
         the `folder` of one of the user's own.
@@ -147,7 +170,7 @@ class RunRecorder:
             with _named(name):
                 scored = self.evaluator.once(model, self.before.judged)
             self.record.picture(step, scored, f"oracle_{len(found) + 1}" if found else "oracle")
-            scores = scored.scores | dict.fromkeys(scored.not_finite, math.nan) | self._relearnt(name, model)
+            scores = scored.scores | dict.fromkeys(scored.not_finite, math.nan) | self._relearnt_once(name, model)
             found.append(Oracle(origin, scores, scored.intervals))
         self.record.oracles(step, found)
 

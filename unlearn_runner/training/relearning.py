@@ -15,6 +15,8 @@ from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.types import make_generator
 
+RELEARNING_VERSION = 1  # goes up when the code comes to other scores of the same model
+
 
 @dataclass(frozen=True)
 class Relearning:
