@@ -408,6 +408,27 @@ def test_several_oracles_and_the_distance_in_units_of_their_spread(run, shared_c
     assert not [key for key in single["metrics"] if key.startswith(("oracle_std/", "gap_z/"))]
 
 
+def test_an_oracle_relearns_once_for_all_runs_with_the_same_base(run, capsys):
+    def relearnt(method, max_steps):
+        folder = run(
+            f"method={method}", "evaluation=full", "evaluation.oracle=true", "evaluation.metrics.nll=null",
+            "evaluation.metrics.mia=null", "evaluation.relearning.every=1",
+            f"evaluation.relearning.max_steps={max_steps}", folder=f"{method}_{max_steps}",
+        )  # fmt: skip
+        scores = {key: value for key, value in summary(folder)["metrics"].items() if key.startswith("oracle/")}
+        return scores, "relearning (the oracle" in capsys.readouterr().out
+
+    first, said = relearnt("siss", 3)
+    assert said
+    assert first["oracle/relearn_steps"] <= 3
+    assert relearnt("naive_deletion", 3) == (first, False)
+    more, said = relearnt("naive_deletion", 2)
+    assert said, "another question"
+    shared = {key for key in more if "per_step/relearn" in key}
+    assert shared
+    assert {key: more[key] for key in shared} == {key: first[key] for key in shared}
+
+
 def test_a_run_that_is_interrupted_between_two_oracles_goes_on(run, tmp_path, monkeypatch):
     """Each oracle is scored once, and the scores are those of a run that was not interrupted."""
     from unlearn_runner.evaluation.evaluator import Evaluator
