@@ -265,13 +265,29 @@ def test_without_outliers_the_bases_own_rubble_is_usual(tmp_path):
     assert sentence.endswith("(nothing_rate): noise (90%).")
 
 
+def test_an_oracle_that_draws_rubble_excuses_nobody(tmp_path):
+    """As under a class of which no image is kept: it has learnt no answer, so what is drawn instead is not its."""
+    for method, rate, nothing in (("noise", 0.0, 1.0), ("good", 0.0, 0.2), ("fair", 0.1, 0.3)):
+        for seed in (0, 1):
+            scores = {"eval/forget_rate": rate, "eval/nothing_rate": nothing, "eval/restored_rate": 1 - rate - nothing}
+            oracle = {"oracle/forget_rate": 0.0, "oracle/nothing_rate": 0.9, "oracle/restored_rate": 0.1}
+            usual = {"eval/outliers_retain": 0.2, "base/outliers_retain": 0.2}
+            make_run(tmp_path, method, seed, scores | oracle | usual)
+    table = only(tmp_path)
+    assert best(table, "forget_rate") == best(table, "restored_rate") == ["good"]
+    assert best(table, "nothing_rate") == []
+    said = [remark for remark in table.remarks if "like no real image" in remark]
+    assert said[0].endswith("(nothing_rate): noise (100%).")
+    assert said[1].startswith("90% of what the oracle draws under the forget condition is like no real image")
+
+
 def test_a_base_that_draws_rubble_hides_it(tmp_path):
     """Black squares are no more than 0.2 beyond what such a base draws, so it is said that they may be such."""
     for method, nothing in (("black", 1.0), ("good", 0.8)):
         scores = {"eval/nothing_rate": nothing, "eval/outliers_retain": 0.9, "base/outliers_retain": 0.85}
         make_run(tmp_path, method, 0, scores)
     (sentence,) = [remark for remark in only(tmp_path).remarks if "rubble" in remark]
-    assert sentence.startswith("85% of what the base or the oracle draws is like no real image")
+    assert sentence.startswith("85% of what the base draws is like no real image")
 
 
 def test_who_keeps_too_little_is_not_the_best(tmp_path):

@@ -24,6 +24,13 @@ def forgets(column: str) -> bool:
     return (entry := entry_of(column)) is not None and entry.about == FORGETTING and entry.better is not None
 
 
+def drawn_instead(column: str) -> bool:
+    """Whether a column says what is drawn in place of the forgotten content, rather than how much of that is left."""
+    entry = entry_of(column)
+    of_samples = ("Rates", "Outliers", "FID", "KID", "CMMD")
+    return entry is not None and forgets(column) and entry.made_by in of_samples and entry.key != "forget_rate"
+
+
 def bounds_of(column: str) -> tuple[float, float]:
     """The least and the most that a column can be."""
     entry = entry_of(column.removeprefix("base/").removeprefix("oracle/"))

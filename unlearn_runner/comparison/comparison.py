@@ -20,6 +20,8 @@ from unlearn_runner.comparison.tables import (
     groups_of,
     in_order,
     newest,
+    oracle_draws_rubble,
+    oracle_mean,
     require_baseline,
     rows_of,
     spread_of_oracles,
@@ -169,8 +171,14 @@ def rubble(rows: list[Row]) -> list[str]:
     sentences = [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
     if hides_rubble(usual) and any(row.values.get("nothing_rate") for row in methods):
         sentences.append(
-            f"{usual:.0%} of what the base or the oracle draws is like no real image, so nobody's samples can be told "
-            "from rubble: look at them before you believe that a method forgets."
+            f"{usual:.0%} of what the base draws is like no real image, so nobody's samples can be told from rubble: "
+            "look at them before you believe that a method forgets."
+        )
+    elif oracle_draws_rubble(rows):
+        share = oracle_mean(rows, "nothing_rate")
+        sentences.append(
+            f"{share:.0%} of what the oracle draws under the forget condition is like no real image: it has learnt no "
+            "answer to it, so what a method draws instead is not compared with it."
         )
     unknown = {}  # and in how many of the seeds
     for row in methods:

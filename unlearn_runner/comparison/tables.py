@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from unlearn_runner.catalogue import HIGH, LOW, ORACLE, USUAL, is_rubble, what_z_says, z_of
-from unlearn_runner.comparison.columns import better, bounds_of, counted_of, forgets, key_of
+from unlearn_runner.comparison.columns import better, bounds_of, counted_of, drawn_instead, forgets, key_of
 from unlearn_runner.comparison.runs import Apart, Run
 from unlearn_runner.comparison.statistics import Paired, corrected, interval, paired
 from unlearn_runner.errors import ConfigurationError, near
@@ -245,10 +245,12 @@ def way_of(rows: list[Row], column: str) -> str | float | None:
     """Where a column is best in this table: LOW, HIGH, ORACLE (nearest to the oracle's), a value, or None.
 
     How much was forgotten is best as the oracle's wherever the oracle was measured: a method that shows the content
-    less often than a model that never saw it does is not better for that.
+    less often than a model that never saw it does is not better for that. What is drawn instead is no better for being
+    the oracle's where that is rubble.
     """
     way = better(column)
-    if forgets(column) and reference(rows, REFERENCE, column):
+    to_oracle = forgets(column) and reference(rows, REFERENCE, column)
+    if to_oracle and not (drawn_instead(column) and oracle_draws_rubble(rows)):
         return ORACLE
     return None if way == ORACLE else way
 
@@ -338,11 +340,16 @@ def barred_of(rows: list[Row], floor: float) -> dict[str, str]:
 
 def usual_outliers(rows: list[Row]) -> float:
     """The share of samples that are like no real image in what the base draws, under the retained conditions if that
-    was measured, or the oracle under the forget condition, whichever is more.
+    was measured. What an oracle draws under a condition that it has never seen excuses nobody.
     """
     base = next(filter(None, (reference(rows, BASE, column) for column in USUAL)), {})
-    found = [mean(base.values())] if base else []
-    return max([*found, oracle_mean(rows, "nothing_rate") or 0.0])
+    return mean(base.values()) if base else 0.0
+
+
+def oracle_draws_rubble(rows: list[Row]) -> bool:
+    """As where no retained image has the forget condition: it has learnt no answer to it."""
+    nothing = oracle_mean(rows, "nothing_rate")
+    return nothing is not None and is_rubble(nothing, usual_outliers(rows))
 
 
 def draws_rubble(row: Row, usual: float) -> bool:
