@@ -355,8 +355,10 @@ def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_family():
         ("experiment=mnist_tshirt method.tau=7", {"tau": 7}),
         ("experiment=mnist_tshirt method=rl_lambda", {"tau": 5}),  # a family inherited through a package
         ("experiment=digits_class method=adaptive_siss", {"rho": 0.2, "learning_rate": 5e-4}),
-        ("experiment=digits_class method=siss", {"rho": 0.2, "learning_rate": 1e-3}),
-        ("experiment=digits_class method=siss model=vae", {"rho": 0.2, "learning_rate": 1e-3}),  # after the model's
+        ("experiment=digits_class method=siss", {"rho": 0.2, "learning_rate": 5e-4}),
+        ("experiment=digits_class method=erase_diff", {"learning_rate": 1e-3}),
+        ("experiment=digits_trousers method=siss", {"rho": 0.04, "learning_rate": 2e-4}),
+        ("experiment=digits_trousers method=siss model=vae", {"rho": 0.1, "learning_rate": 2e-4}),  # after the model's
         ("experiment=digits_trousers method=neg_grad", {"learning_rate": 5e-5}),  # a family by itself
         ("experiment=digits_trousers_lambda method=sfd", {"forget_weight": 0.01, "learning_rate": 5e-4}),
         ("experiment=cifar10_class_small method=hybrid", {"alpha": 1.0, "learning_rate": 6e-5}),

@@ -440,6 +440,15 @@ def test_settings_that_differ_within_a_label_make_rows_of_their_own(tmp_path):
     assert [cells["forget_rate"].n for cells in table.cells] == [2, 2]
 
 
+def test_a_class_that_has_moved_to_another_file_is_the_same_one(tmp_path):
+    for seed, target in enumerate(("methods.posterior.ReTrack", "methods.retrack.ReTrack")):
+        make_run(tmp_path, "retrack", seed, {"eval/forget_rate": 0.1}, config={"method": {"_target_": target}})
+    (row,) = only(tmp_path).rows
+    assert (row.label, sorted(row.seeds)) == ("retrack", [0, 1])
+    make_run(tmp_path, "retrack", 2, {"eval/forget_rate": 0.1}, config={"method": {"_target_": "methods.siss.SISS"}})
+    assert {row.label for row in only(tmp_path).rows} == {"retrack _target_=ReTrack", "retrack _target_=SISS"}
+
+
 def test_two_settings_that_end_alike_keep_their_whole_names(tmp_path):
     for a, b in ((1, 2), (3, 4)):
         make_run(tmp_path / str(a), "m", 0, {}, config={"method": {"x": {"lr": a}, "y": {"lr": b, "_target_": "p.Q"}}})

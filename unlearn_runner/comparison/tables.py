@@ -102,7 +102,7 @@ def said(value: Any) -> str:
 def told_apart(runs: list[Run]) -> list[Run]:
     """The same runs; those of one label whose methods were set differently get what differs added to their label.
 
-    A schedule of as many steps as the run goes without saying.
+    A schedule of as many steps as the run goes without saying, and a class that lies in another file is the same one.
     """
     by_label: dict[str, list[Run]] = {}
     for run in runs:
@@ -110,7 +110,7 @@ def told_apart(runs: list[Run]) -> list[Run]:
     named: list[Run] = []
     for label, same in by_label.items():
         keys = dict.fromkeys(key for run in same for key in run.settings)
-        found = {key: [repr(run.settings.get(key)) for run in same] for key in keys}
+        found = {key: [repr(compared(key, run.settings.get(key))) for run in same] for key in keys}
         budgets = {key: found[key] for key in (f"trainer.{name}" for name in BUDGET) if key in found}
         varying = [
             key for key in keys
@@ -131,6 +131,11 @@ def short_names(keys: list[str]) -> dict[str, str]:
 
 def end_of(key: str) -> str:
     return key.removesuffix("._target_").rpartition(".")[2]
+
+
+def compared(key: str, value: Any) -> Any:
+    """What of a setting tells two methods apart: of a class's path its name."""
+    return last_part(value) if key.endswith("_target_") else value
 
 
 def last_part(value: Any) -> str:
