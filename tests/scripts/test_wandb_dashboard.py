@@ -32,7 +32,7 @@ def test_dry_run_prints_the_workspace_without_a_login(tmp_path):
     spec = found["spec"]["section"]
     sections = spec["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == ["Forgetting", "Retention", "Lambda", "Cost", "Samples"]
-    assert [len(section["panels"]) for section in sections] == [10, 9, 6, 4, 1]
+    assert [len(section["panels"]) for section in sections] == [12, 7, 6, 4, 1]
     assert spec["runSets"][0]["grouping"] == [{"section": "config", "name": "label.value"}]
     drawn = [panel["config"] for section in sections for panel in section["panels"]]
     assert ["eval/forget_rate"] in [config.get("metrics") for config in drawn]
