@@ -80,6 +80,21 @@ def cached(
     return folder
 
 
+def cached_scores(
+    root: Path, kind: str, key: dict[str, Any], measure: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """The scores that `measure()` returns, kept in the cache; what is no finite number comes back as NaN."""
+
+    def make(folder: Path) -> None:
+        write_json(folder / "scores.json", measure())
+
+    def read(folder: Path) -> dict[str, float]:
+        scores = json.loads((folder / "scores.json").read_text())
+        return {name: math.nan if value is None else value for name, value in scores.items()}
+
+    return read(cached(root, kind, key, make, read, together=True))
+
+
 def _fill(
     folder: Path,
     key: dict[str, Any],

@@ -266,7 +266,7 @@ def test_without_outliers_the_bases_own_rubble_is_usual(tmp_path):
 
 
 def test_an_oracle_that_draws_rubble_excuses_nobody(tmp_path):
-    """As under a class of which no image is kept: it has learnt no answer, so what is drawn instead is not its."""
+    """As under a class of which no image is kept: it was never trained under it, and is no aim."""
     for method, rate, nothing in (("noise", 0.0, 1.0), ("good", 0.0, 0.2), ("fair", 0.1, 0.3)):
         for seed in (0, 1):
             scores = {"eval/forget_rate": rate, "eval/nothing_rate": nothing, "eval/restored_rate": 1 - rate - nothing}

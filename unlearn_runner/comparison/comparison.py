@@ -177,8 +177,8 @@ def rubble(rows: list[Row]) -> list[str]:
     elif oracle_draws_rubble(rows):
         share = oracle_mean(rows, "nothing_rate")
         sentences.append(
-            f"{share:.0%} of what the oracle draws under the forget condition is like no real image: it has learnt no "
-            "answer to it, so what a method draws instead is not compared with it."
+            f"{share:.0%} of what the oracle draws under the forget condition is like no real image, as where it was "
+            "never trained under it, so what a method draws instead is not compared with the oracle's."
         )
     unknown = {}  # and in how many of the seeds
     for row in methods:

@@ -352,7 +352,7 @@ def usual_outliers(rows: list[Row]) -> float:
 
 
 def oracle_draws_rubble(rows: list[Row]) -> bool:
-    """As where no retained image has the forget condition: it has learnt no answer to it."""
+    """As where no retained image has the forget condition, so that it was never trained under it."""
     nothing = oracle_mean(rows, "nothing_rate")
     return nothing is not None and is_rubble(nothing, usual_outliers(rows))
 

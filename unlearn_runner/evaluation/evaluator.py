@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.cache import cached, digest, write_json
+from unlearn_runner.cache import cached, cached_scores, digest, write_json
 from unlearn_runner.comparison.columns import bounds_of, counted_of
 from unlearn_runner.comparison.statistics import Z, wilson
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages, contents_of_labels
@@ -258,16 +258,12 @@ class Evaluator:
             "classes": _classes(metrics),
         }
 
-        def make(folder: Path) -> None:
+        def measure() -> dict[str, float]:
             real = RealSamples(self._real_samples(), self._held_out_retained(), self.sampling.num_samples, self.judge)
             found = from_first(lambda: [metric.floor(real) for metric in metrics.values()])
-            finite = {key: value for scores in found for key, value in scores.items() if math.isfinite(value)}
-            write_json(folder / "scores.json", finite)
+            return {key: value for scores in found for key, value in scores.items() if math.isfinite(value)}
 
-        def read(folder: Path) -> dict[str, float]:
-            return json.loads((folder / "scores.json").read_text())
-
-        return read(cached(self.cache_dir, "floors", key, make, read, together=True))
+        return cached_scores(self.cache_dir, "floors", key, measure)
 
     def _real_samples(self) -> Samples | None:
         """Real images that are not among the references, in the proportion of the labels that are drawn under."""

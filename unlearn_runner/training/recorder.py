@@ -1,14 +1,12 @@
 """What of a run is scored, and when, and all of it into the run's record."""
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, final
 
-from unlearn_runner.cache import cached, write_json
+from unlearn_runner.cache import cached_scores
 from unlearn_runner.catalogue import USUAL, hides_rubble, is_rubble
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
@@ -149,15 +147,7 @@ class RunRecorder:
             "relearning_version": RELEARNING_VERSION,
             "base_rate": self.record.scores["base/forget_rate"],
         }
-
-        def make(folder: Path) -> None:
-            write_json(folder / "scores.json", self._relearnt(name, model))
-
-        def read(folder: Path) -> dict[str, float]:
-            scores = json.loads((folder / "scores.json").read_text())
-            return {name: math.nan if value is None else value for name, value in scores.items()}
-
-        return read(cached(self.probe.cache_dir, "relearnings", key, make, read, together=True))
+        return cached_scores(self.probe.cache_dir, "relearnings", key, lambda: self._relearnt(name, model))
 
     def compare_with_oracles(self, step: int, oracles: Iterable[tuple[dict[str, Any], GenerativeModel]]) -> None:
         """Score the models that never saw the forget set, each of which comes after where it is from: its `seed`, or
