@@ -328,15 +328,15 @@ def families() -> dict[str, set[str]]:
 
 
 def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_family():
-    """<experiment>/<family>.yaml, model/<model>/<family>.yaml, and <family>/<method>.yaml for what one method needs
-    besides. No file only names another.
+    """<experiment>/<model>/<family>.yaml, model/<model>/<family>.yaml, and <family>/<method>.yaml for what one method
+    needs besides. No file only names another.
     """
     members = families()
     assert set(options("method/family")) <= {family for family, methods in members.items() if len(methods) > 1}
     for path in TUNED:
-        of_model = path.parts[0] == "model"
-        whose, family, *method = path.with_suffix("").parts[of_model:]
-        assert whose in options("model" if of_model else "experiment"), path
+        experiment, model, family, *method = path.with_suffix("").parts
+        assert experiment in ["model", *options("experiment")], path
+        assert model in options("model"), path
         assert family in members, path
         assert set(method) <= members[family], path
         content = yaml.safe_load((ROOT / "conf" / "tuned" / path).read_text())
@@ -358,7 +358,8 @@ def test_tuned_settings_belong_to_an_experiment_or_a_model_and_a_family():
         ("experiment=digits_class method=siss", {"rho": 0.2, "learning_rate": 5e-4}),
         ("experiment=digits_class method=erase_diff", {"learning_rate": 1e-3}),
         ("experiment=digits_trousers method=siss", {"rho": 0.04, "learning_rate": 2e-4}),
-        ("experiment=digits_trousers method=siss model=vae", {"rho": 0.1, "learning_rate": 2e-4}),  # after the model's
+        ("experiment=digits_trousers method=siss model=vae", {"rho": 0.1, "learning_rate": 4e-3}),  # the model's alone
+        ("experiment=digits_class method=siss model=ddpm_small", {"rho": 0.04}),  # tuned for another model
         ("experiment=digits_trousers method=neg_grad", {"learning_rate": 5e-5}),  # a family by itself
         ("experiment=digits_trousers_lambda method=sfd", {"forget_weight": 0.01, "learning_rate": 5e-4}),
         ("experiment=cifar10_class_small method=hybrid", {"alpha": 1.0, "learning_rate": 6e-5}),
@@ -389,8 +390,9 @@ def test_a_method_from_elsewhere_may_join_a_family(tmp_path):
     assert "rho: 0.04" in text
     (tmp_path / "method" / "mine.yaml").write_text(text.replace("rho: 0.04", "rho: 0.5"))
     (tmp_path / "method" / "alone.yaml").write_text("defaults: [neg_grad]\n")
-    (tmp_path / "tuned" / "digits_class").mkdir(parents=True)
-    (tmp_path / "tuned" / "digits_class" / "alone.yaml").write_text("# @package _global_\nbudget: {max_steps: 7}\n")
+    tuned = tmp_path / "tuned" / "digits_class" / "ddpm_tiny"
+    tuned.mkdir(parents=True)
+    (tuned / "alone.yaml").write_text("# @package _global_\nbudget: {max_steps: 7}\n")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         searched = [f"hydra.searchpath=[file://{tmp_path}]", "experiment=digits_class"]
         assert compose("train", [*searched, "method=mine"]).method.rho == 0.2
