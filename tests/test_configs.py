@@ -30,9 +30,14 @@ from unlearn_runner.types import make_generator
 LAMBDAS = [
     ("adaptive_siss", f"method/lambd={name}", *more)
     for name in options("method/lambd")
-    for more in ((), ("method.lambd.per_sample=true", "method/timesteps=second_moment"))
+    for more in ((), ("method.lambd.per=timestep", "method/timesteps=second_moment"))
     if not (more and name == "constant")
-] + [("adaptive_siss", "method/lambd=pathwise", "method.lambd.context=current")]
+] + [
+    ("adaptive_siss", "method/lambd=pathwise", "method.lambd.context=current"),
+    ("adaptive_siss", "method/lambd=blend", "method.lambd.context=current", "method.lambd.norms=false",
+     "method.lambd.per=image"),
+    ("adaptive_siss", "method.lambd.per=image", "method.lambd.image_features=true"),
+]  # fmt: skip
 DISTILLING = ("hybrid", "sfd", "sfd_two_stage")
 ROLLING_OUT = ("critic_guided", "ddpo")
 ASKING_A_DIFFUSION_MODEL = ("erase_diff", "salun", "retrack", *DISTILLING, *ROLLING_OUT)
@@ -51,7 +56,7 @@ CRITICS = [
 HYBRIDS = [
     ("hybrid", "method.target=mixture_score"),
     *(("hybrid", "method.variant=siss_sfd_labels", f"method/lambd={name}") for name in ("variance", "closed_form")),
-    ("hybrid", "method.variant=siss_sfd_labels", "method.lambd.per_sample=true"),
+    ("hybrid", "method.variant=siss_sfd_labels", "method.lambd.per=timestep"),
     ("hybrid", "method.variant=siss_sfd_student", "method/lambd=constant", "method.distil_share=0.25"),
 ]
 OVERRIDES = [

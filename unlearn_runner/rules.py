@@ -45,6 +45,23 @@ def context_of_lambda(objective: str, context: str) -> None:
         )
 
 
+def lambda_of_an_image(per: str, context: str, image_features: bool) -> None:
+    if image_features and per != "image":
+        raise ConfigurationError(f"method.lambd.image_features needs method.lambd.per=image, got {per}; leave it out.")
+    if per == "image" and context == "previous" and not image_features:
+        raise ConfigurationError(
+            "method.lambd.per=image has nothing to tell images apart by: add method.lambd.image_features=true or, with "
+            "method/lambd=pathwise or blend, method.lambd.context=current."
+        )
+
+
+def lambda_without_images(per: str) -> None:
+    if per == "image":
+        raise ConfigurationError(
+            "method.lambd.per=image needs pairs of images, which hybrids have none of: take timestep."
+        )
+
+
 def range_of_lambda(low: float, high: float, lambd: float) -> None:
     if not low < high:
         raise ConfigurationError(f"method.low must be below method.high, got {low} and {high}.")
@@ -298,7 +315,7 @@ def whose_oracles(oracle: bool | str | Sequence[str], oracle_seeds: Sequence[int
 OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "methods.siss.SISS": (tau_or_rho, variance_of_gradients),
     "methods.siss.SISSNoIS": (tau_or_rho,),
-    "methods.lambdas.Inferred": (context_of_lambda,),
+    "methods.lambdas.Inferred": (context_of_lambda, lambda_of_an_image),
     "methods.rl_lambda.RLLambda": (tau_or_rho, variance_of_gradients, range_of_lambda, whole_episodes),
     "methods.sfd.NoiseRange": (range_of_noise,),
     "methods.sfd.SFD": (something_to_forget, second_stage),
@@ -637,6 +654,7 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     lambd = method.get("lambd")
     if _name(method) == "hybrid" and isinstance(lambd, Mapping) and _name(lambd) == "Inferred":
         objective_without_ascent(lambd["objective"])
+        lambda_without_images(lambd.get("per", "batch"))
     _schedules(cfg)
 
 

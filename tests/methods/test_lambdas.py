@@ -166,10 +166,10 @@ def test_uniform_prior_begins_where_its_kl_is_least():
     assert nearest < 0.02
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("per", ["batch", "timestep"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_lambda_frozen_at_one_half_is_static_siss_to_the_bit(tiny_network, objective, per_sample):
-    frozen = inferred(objective, prior_std=1e-12, optimizer=partial(torch.optim.Adam, lr=0.0), per_sample=per_sample)
+def test_lambda_frozen_at_one_half_is_static_siss_to_the_bit(tiny_network, objective, per):
+    frozen = inferred(objective, prior_std=1e-12, optimizer=partial(torch.optim.Adam, lr=0.0), per=per)
     weights = []
     for lambd in (0.5, Constant(0.5), frozen):
         siss = method(tiny_network(), SISS, lambd=lambd, rho=0.1)
@@ -214,11 +214,11 @@ def test_a_strong_prior_holds_lambda():
     assert train(inferred("pathwise", beta=1e3, prior_mean=1.0, prior_std=0.05)) == pytest.approx(0.731, abs=0.02)
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_closed_form_tracks_the_norms(per_sample):
-    assert train(ClosedForm(per_sample)) == pytest.approx(3 / 4, abs=0.05)
-    assert train(ClosedForm(per_sample, least_samples=0), rms=(1.0, 0.0)) == pytest.approx(LEAST)
-    assert train(ClosedForm(per_sample), rms=(1.0, 0.0)) == pytest.approx(2 / 64)
+@pytest.mark.parametrize("per", ["batch", "timestep"])
+def test_closed_form_tracks_the_norms(per):
+    assert train(ClosedForm(per)) == pytest.approx(3 / 4, abs=0.05)
+    assert train(ClosedForm(per, least_samples=0), rms=(1.0, 0.0)) == pytest.approx(LEAST)
+    assert train(ClosedForm(per), rms=(1.0, 0.0)) == pytest.approx(2 / 64)
 
 
 def gaussian_batch(lambd, g, b=256, d=400, mean=0.0, std=1.0):
@@ -265,7 +265,7 @@ def test_forget_part_under_a_norm_fix_has_its_mean_from_lambda_but_not_its_secon
 
 
 def test_closed_form_knows_levels_apart():
-    controller, g = ClosedForm(per_sample=True, num_levels=2, least_samples=0), torch.Generator().manual_seed(0)
+    controller, g = ClosedForm(per="timestep", num_levels=2, least_samples=0), torch.Generator().manual_seed(0)
     for _ in range(60):
         level = torch.rand(256, generator=g)
         lambd = controller.next(level).lambd
@@ -282,10 +282,81 @@ def test_closed_form_knows_levels_apart():
     assert logged["lambda/at/0.05"] == low
 
 
+def test_variance_tells_images_apart_by_their_features():
+    """Two kinds of pairs, whose forget gradients are 1/4 and 4 times their retain gradients: lambda* 0.2 and 0.8."""
+    controller, g = inferred("variance", beta=1e-3, per="image", image_features=True), torch.Generator().manual_seed(0)
+    controller.begin(num_features=3)
+    marks = torch.eye(6)[[0, 3]]
+    for _ in range(400):
+        kind = torch.randint(2, (64,), generator=g)
+        level = torch.rand(64, generator=g)
+        lambd = controller.next(level, marks[kind]).lambd
+        from_forget = torch.rand(64, generator=g) < lambd
+        w_retain, w_forget = (~from_forget) / (1 - lambd), from_forget / lambd
+        rms_forget = torch.where(kind == 0, 0.25, 4.0)
+        logged = controller.learn(
+            seen_of(w_retain, w_forget, w_retain.square(), (w_forget * rms_forget).square(), level=level)
+        )
+    mean, _ = controller.posterior(torch.full((2,), 0.5), marks)
+    assert torch.sigmoid(mean).tolist() == pytest.approx([0.2, 0.8], abs=0.08)
+    assert logged["lambda/std_over_images"] > 0.15
+    assert "lambda/at/0.05" not in logged
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("build", ["tiny_network", "tiny_vae"])
+def test_lambda_of_an_image_sees_its_own_losses_and_features(request, build, norms):
+    network = request.getfixturevalue(build)()
+    network.freeze_for_unlearning()
+    settings = {"context": "current", "per": "image", "norms": norms}
+    plain, both = (inferred("pathwise", image_features=features, **settings) for features in (False, True))
+    siss = method(network, SISS, lambd=both, rho=0.1)
+    siss.begin(None)
+    method(network, SISS, lambd=plain, rho=0.1).begin(None)
+    first = 2 * (1 + norms) + 2 + 2
+    assert plain.network[0].in_features == first
+    assert both.network[0].in_features == first + 2 * network.num_features
+    before = network.network_evaluations
+    metrics = siss.step(unit_batch())
+    b = len(unit_batch().x0_retain)
+    assert network.network_evaluations - before >= 2 * b + b
+    assert both.losses.shape == (b, 2)
+    assert len({tuple(row) for row in both.losses.tolist()}) == b
+    assert metrics["lambda/std_over_images"].item() > 0
+
+
+def test_features_are_those_of_the_middle_block(tiny_network):
+    model = tiny_network()
+    x0, cond = torch.rand(5, 1, 8, 8), torch.arange(5)
+    found = model.features(x0, cond)
+    assert found.shape == (5, model.num_features) == (5, 8)
+    assert not found.requires_grad
+    assert not model.backbone.middle._forward_hooks
+    assert torch.equal(model.features(x0, cond), found)
+    assert not torch.allclose(model.features(x0.flip(0), cond), found)
+    model.backbone.unet.up_blocks.requires_grad_(True).zero_grad()
+    for weight in model.backbone.unet.up_blocks.parameters():
+        weight.data.zero_()
+    assert torch.equal(model.features(x0, cond), found), "nothing after it counts"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"per": "image"}, "nothing to tell images apart by"),
+        ({"image_features": True}, "needs method.lambd.per=image, got batch"),
+        ({"per": "timestep", "image_features": True}, "needs method.lambd.per=image, got timestep"),
+    ],
+)
+def test_what_a_lambda_of_an_image_needs(settings, says):
+    with pytest.raises(ConfigurationError, match=says):
+        inferred("variance", **settings)
+
+
 class Spy(LambdaController):
     """Static, and remembers what it was shown."""
 
-    def next(self, level):
+    def next(self, level, features=None):
         return Mixing(torch.full((1,), 0.4))
 
     def learn(self, seen):
@@ -324,7 +395,7 @@ def test_the_current_context_is_this_batchs_losses_and_norms(tiny_network, objec
     controller = inferred(objective, context="current")
     siss = method(tiny_network(), SISS, lambd=controller, rho=0.1)
     posterior, contexts = controller.posterior, []
-    controller.posterior = lambda level: (contexts.append(controller.context.clone()), posterior(level))[1]
+    controller.posterior = lambda *seen: (contexts.append(controller.context.clone()), posterior(*seen))[1]
     for step in range(2):
         batch, network = unit_batch(seed=step), siss.trained
         g = torch.Generator()
@@ -349,9 +420,9 @@ def test_variance_refuses_the_current_context():
 
 
 @pytest.mark.parametrize("prior_mean", [-60.0, 60.0])
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_lambda_at_its_clamps(tiny_network, prior_mean, per_sample):
-    controller = inferred("variance", prior_mean=prior_mean, per_sample=per_sample)
+@pytest.mark.parametrize("per", ["batch", "timestep"])
+def test_lambda_at_its_clamps(tiny_network, prior_mean, per):
+    controller = inferred("variance", prior_mean=prior_mean, per=per)
     siss = method(tiny_network(), SISS, lambd=controller, rho=0.1)
     wanted = LEAST if prior_mean < 0 else 1 - LEAST
     for step in range(2):
@@ -361,7 +432,7 @@ def test_lambda_at_its_clamps(tiny_network, prior_mean, per_sample):
 
 
 def test_lambda_and_its_diagnostics_are_logged(tiny_network):
-    siss = method(tiny_network(), SISS, lambd=inferred(per_sample=True), rho=0.1, gradient_variance=True)
+    siss = method(tiny_network(), SISS, lambd=inferred(per="timestep"), rho=0.1, gradient_variance=True)
     first, second = siss.step(unit_batch()), siss.step(unit_batch(seed=1))
     assert {"lambda/value", "lambda/posterior_mean", "lambda/posterior_std", "lambda/kl", "weights/ess_retain",
             "weights/ess_forget", "weights/one_hot", "lambda/at/0.05", "lambda/at/0.95"} <= set(first)  # fmt: skip

@@ -54,6 +54,14 @@ class ForgetRetain:
     notes: tuple[str, ...] = ()  # for the user: what was found and not read, and what was decided about what was read
     sized_by: str = "dataset"  # the options, with their values, on which it depends how many images there are
 
+    def as_trained(self, pixels: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:
+        """Images as the model sees them in training: every second one mirrored, if it sees them mirrored."""
+        if not self.spec.horizontal_flip:
+            return pixels
+        pixels = pixels.clone()
+        pixels[1::2] = pixels[1::2].flip(-1)
+        return pixels
+
     def __post_init__(self) -> None:
         # None held out is no mistake: what needs held-out images is left out of an evaluation, with a line.
         if len(self.forget) == 0 or len(self.retain) == 0:

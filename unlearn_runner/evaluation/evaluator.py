@@ -283,7 +283,8 @@ class Evaluator:
         images = self.data.retain_test
         if self.judge.novelty is None or len(images) < LEAST_HELD_OUT:
             return None
-        return self.judge(images.pixels[self._order(len(images))[: self.sampling.num_samples]])
+        rows = self._order(len(images))[: self.sampling.num_samples]
+        return self.judge(self.data.as_trained(images.pixels[rows]))
 
     def _order(self, count: int) -> Int64[Tensor, "{count}"]:
         return torch.from_numpy(np.random.default_rng(self.sampling.seed).permutation(count))
@@ -473,10 +474,7 @@ class Evaluator:
         }
 
         def make(folder: Path) -> None:
-            pixels = images.pixels
-            if self.spec.horizontal_flip:
-                pixels = pixels.clone()
-                pixels[1::2] = pixels[1::2].flip(-1)
+            pixels = self.data.as_trained(images.pixels)
             some = pixels if len(pixels) else self.data.retain.pixels[:1]
             seen = self.judge.features_of(some).select(torch.arange(len(pixels)))
             tensors = replace(seen, images=pixels[:, :0]).tensors()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unlearn_runner import rules
 from unlearn_runner.cache import cached, fingerprint
-from unlearn_runner.data.forget_retain import ForgetRetain
+from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.evaluation.features import efficientnet_lite0
@@ -137,19 +137,26 @@ class Novelty(NamedTuple):
     retained: RealImages
     contents: RealImages
     recipe: NoveltyRecipe
+    mirrored: bool  # mirror images among them
 
 
 def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> Novelty | None:
     """The outlier detector of a dataset, each picture once; None where too few different images are kept.
 
+    Where the model sees images mirrored, their mirror images are real, too: both of each if there is room, else one.
+
     It is kept in the cache: to find the balls takes a comparison of all real images with each other.
     """
 
     def make(folder: Path) -> None:
-        retain = appearance(first_distinct(data.retain, recipe.max_images, recipe.seed).pixels)
-        forget = appearance(
-            first_distinct(contents_to_forget(data), max(1, recipe.max_images // 4), recipe.seed).pixels
-        )
+        def looks(images: LabelledImages, most: int) -> Float[Tensor, "n a"]:
+            pixels = first_distinct(images, most, recipe.seed).pixels
+            if mirrored and 2 * len(pixels) <= most:
+                return appearance(torch.cat([pixels, pixels.flip(-1)]))
+            return appearance(data.as_trained(pixels))
+
+        retain = looks(data.retain, recipe.max_images)
+        forget = looks(contents_to_forget(data), max(2, recipe.max_images // 4))
         tensors = {"retain": retain, "forget": forget}
         if len(retain) >= LEAST:
             for name, looks in (("retained", retain), ("contents", torch.cat([retain, forget]))):
@@ -168,10 +175,16 @@ def novelty_of(data: ForgetRetain, recipe: NoveltyRecipe, cache_dir: Path) -> No
             return RealImages(looks, neighbours=min(recipe.neighbours, len(looks) - 1), **found)
 
         contents = torch.cat([retain, tensors["forget"]])
-        return Novelty(of("retained", retain), of("contents", contents), recipe)
+        return Novelty(of("retained", retain), of("contents", contents), recipe, mirrored)
 
-    key = {"data": data.fingerprint, "version": VERSION, "recipe": asdict(recipe)}
+    mirrored = data.spec.horizontal_flip
+    key = {"data": data.fingerprint, "version": VERSION, "recipe": asdict(recipe)} | _mirrored(mirrored)
     return read(cached(cache_dir, "novelty", key, make, read, together=True))
+
+
+def _mirrored(mirrored: bool) -> dict[str, bool]:
+    """Part of a key; nothing where nothing is mirrored, so that what was kept before mirroring counted still fits."""
+    return {"mirrored": True} if mirrored else {}
 
 
 def abstaining(judge: Judge, data: ForgetRetain, recipe: NoveltyRecipe | None, cache_dir: Path) -> Judge:
@@ -208,13 +221,16 @@ class AbstainingJudge(Judge):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint([self.judge.fingerprint, VERSION, asdict(self.novelty.recipe)])
+        return fingerprint([self.judge.fingerprint, VERSION, self._recipe()])
+
+    def _recipe(self) -> dict[str, Any]:
+        return asdict(self.novelty.recipe) | _mirrored(self.novelty.mirrored)
 
     def doubts(self) -> list[str]:
         return self.judge.doubts()
 
     def provenance(self) -> dict[str, Any]:
-        return {**self.judge.provenance(), "abstains": {"version": VERSION, **asdict(self.novelty.recipe)}}
+        return {**self.judge.provenance(), "abstains": {"version": VERSION, **self._recipe()}}
 
 
 @final

@@ -446,6 +446,7 @@ def controller(lambd: float | LambdaController) -> LambdaController:
     """Raises ConfigurationError for objectives made for a forget term that is ascended: here both are descended."""
     if isinstance(lambd, Inferred):
         rules.objective_without_ascent(lambd.objective)
+        rules.lambda_without_images(lambd.per)
     return lambd if isinstance(lambd, LambdaController) else Constant(lambd)
 
 

@@ -128,6 +128,21 @@ def kl_to_uniform(mean: Tensor, std: Tensor, nodes: int = 32) -> Tensor:
     return -entropy - log_prior
 
 
+class ApartTerms(NamedTuple):
+    """SISS's two terms, each on its own (`SISS.terms_apart`): the loss at the noisy x and that at the noisy a, as means
+    over pixels, without importance weights; detached.
+    """
+
+    losses_retain: Float[Tensor, "b"]  # l_x
+    losses_forget: Float[Tensor, "b"]  # l_a
+    norms: Float[Tensor, "2"] | None  # ||grad l_x||, ||grad l_a|| of the batch, over the network's weights
+
+    def of_batch(self) -> Float[Tensor, "n"]:
+        """l_x, l_a, and with norms ||grad l_x||, ||grad l_a||."""
+        losses = torch.stack([self.losses_retain.mean(), self.losses_forget.mean()])
+        return losses if self.norms is None else torch.cat([losses, self.norms])
+
+
 class Mixing(NamedTuple):
     """lambda, and what a sample's two losses are multiplied by beside their weights: one number, or one a sample."""
 
@@ -139,14 +154,19 @@ class Mixing(NamedTuple):
 class LambdaController(ABC):
     """Chooses lambda before a step and learns from what the step saw. Stateful: checkpoints store it."""
 
-    looks = False  # whether it is to be shown the batch's losses and norms before `next`
+    needs_terms = False  # whether `observe` is to be called before `next`
+    needs_norms = False  # and with norms, which take backward passes
+    needs_features = False  # whether `next` is to be called with features
 
-    def look(self, terms: Float[Tensor, "4"]) -> None:  # noqa: B027 - most controllers do not look
-        """The batch's l_x, l_a, ||grad l_x||, ||grad l_a||, each term on its own (`SISS.terms_apart`); detached."""
+    def begin(self, num_features: int | None) -> None:  # noqa: B027 - most controllers read no features
+        """Called once before the first step: how many features the model has for an image, None if it has none."""
+
+    def observe(self, terms: ApartTerms) -> None:  # noqa: B027 - most controllers read no terms
+        """What the batch's two terms are before lambda is chosen."""
 
     @abstractmethod
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
-        """lambda for samples at these noise levels, t / T in [0, 1)."""
+    def next(self, level: Float[Tensor, "b"], features: Float[Tensor, "b d"] | None = None) -> Mixing:
+        """lambda for samples at these noise levels, t / T in [0, 1), from pairs of images with these features."""
 
     @abstractmethod
     def learn(self, seen: Seen) -> Metrics:
@@ -166,7 +186,7 @@ class Constant(LambdaController):
     def __init__(self, value: UnitInterval):
         self.value = float(value)
 
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+    def next(self, level: Float[Tensor, "b"], features: Float[Tensor, "b d"] | None = None) -> Mixing:
         return Mixing(self.value)
 
     def learn(self, seen: Seen) -> Metrics:
@@ -189,7 +209,7 @@ class Chosen(LambdaController):
     def choose(self, value: float) -> None:
         self.previous, self.value = self.value, value
 
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+    def next(self, level: Float[Tensor, "b"], features: Float[Tensor, "b d"] | None = None) -> Mixing:
         return Mixing(self.value)
 
     def learn(self, seen: Seen) -> Metrics:
@@ -202,7 +222,7 @@ class Chosen(LambdaController):
         self.value, self.previous = state_dict["value"], state_dict["previous"]
 
 
-def as_features(terms: Float[Tensor, "4"]) -> Float[Tensor, "4"]:
+def as_features(terms: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """log1p, with the sign of negative ones: a VAE's nats may be negative."""
     terms = terms.float()
     return terms.sign() * terms.abs().log1p()
@@ -216,7 +236,7 @@ class Inferred(LambdaController):
     """lambda = sigmoid(z), z ~ q_phi(z|c) = N(mean, std^2), by a small network phi that learns at every step.
 
     phi minimises objective + beta KL(q_phi || prior). The context c is [l_x, l_a, ||g_x||, ||g_a||] (log1p, with the
-    sign of negative ones). At its beginning q_phi is the prior, whatever the context.
+    sign of negative ones) and what `per` adds. At its beginning q_phi is the prior, whatever the context.
 
     Args:
         objective: "pathwise", the paper's; "variance"; or "blend", where the mixture keeps lambda 1/2 and the terms are
@@ -229,7 +249,12 @@ class Inferred(LambdaController):
         beta: weight of the KL, > 0 [?].
         prior: "gaussian" on the logit, or "uniform" on lambda.
         prior_mean, prior_std: of the Gaussian, on the logit.
-        per_sample: a lambda for each sample, which also sees the sample's t / T.
+        norms: whether c has the gradient norms; without, "current" takes two forward passes more and no backward pass.
+        per: what has a lambda of its own: the "batch"; each sample by its "timestep", t / T being in c; or each pair of
+            images x, a (the paper's motive: "different images need different lambda"), by t / T and what tells images
+            apart: with context "current" the pair's own l_x and l_a, and `image_features`.
+        image_features: with per="image", c has what the network makes of the clean x and a
+            (`GenerativeModel.features`), normalised over features. One forward pass of both more.
         hidden: width of the two hidden layers.
         ema_decay: of the previous context.
     """
@@ -243,51 +268,82 @@ class Inferred(LambdaController):
         prior: Literal["gaussian", "uniform"] = "gaussian",
         prior_mean: float = 0.0,
         prior_std: PositiveFloat = 1.0,
-        per_sample: bool = False,
+        norms: bool = True,
+        per: Literal["batch", "timestep", "image"] = "batch",
+        image_features: bool = False,
         hidden: Width = 32,
         ema_decay: Decay = 0.9,
         seed: Seed = 0,
     ):
         rules.context_of_lambda(objective, context)
+        rules.lambda_of_an_image(per, context, image_features)
         self.objective = objective
-        self.looks = context == "current"
+        self.needs_terms = context == "current"
+        self.needs_norms = norms
+        self.needs_features = image_features
         self.slope = OBJECTIVES[objective]
         self.beta = beta
         self.uniform_prior = prior == "uniform"
         # A uniform lambda's logit has mean 0 and standard deviation pi / sqrt(3); 1.749 is nearest to it in KL.
         self.prior_mean, self.prior_std = (0.0, 1.749) if self.uniform_prior else (float(prior_mean), float(prior_std))
-        self.per_sample = per_sample
+        self.per = per
+        self.seed, self.hidden, self.make_optimizer = seed, hidden, optimizer
+        self.ema_decay = ema_decay
+        self.context = torch.zeros(4 if norms else 2)  # of the batch
+        self.losses: Float[Tensor, "b 2"] | None = None  # of this batch's pairs, if they are in the context
+        self.generator = make_generator(seed, "lambda")
+        self._asked: tuple[Tensor, Tensor, Tensor] | None = None  # lambda, mean, std of this step, with their graph
+        self._build(0)
+
+    def begin(self, num_features: int | None) -> None:
+        if self.needs_features:
+            if num_features is None:
+                raise ConfigurationError(
+                    "method.lambd.image_features=true needs a model whose network has a middle block; leave it out."
+                )
+            self._build(2 * num_features)
+
+    def _build(self, num_features: int) -> None:
+        size = len(self.context) + num_features + 2 * (self.per != "batch") + 2 * self._sees_pairs
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
+            torch.manual_seed(self.seed)  # nn.Module's initialisers know no other generator
             self.network = nn.Sequential(
-                nn.Linear(6 if per_sample else 4, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(),
-                nn.Linear(hidden, 2),
+                nn.Linear(size, self.hidden), nn.Tanh(), nn.Linear(self.hidden, self.hidden), nn.Tanh(),
+                nn.Linear(self.hidden, 2),
             )  # fmt: skip
         for weight in self.network[-1].parameters():
             nn.init.zeros_(weight)
-        self.optimizer = optimizer(self.network.parameters())
-        self.ema_decay = ema_decay
-        self.context = torch.zeros(4)
-        self.generator = make_generator(seed, "lambda")
-        self._asked: tuple[Tensor, Tensor, Tensor] | None = None  # lambda, mean, std of this step, with their graph
+        self.optimizer = self.make_optimizer(self.network.parameters())
 
-    def posterior(self, level: Float[Tensor, "b"]) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    @property
+    def _sees_pairs(self) -> bool:
+        return self.needs_terms and self.per == "image"
+
+    def posterior(
+        self, level: Float[Tensor, "b"], features: Float[Tensor, "b d"] | None = None
+    ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
         """Mean and standard deviation of the logit: for each sample, or one for all."""
         self._move(level.device)
-        if self.per_sample:
-            turn = torch.stack([2 * level - 1, (torch.pi * level).cos()], 1)
-            context = torch.cat([self.context.expand(len(level), 4), turn], 1)
-        else:
+        if self.per == "batch":
             context = self.context[None]
+        else:
+            turn = torch.stack([2 * level - 1, (torch.pi * level).cos()], 1)
+            context = torch.cat([self.context.expand(len(level), -1), turn], 1)
+        if self._sees_pairs:
+            context = torch.cat([context, self.losses], 1)
+        if features is not None:
+            context = torch.cat([context, nn.functional.layer_norm(features, features.shape[1:])], 1)
         mean, log_std = self.network(context).unbind(1)
         return self.prior_mean + mean, self.prior_std * log_std.exp()
 
-    def look(self, terms: Float[Tensor, "4"]) -> None:
-        self._move(terms.device)
-        self.context = as_features(terms)
+    def observe(self, terms: ApartTerms) -> None:
+        self._move(terms.losses_retain.device)
+        self.context = as_features(terms.of_batch())
+        if self._sees_pairs:
+            self.losses = as_features(torch.stack([terms.losses_retain, terms.losses_forget], 1))
 
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
-        mean, std = self.posterior(level)
+    def next(self, level: Float[Tensor, "b"], features: Float[Tensor, "b d"] | None = None) -> Mixing:
+        mean, std = self.posterior(level, features)
         e = moved(torch.randn(mean.shape, generator=self.generator), mean.device)
         lambd = torch.sigmoid(mean + std * e).clamp(LEAST, 1 - LEAST)
         self._asked = (lambd, mean, std)
@@ -310,17 +366,17 @@ class Inferred(LambdaController):
         self._asked = None
 
         # 2. the context of the next step
-        if not self.looks:
-            found = torch.stack(
-                [seen.losses_retain.mean(), seen.losses_forget.mean(), seen.norm_retain, seen.norm_forget]
-            )
+        if not self.needs_terms:
+            norms = [seen.norm_retain, seen.norm_forget] if self.needs_norms else []
+            found = torch.stack([seen.losses_retain.mean(), seen.losses_forget.mean(), *norms])
             self.context = self.ema_decay * self.context + (1 - self.ema_decay) * as_features(found)
         return {
             "lambda/inferred": lambd.detach().mean(),
             "lambda/posterior_mean": mean.detach().mean(),
             "lambda/posterior_std": std.detach().mean(),
             "lambda/kl": kl.detach(),
-            **(self._over_levels(seen.level.device) if self.per_sample else {}),
+            **(self._over_levels(seen.level.device) if self.per == "timestep" else {}),
+            **({"lambda/std_over_images": lambd.detach().std(correction=0)} if self.per == "image" else {}),
         }
 
     def _over_levels(self, device: torch.device) -> Metrics:
@@ -357,7 +413,8 @@ class ClosedForm(LambdaController):
     E[||grad l_x||^2] over q(.|x) is estimated without bias from the mixture's samples, as E[w_x ||grad l_x||^2].
 
     Args:
-        per_sample: R_x and R_a, and so lambda, for each of `num_levels` equal ranges of t / T.
+        per: R_x and R_a, and so lambda, for the "batch", or by "timestep": for each of `num_levels` equal ranges of
+            t / T.
         ema_decay: of all averages.
         initial: lambda of the first step.
         least_samples: lambda is at least this many of a batch's samples: a batch without any forgets nothing, and the
@@ -366,20 +423,20 @@ class ClosedForm(LambdaController):
 
     def __init__(
         self,
-        per_sample: bool = False,
+        per: Literal["batch", "timestep"] = "batch",
         num_levels: Width = 10,
         ema_decay: Decay = 0.9,
         initial: OpenUnitInterval = 0.1,
         least_samples: NonNegativeInt = 2,
     ):
-        self.num_levels = num_levels if per_sample else 1
+        self.num_levels = num_levels if per == "timestep" else 1
         self.ema_decay = ema_decay
         self.initial = initial
         self.least_samples = least_samples
         self.sums: Tensor | None = None  # rows: samples, R_x^2, R_a^2; a column for each range of levels
         self.norms: Tensor | None = None  # of the retain and the forget gradient, before and after their constants
 
-    def next(self, level: Float[Tensor, "b"]) -> Mixing:
+    def next(self, level: Float[Tensor, "b"], features: Float[Tensor, "b d"] | None = None) -> Mixing:
         if self.sums is None:
             return Mixing(torch.full_like(level[:1], self.initial))
         lambdas = self._lambdas(len(level))

@@ -195,7 +195,7 @@ class RLLambda(Method):
         if self.fresh_state:
             timesteps, eps = draw_noise(self.siss.trained, batch.x0_retain, self.state_generator)
             terms = self.siss.terms_apart(batch, timesteps, eps, norms=self.observe_gradient_norms)
-            metrics |= zip(self.observed, terms, strict=True)
+            metrics |= zip(self.observed, terms.of_batch(), strict=True)
 
         # 4. the reward
         lambd, previous = self.lambd.value, self.lambd.previous

@@ -20,7 +20,7 @@ from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
-from unlearn_runner.methods.lambdas import Constant, LambdaController, Seen
+from unlearn_runner.methods.lambdas import ApartTerms, Constant, LambdaController, Seen
 from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.retained_images import TRUST_CAP, RetainedImages, encoded, retained_images, trust
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
@@ -346,6 +346,7 @@ class SISS(Method):
         return self.update.model
 
     def begin(self, images: Images | None) -> None:
+        self.lambd.begin(self.trained.num_features)
         if self.forget_target == "posterior":
             self.retained = retained_images(self.trained, images, self.labels, "nearest", self.generator)
 
@@ -357,9 +358,10 @@ class SISS(Method):
         eps = draw_eps(model, batch.x0_retain, self.generator)
         coin = torch.rand((b,), generator=self.generator, device=eps.device)
         level = timesteps / model.num_train_timesteps
-        if self.lambd.looks:
-            self.lambd.look(self.terms_apart(batch, timesteps, eps))
-        lambd, scale_retain, scale_forget = self.lambd.next(level)
+        if self.lambd.needs_terms:
+            self.lambd.observe(self.terms_apart(batch, timesteps, eps, self.lambd.needs_norms))
+        features = self._features(batch) if self.lambd.needs_features else None
+        lambd, scale_retain, scale_forget = self.lambd.next(level, features)
 
         # 2. the sample m, its weights, and the noise that leads to it from x and from a
         noising_retain = model.noising(batch.x0_retain, timesteps, batch.cond_retain)
@@ -441,18 +443,24 @@ class SISS(Method):
 
     def terms_apart(
         self, batch: Batch, timesteps: Int64[Tensor, "b"], eps: Float[Tensor, "b ..."], norms: bool = True
-    ) -> Float[Tensor, "n"]:
-        """L_x at the noisy x and L_a at the noisy a, means over pixels and batch, without weights; and with `norms` the
-        norms of the gradients of their sums over pixels. Two forward passes, and as many backward for the norms.
+    ) -> ApartTerms:
+        """L_x at the noisy x and L_a at the noisy a; with `norms` those of the gradients of their means over the batch,
+        sums over pixels. Two forward passes, and as many backward passes for the norms.
         """
         losses, lengths = [], []
         for x0, cond in ((batch.x0_retain, batch.cond_retain), (batch.x0_forget, batch.cond_forget)):
             with torch.set_grad_enabled(norms):
-                loss = denoising_loss(self.trained, x0, cond, timesteps, eps).mean()
+                loss = denoising_loss(self.trained, x0, cond, timesteps, eps)
             losses.append(loss.detach() / self.trained.num_entries)
             if norms:
-                lengths.append(self.update.gradient(loss).norm())
-        return torch.stack([*losses, *lengths])
+                lengths.append(self.update.gradient(loss.mean()).norm())
+        return ApartTerms(*losses, torch.stack(lengths) if norms else None)
+
+    def _features(self, batch: Batch) -> Float[Tensor, "b d"]:
+        """What the network makes of the clean x and a of each pair, side by side."""
+        x0 = torch.cat([batch.x0_retain, batch.x0_forget])
+        cond = None if batch.cond_retain is None else torch.cat([batch.cond_retain, batch.cond_forget])
+        return torch.cat(self.trained.features(x0, cond).chunk(2), 1)
 
     def _gradients(
         self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]

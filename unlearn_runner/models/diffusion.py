@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+FEATURES_LEVEL = 0.1  # t / T at which an image's features are read: low noise tells most of content (2112.03126, 3.2)
+
 
 class Part(nn.Module, ABC):
     """What backbone and codec have in common: networks of diffusers' pipelines, and what lies beside them."""
@@ -135,6 +137,16 @@ class Backbone(Part):
         """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""
         return []
 
+    @property
+    def middle(self) -> nn.Module | None:
+        """The block [b d i j] between the way down and the way up, if it has one."""
+        return getattr(self.unet, "mid_block", None)
+
+    @property
+    def num_features(self) -> int | None:
+        """The middle block's channels."""
+        return None if self.middle is None else self.unet.config.block_out_channels[-1]
+
     @abstractmethod
     def freeze_for_unlearning(self) -> None:
         """Take from training what unlearning shall not move."""
@@ -219,6 +231,26 @@ class Diffusion(DiffusionModel):
 
     def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
         return self.codec.picture(x0)
+
+    @property
+    def num_features(self) -> int | None:
+        return self.backbone.num_features
+
+    @torch.no_grad()
+    def features(self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b ..."] | None) -> Float[Tensor, "b d"]:
+        """The mean over space of the middle block's output at t = FEATURES_LEVEL T, for x0 without noise."""
+        x0 = self.encode(x0)
+        timesteps = torch.full((len(x0),), int(FEATURES_LEVEL * self.num_train_timesteps), device=x0.device)
+        found: list[Tensor] = []
+        block = self.backbone.middle
+        hook = block.register_forward_hook(lambda _, __, output: found.append(output.detach()))
+        try:
+            self.network_evaluations += len(x0)
+            scale, _ = self.path.amplitudes(timesteps)
+            self._answer(scale * x0, timesteps, *self.backbone.conditions(cond))
+        finally:
+            hook.remove()
+        return found[0].float().flatten(2).mean(2)
 
     def noising(
         self,

@@ -71,6 +71,7 @@ class GenerativeModel(nn.Module, ABC):
     has_likelihood = True  # of images: `loss` bounds -log p(x0), and metrics of likelihood can ask for it
     is_diffusion = False  # its noisy samples lie on a `path`: see DiffusionModel
     has_training_loss = True  # `loss` is one to learn images by, or to tell by which it has learnt
+    num_features: int | None = None  # of an image, if it has `features`
     network_evaluations: int  # samples passed forward through the trained network so far
     passes: Passes = Passes()
 
@@ -100,6 +101,10 @@ class GenerativeModel(nn.Module, ABC):
         latents; here, the images.
         """
         return x0
+
+    def features(self, x0: Float[Tensor, "b ..."], cond: Shaped[Tensor, "b ..."] | None) -> Float[Tensor, "b d"]:
+        """What the network makes of clean images, without noise and without a gradient; if it has `num_features`."""
+        raise TypeError(f"a {type(self).__name__} has no features of images")
 
     @abstractmethod
     def noising(

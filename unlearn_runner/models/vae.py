@@ -143,6 +143,15 @@ class VAE(GenerativeModel):
     def num_labels(self) -> int | None:
         return self.vae.config.num_labels
 
+    @property
+    def num_features(self) -> int:
+        return self.vae.config.latent_size
+
+    @torch.no_grad()
+    def features(self, x0: Float[Tensor, "b c h w"], cond: Int64[Tensor, "b"] | None) -> Float[Tensor, "b latent"]:
+        """The mean of q(z|x0, c)."""
+        return self.vae.encode(x0, cond)[0]
+
     def noising(
         self,
         x0: Float[Tensor, "b c h w"],
