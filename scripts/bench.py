@@ -437,8 +437,8 @@ def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> A
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from unlearn_runner.models.stable_diffusion import Parts, Tuning, stable_diffusion
-    from unlearn_runner.models.words import build_tokenizer
+    from unlearn_runner.models.stable_diffusion import Parts, Tuning, text_to_image
+    from unlearn_runner.models.texts import ClipTexts, build_tokenizer
 
     with torch.device(device):
         unet = UNet2DConditionModel(
@@ -454,20 +454,22 @@ def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> A
             latent_channels=4, norm_num_groups=32, sample_size=512,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )
+        texts=ClipTexts(
+            tokenizer,
+            CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                    num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                )
+            ),
         ),
-        tokenizer=tokenizer,
         unet=unet,
         scheduler=PNDMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),
     )  # fmt: skip
-    return stable_diffusion(parts, (3, 512, 512), ("a picture",), tuning=Tuning(trainable, **tuning))
+    return text_to_image(parts, (3, 512, 512), ("a picture",), tuning=Tuning(trainable, **tuning))
 
 
 def start_up() -> dict[str, float]:

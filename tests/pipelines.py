@@ -1,11 +1,18 @@
-"""Small Stable Diffusions: ours, and one of another's making."""
+"""Small Stable Diffusions: ours, and some of another's making."""
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from unlearn_runner.models.stable_diffusion import build_stable_diffusion
-from unlearn_runner.models.words import build_tokenizer
+from unlearn_runner.models.texts import build_tokenizer
 
 PROMPTS = ("a picture of a seven", "trousers", "a picture of trousers")
 TINY = {
@@ -52,5 +59,45 @@ def foreign(folder, prediction_type="v_prediction"):
             prediction_type=prediction_type,
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def foreign_xl(folder, prediction_type="epsilon", **more):
+    """A Stable Diffusion XL of another's making: two text encoders of other widths, weights drawn at random."""
+    torch.manual_seed(12)
+    tokenizers = build_tokenizer(["zebra"], 20), build_tokenizer(["zebra"], 20)
+    tokenizers[1].pad_token = "!"  # as SDXL's second
+
+    def text_config(tokenizer, width, layers):
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+            num_attention_heads=2, max_position_embeddings=20, projection_dim=12, pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+
+    StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            in_channels=3, out_channels=3, block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=0.13025, sample_size=32, force_upcast=True,
+        ),
+        text_encoder=CLIPTextModel(text_config(tokenizers[0], 8, 2)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizers[1], 16, 3)),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), norm_num_groups=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2),
+            cross_attention_dim=24, attention_head_dim=(2, 4), layers_per_block=1, use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=36,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+            prediction_type=prediction_type, timestep_spacing="leading",
+        ),
+        add_watermarker=False,
+        **more,
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -22,10 +22,11 @@ from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.metrics import IS, SSIM, Rates
 from unlearn_runner.models.clip import small_clip
 from unlearn_runner.models.diffusion import Diffusion
+from unlearn_runner.models.latents import Autoencoder
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.models.one_step import OneStep
-from unlearn_runner.models.stable_diffusion import Autoencoder, Tuning
-from unlearn_runner.models.words import build_tokenizer
+from unlearn_runner.models.stable_diffusion import Tuning
+from unlearn_runner.models.texts import build_tokenizer
 from unlearn_runner.types import Passes
 
 CPU = torch.device("cpu")
@@ -77,13 +78,13 @@ OF_STABLE_DIFFUSION = {
     "another sampler": partial(rescheduled, kind=DDPMScheduler),
     "unet": lambda model: another_weight(model.backbone.unet),
     "autoencoder": lambda model: another_weight(model.codec.vae),
-    "text encoder": lambda model: another_weight(model.backbone.text_encoder),
+    "text encoder": lambda model: another_weight(model.backbone.texts.text_encoder),
     "scale": lambda model: model.codec.vae.register_to_config(scaling_factor=0.5),
     "shift": lambda model: model.codec.vae.register_to_config(shift_factor=0.1),
     "latents' mean": lambda model: model.codec.vae.register_to_config(latents_mean=[0.0, 0.1, 0.2, 0.3]),
-    "activation": lambda model: setattr(model.backbone.text_encoder.config, "hidden_act", "gelu"),
-    "tokenizer": lambda model: setattr(model.backbone, "tokenizer", build_tokenizer(["seven", "shirts"], 12)),
-    "length": lambda model: setattr(model.backbone.tokenizer, "model_max_length", 11),
+    "activation": lambda model: setattr(model.backbone.texts.text_encoder.config, "hidden_act", "gelu"),
+    "tokenizer": lambda model: setattr(model.backbone.texts, "tokenizer", build_tokenizer(["seven", "shirts"], 12)),
+    "length": lambda model: setattr(model.backbone.texts.tokenizer, "model_max_length", 11),
     "guidance": lambda model: setattr(model, "guidance_scale", 7.0),
     "prompts": lambda model: setattr(model.backbone, "prompts", (*PROMPTS[:2], "a photo of trousers")),
     "order of prompts": lambda model: setattr(model.backbone, "prompts", PROMPTS[::-1]),

@@ -585,7 +585,10 @@ def _own_oracles(sources: Sequence[str], weights: str) -> None:
         )
 
 
-TEXT_TO_IMAGE = ("models.stable_diffusion.build_stable_diffusion",)  # builders of what draws under prompts
+TEXT_TO_IMAGE = (  # builders of what draws under prompts
+    "models.stable_diffusion.build_stable_diffusion",
+    "models.stable_diffusion.build_sdxl",
+)
 
 
 def _draws_texts(network: Mapping[str, Any]) -> bool:

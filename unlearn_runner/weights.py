@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
 
-NETWORKS = (".", "unet", "vae", "text_encoder")  # of a pipeline; one alone lies at the top
-PARTS = (*NETWORKS, "tokenizer", "scheduler")
+NETWORKS = (".", "unet", "vae", "text_encoder", "text_encoder_2")  # of a pipeline; one alone lies at the top
+PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
 STEMS = ("diffusion_pytorch_model", "model")
 CONFIGS = (".json", ".txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

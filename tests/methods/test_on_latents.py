@@ -1,12 +1,12 @@
-"""Every method that can runs on a Stable Diffusion of another's making: random weights, other sizes, v-prediction."""
+"""Every method that can runs on a Stable Diffusion and on an XL of another's making: random weights, other sizes."""
 
 import copy
 
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits, marked, options
-from diffusers import StableDiffusionPipeline
-from pipelines import foreign
+from diffusers import DiffusionPipeline
+from pipelines import foreign, foreign_xl
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.sd_concepts import SDConcepts
@@ -23,8 +23,11 @@ DISTILLING = {
     "hybrid with a student": ("method.variant=siss_sfd_student", "method.distil_share=0.4"),
 }  # fmt: skip
 SLOW = {  # the same kinds of step as others'
-    *((method, "full") for method in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
-    ("critic_guided", "lora"), ("sfd",), ("sfd_two_stage",), ("hybrid of mixed labels",), ("hybrid with a student",),
+    *((name, "full", "sd15") for name in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
+    ("critic_guided", "lora", "sd15"),
+    *((method, "full", "sdxl") for method in METHODS if method not in ("siss", "esd", "ddpo")),
+    ("critic_guided", "lora", "sdxl"),
+    *((name, kind) for kind in ("sd15", "sdxl") for name in DISTILLING if (name, kind) != ("hybrid", "sd15")),
 }  # fmt: skip
 SMALL = ("method.num_inference_steps=3", "method.num_rollouts=4", "method.critic_steps=1")
 
@@ -34,11 +37,16 @@ def folder(tmp_path_factory):
     return foreign(tmp_path_factory.mktemp("foreign"))
 
 
-def configuration(composed, folder, method, *more):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, folder):
+    return {"sd15": folder, "sdxl": foreign_xl(tmp_path_factory.mktemp("xl"))}
+
+
+def configuration(composed, folder, method, *more, model="sd15"):
     rolling_out = ("esd", "concept_ablation", "erase_flow")
     small = SMALL if method in ("critic_guided", "ddpo") else SMALL[:1] if method in rolling_out else ()
     return composed(
-        f"method={method}", "dataset=sd_concepts", "model=sd15", f"model.weights={folder}",
+        f"method={method}", "dataset=sd_concepts", f"model={model}", f"model.weights={folder}",
         "model.network.trainable=full", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]",
         "trainer.batch_size=3", *small, *more,
     )  # fmt: skip
@@ -56,12 +64,19 @@ def test_every_method_is_looked_at():
 
 
 @pytest.mark.parametrize(
-    ("method", "trainable"),
-    marked([*((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora")], SLOW),
-)
-def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, method, trainable):
+    ("method", "trainable", "kind"),
+    marked(
+        [(*of, kind) for kind in ("sd15", "sdxl") for of in [
+            *((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora"),
+        ]],
+        SLOW,
+    ),
+)  # fmt: skip
+def test_method_moves_the_unet_alone_and_resumes(composed, folders, tmp_path, method, trainable, kind):
+    folder = folders[kind]
     more = ["method.update_every=3", "method.agent.batch_size=3"] * (method == "rl_lambda")  # whole rollouts
-    cfg = configuration(composed, folder, method, f"model.network.trainable={trainable}", "trainer.max_steps=3", *more)
+    more += [f"model.network.trainable={trainable}", "trainer.max_steps=3"]
+    cfg = configuration(composed, folder, method, *more, model=kind)
     data = dataset_of(cfg).load()
 
     def begun(place):
@@ -81,7 +96,8 @@ def test_method_moves_the_unet_alone_and_resumes(composed, folder, tmp_path, met
     assert all((".lora_" in name) == (trainable == "lora") for name in moved)
     assert_resumed_is(whole, first, second, tmp_path / "b")
     whole.method.model.save(tmp_path / "model")
-    StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert type(saved).__name__ == {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[kind]
 
 
 def assert_resumed_is(whole, first, second, folder):
@@ -95,9 +111,12 @@ def assert_resumed_is(whole, first, second, folder):
     assert_same_bits(flat_state(second), flat_state(whole))
 
 
-@pytest.mark.parametrize("name", marked([(name,) for name in DISTILLING], SLOW))
-def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder, tmp_path, name):
-    cfg = configuration(composed, folder, name.split()[0], "trainer.max_steps=3", *DISTILLING[name])
+@pytest.mark.parametrize(
+    ("name", "kind"), marked([(name, kind) for kind in ("sd15", "sdxl") for name in DISTILLING], SLOW)
+)
+def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folders, tmp_path, name, kind):
+    folder = folders[kind]
+    cfg = configuration(composed, folder, name.split()[0], "trainer.max_steps=3", *DISTILLING[name], model=kind)
     data = dataset_of(cfg).load()
 
     def begun(place):
@@ -122,12 +141,12 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
     assert images.shape == (3, 3, 16, 16)
     model.save(tmp_path / "model")
     if name == "hybrid with a student":
-        StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+        DiffusionPipeline.from_pretrained(tmp_path / "model")
         return
     pipeline = OneStepPipeline.from_pretrained(tmp_path / "model")
-    assert pipeline.unet.config.sample_size * 4 == 32, "the foreign pipeline's own size"
+    side = {"sd15": 32, "sdxl": 16}[kind]  # the foreign pipeline's own
     asked = [model.prompts[label] for label in labels]
-    assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, 3, 32, 32)
+    assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, 3, side, side)
     other = OneStep(copy.deepcopy(teacher), 7)
     other.load(tmp_path / "model")
     assert torch.equal(other.sample(3, labels, torch.Generator().manual_seed(5), 2), images)
@@ -142,7 +161,7 @@ def test_copies_share_what_is_not_trained(composed, folder, tmp_path):
     method = build_trainer(cfg, dataset_of(cfg).load(), tmp_path, resettable=False).method
     teacher, fake = method.trio.teacher, method.trio.fake
     assert fake.codec.vae is teacher.codec.vae
-    assert fake.backbone.text_encoder is teacher.backbone.text_encoder
+    assert fake.backbone.texts.text_encoder is teacher.backbone.texts.text_encoder
     assert fake.backbone.unet is not teacher.backbone.unet
     stored = method.stateful()["fake_weights"].state_dict()
     assert stored

@@ -1,12 +1,15 @@
 """UCE and RECE against least squares by numpy, and what becomes of a model's keys and values."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from pipelines import PROMPTS, tiny
+from pipelines import PROMPTS, foreign_xl, tiny
 
 from unlearn_runner.methods.method import Setting
 from unlearn_runner.methods.uce import UCE, edited, still_says
+from unlearn_runner.models.stable_diffusion import build_sdxl
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
@@ -43,7 +46,7 @@ def uce(model, **options):
 def read(model, text, weights):
     """What the projections make of a text's tokens from its last word on."""
     with torch.no_grad():
-        tokens = model.embed([text])[0, model.num_tokens(text) - 2 :].double()
+        tokens = model.token_states([text])[0, model.num_tokens(text) - 2 :].double()
     return [tokens @ weight.T for weight in weights]
 
 
@@ -51,9 +54,17 @@ def weights_of(model):
     return [layer.weight.detach().double().clone() for layer in model.text_projections()]
 
 
+def xl(folder):
+    model = build_sdxl((3, 16, 16), PROMPTS, 0, str(foreign_xl(folder)), trainable="full")
+    model.load(folder)
+    return model
+
+
 @pytest.mark.parametrize("tokens", ["last", "onwards"])
-def test_concepts_are_read_as_the_anchor_and_other_texts_as_before(tokens):
-    model = tiny()
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_concepts_are_read_as_the_anchor_and_other_texts_as_before(tmp_path, kind, tokens):
+    build = partial(xl, tmp_path) if kind == "sdxl" else tiny
+    model = build()
     model.freeze_for_unlearning()
     before = weights_of(model)
     everything = {name: value.clone() for name, value in model.state_dict().items()}

@@ -76,7 +76,7 @@ def test_variants_shards_and_old_names_are_the_same_weights(pipeline, copied):
     model = build(copied)
     model.load(copied)
     for name, wanted in plain.state_dict().items():
-        wanted = wanted.half().float() if name.startswith("backbone.text_encoder.") else wanted
+        wanted = wanted.half().float() if name.startswith("backbone.texts.text_encoder.") else wanted
         assert torch.equal(model.state_dict()[name], wanted), name
         assert model.state_dict()[name].dtype == torch.float32
 

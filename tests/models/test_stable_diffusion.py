@@ -8,9 +8,9 @@ from diffusers import DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
 from pipelines import PROMPTS, foreign, tiny
 
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.models.latents import Autoencoder
 from unlearn_runner.models.model import predict_eps
-from unlearn_runner.models.stable_diffusion import Autoencoder
-from unlearn_runner.models.words import build_tokenizer
+from unlearn_runner.models.texts import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +94,16 @@ def test_prompts_are_embedded_once_and_anew_with_other_weights():
     model = tiny()
     model.freeze_for_unlearning()
     asked = []
-    embed, model.backbone.embed = model.backbone.embed, lambda prompts: asked.append(prompts) or embed(prompts)
+    texts = model.backbone.texts
+    embed, texts.embed = texts.embed, lambda prompts: asked.append(tuple(prompts)) or embed(prompts)
     m, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.tensor([0, 2])
     before = model.predict(m, t, labels)
     model.sample(2, labels, torch.Generator().manual_seed(0), 2)
-    assert asked == [(*PROMPTS, "")]
+    assert asked == [PROMPTS, ("",)]
     assert torch.equal(model.predict(m, t, embed([PROMPTS[0], PROMPTS[2]])), before)
     model.load_state_dict(tiny(seed=1).state_dict())
     model.predict(m, t, labels).sum().backward()  # embeddings made while sampling do not stand in training's way
-    assert len(asked) == 2
+    assert len(asked) == 4
 
 
 def test_guidance_leads_away_from_the_empty_prompt():

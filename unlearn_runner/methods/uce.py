@@ -136,7 +136,7 @@ class UCE(Method):
 
     def _tokens_of(self, text: str) -> Float[Tensor, "n d"]:
         """A text's tokens that count, as the text encoder answers; of an empty one from its end on."""
-        embedding, last = self.model.embed([text])[0].double(), max(1, self.model.num_tokens(text) - 2)
+        embedding, last = self.model.token_states([text])[0].double(), max(1, self.model.num_tokens(text) - 2)
         return embedding[last : last + 1] if self.tokens == "last" else embedding[last:]
 
     def stateful(self) -> dict[str, Stateful]:

@@ -129,6 +129,10 @@ class Backbone(Part):
     def embed(self, prompts: "Sequence[str]") -> Float[Tensor, "n s d"]:
         """Conditions for any texts, if it has `prompts`."""
 
+    def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
+        """Of prompts by their number, -1 being what guidance leads away from, or of embeddings; if it has `prompts`."""
+        raise TypeError("it draws under class labels, not under texts")
+
     def num_tokens(self, text: str) -> int:
         """How many tokens of a text are read, its start and its end among them; if it has `prompts`."""
         raise TypeError("it draws under class labels, not under texts")
@@ -224,7 +228,11 @@ class Diffusion(DiffusionModel):
 
     def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
         """Of prompts by their number, -1 being the empty one, or of embeddings; if it has `prompts`."""
-        return self.backbone.conditions(cond).tokens
+        return self.backbone.embeddings(cond)
+
+    def token_states(self, prompts: "Sequence[str]") -> Float[Tensor, "n s d"]:
+        """The text encoders' hidden states of any texts, which `text_projections` read; if it has `prompts`."""
+        return self.backbone.conditions(self.embed(prompts)).tokens
 
     def encode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l i j"]:
         return self.codec.encode(x0)

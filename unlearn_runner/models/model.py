@@ -47,7 +47,11 @@ class Condition(NamedTuple):
     """
 
     label: Int64[Tensor, "b"] | None = None
-    tokens: Float[Tensor, "b s d"] | None = None  # a text encoder's last hidden states
+    tokens: Float[Tensor, "b s d"] | None = None  # text encoders' hidden states
+    pooled: Float[Tensor, "b e"] | None = None  # one vector of the whole text (SDXL)
+    sizes: Float[Tensor, "b 6"] | None = (
+        None  # height and width of the original, of its crop's corner, and drawn (SDXL)
+    )
 
     def and_then(self, other: "Condition") -> "Condition":
         """These rows, and the other's after them."""
@@ -367,7 +371,9 @@ def require_finite(network: nn.Module, name: str) -> None:
     bad = {key: count for key, weight in weights.items() if (count := int((~weight.isfinite()).sum()))}
     if bad:
         total = sum(weight.numel() for weight in weights.values())
-        first = next(iter(bad)).removeprefix("backbone.").removeprefix("codec.")  # as the model's folder names it
+        first = next(iter(bad))
+        for wrapper in ("backbone.", "texts.", "codec."):  # what is left is its name in the model's folder
+            first = first.removeprefix(wrapper)
         raise NonFiniteError(
             f"{name} has weights that are not finite numbers, {sum(bad.values())} of {total}, the first in {first}"
         )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import ddpm
+from unlearn_runner.models.latents import pixels_a_side
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
 from unlearn_runner.models.model import (
     DiffusionModel,
@@ -22,7 +23,8 @@ from unlearn_runner.models.model import (
     predict_x0,
     squared_error,
 )
-from unlearn_runner.models.stable_diffusion import Parts, pixels_a_side, stable_diffusion
+from unlearn_runner.models.stable_diffusion import Parts, text_to_image
+from unlearn_runner.models.texts import ClipPair, ClipTexts
 from unlearn_runner.weights import fetched, located
 
 
@@ -52,7 +54,7 @@ class OneStepPipeline(DiffusionPipeline):
     The parts are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
     """
 
-    _optional_components: ClassVar = ["vae", "text_encoder", "tokenizer"]  # of a text-to-image model
+    _optional_components: ClassVar = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
 
     def __init__(
         self,
@@ -61,10 +63,13 @@ class OneStepPipeline(DiffusionPipeline):
         vae: nn.Module | None = None,
         text_encoder: nn.Module | None = None,
         tokenizer: Any = None,
+        text_encoder_2: nn.Module | None = None,
+        tokenizer_2: Any = None,
         timestep: int = 0,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
         self.register_to_config(timestep=timestep)
 
     def __call__(
@@ -76,9 +81,12 @@ class OneStepPipeline(DiffusionPipeline):
         if self.vae is None:
             network, cond = ddpm(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
         else:
-            parts = Parts(self.vae, self.text_encoder, self.tokenizer, self.unet, self.scheduler)
             side = self.unet.config.sample_size * pixels_a_side(self.vae)
-            network = stable_diffusion(parts, (self.vae.config.in_channels, side, side), tuple(asked))
+            first = (self.tokenizer, self.text_encoder)
+            second = (self.tokenizer_2, self.text_encoder_2)
+            texts = ClipTexts(*first) if self.text_encoder_2 is None else ClipPair(*first, *second, size=(side, side))
+            parts = Parts(self.vae, texts, self.unet, self.scheduler)
+            network = text_to_image(parts, (self.vae.config.in_channels, side, side), tuple(asked))
             cond = torch.arange(len(asked), device=self.device)
         model = OneStep(network.to(self.device), self.config.timestep)
         return model.sample(len(cond), cond, generator, num_inference_steps=1, batch_size=len(cond))

@@ -21,8 +21,8 @@ from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Setting, Update
+from unlearn_runner.models.latents import Autoencoder
 from unlearn_runner.models.model import GenerativeModel, require_finite
-from unlearn_runner.models.stable_diffusion import Autoencoder
 from unlearn_runner.options import BatchSize, PositiveInt, Seed
 from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
