@@ -4,12 +4,22 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from unlearn_runner.models.stable_diffusion import build_stable_diffusion
 from unlearn_runner.models.texts import build_tokenizer
@@ -63,27 +73,32 @@ def foreign(folder, prediction_type="v_prediction"):
     return folder
 
 
+def clip_config(tokenizer, width, layers):
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, max_position_embeddings=20, projection_dim=12, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def two_tokenizers():
+    tokenizers = build_tokenizer(["zebra"], 20), build_tokenizer(["zebra"], 20)
+    tokenizers[1].pad_token = "!"  # as SDXL's second
+    return tokenizers
+
+
 def foreign_xl(folder, prediction_type="epsilon", **more):
     """A Stable Diffusion XL of another's making: two text encoders of other widths, weights drawn at random."""
     torch.manual_seed(12)
-    tokenizers = build_tokenizer(["zebra"], 20), build_tokenizer(["zebra"], 20)
-    tokenizers[1].pad_token = "!"  # as SDXL's second
-
-    def text_config(tokenizer, width, layers):
-        return CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=2, max_position_embeddings=20, projection_dim=12, pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
-
+    tokenizers = two_tokenizers()
     StableDiffusionXLPipeline(
         vae=AutoencoderKL(
             in_channels=3, out_channels=3, block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
             scaling_factor=0.13025, sample_size=32, force_upcast=True,
         ),
-        text_encoder=CLIPTextModel(text_config(tokenizers[0], 8, 2)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizers[1], 16, 3)),
+        text_encoder=CLIPTextModel(clip_config(tokenizers[0], 8, 2)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizers[1], 16, 3)),
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=UNet2DConditionModel(
@@ -99,5 +114,37 @@ def foreign_xl(folder, prediction_type="epsilon", **more):
         ),
         add_watermarker=False,
         **more,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def foreign_sd3(folder, shift=3.0, t5=True):
+    """A Stable Diffusion 3 of another's making: a shifted flow, three text encoders, weights drawn at random."""
+    torch.manual_seed(13)
+    tokenizers = two_tokenizers()
+    letters = [(piece, -2.0) for piece in "abcdefghijklmnopqrstuvwxyz'.,"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    third = T5Tokenizer(vocab=pieces, model_max_length=512)
+    config = T5Config(
+        vocab_size=len(third), d_model=48, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+    )
+    StableDiffusion3Pipeline(
+        vae=AutoencoderKL(
+            in_channels=3, out_channels=3, block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=1.5305, shift_factor=0.0609, sample_size=32, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModelWithProjection(clip_config(tokenizers[0], 8, 2)),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(tokenizers[1], 16, 3)),
+        text_encoder_3=T5EncoderModel(config) if t5 else None,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        tokenizer_3=third if t5 else None,
+        transformer=SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=16, pooled_projection_dim=24,
+            pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     ).save_pretrained(folder)  # fmt: skip
     return folder

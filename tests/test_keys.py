@@ -25,7 +25,7 @@ from unlearn_runner.models.diffusion import Diffusion
 from unlearn_runner.models.latents import Autoencoder
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.models.one_step import OneStep
-from unlearn_runner.models.stable_diffusion import Tuning
+from unlearn_runner.models.prompted import Tuning
 from unlearn_runner.models.texts import build_tokenizer
 from unlearn_runner.types import Passes
 

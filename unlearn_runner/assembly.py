@@ -118,7 +118,7 @@ def build_parts(cfg: Config) -> Parts:
     from unlearn_runner.distributed import is_first
     from unlearn_runner.evaluation.evaluator import require_enough_samples
     from unlearn_runner.models.one_step import reader_of
-    from unlearn_runner.models.stable_diffusion import require_told_apart
+    from unlearn_runner.models.prompted import require_told_apart
     from unlearn_runner.training.trainer import planned
     from unlearn_runner.types import make_generator
 

@@ -130,7 +130,7 @@ class Hardware:
             if not hasattr(network, "backbone"):
                 raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
             torch._functorch.config.donated_buffer = False  # SISS goes back through one graph twice
-            network.backbone.unet.compile()
+            network.backbone.network.compile()
         return self.place(network)
 
     def _replays(self, network: nn.Module) -> bool:

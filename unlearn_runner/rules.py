@@ -588,6 +588,7 @@ def _own_oracles(sources: Sequence[str], weights: str) -> None:
 TEXT_TO_IMAGE = (  # builders of what draws under prompts
     "models.stable_diffusion.build_stable_diffusion",
     "models.stable_diffusion.build_sdxl",
+    "models.stable_diffusion_3.build_sd3",
 )
 
 

@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name
 
-NETWORKS = (".", "unet", "vae", "text_encoder", "text_encoder_2")  # of a pipeline; one alone lies at the top
-PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "scheduler")
+NETWORKS = (  # of a pipeline; one alone lies at the top
+    *(".", "unet", "transformer", "vae"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3"),
+)
+PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 STEMS = ("diffusion_pytorch_model", "model")
 CONFIGS = (".json", ".txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -1,4 +1,4 @@
-"""Every method that can runs on a Stable Diffusion and on an XL of another's making: random weights, other sizes."""
+"""Every method that can runs on a Stable Diffusion, an XL and a 3 of another's making: random weights, other sizes."""
 
 import copy
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_bits, marked, options
 from diffusers import DiffusionPipeline
-from pipelines import foreign, foreign_xl
+from pipelines import foreign, foreign_sd3, foreign_xl
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
+from unlearn_runner.models.pipelines import MODELS
 from unlearn_runner.training.checkpoint import open_checkpoint
 
 METHODS = (
@@ -22,12 +23,14 @@ DISTILLING = {
     "hybrid of mixed labels": ("method.variant=siss_sfd_labels",),
     "hybrid with a student": ("method.variant=siss_sfd_student", "method.distil_share=0.4"),
 }  # fmt: skip
+PIPELINES = {name: pipeline for pipeline, name in MODELS.items()}
+LATER = ("sdxl", "sd3")
 SLOW = {  # the same kinds of step as others'
     *((name, "full", "sd15") for name in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
     ("critic_guided", "lora", "sd15"),
-    *((method, "full", "sdxl") for method in METHODS if method not in ("siss", "esd", "ddpo")),
-    ("critic_guided", "lora", "sdxl"),
-    *((name, kind) for kind in ("sd15", "sdxl") for name in DISTILLING if (name, kind) != ("hybrid", "sd15")),
+    *((name, "full", kind) for kind in LATER for name in METHODS if name not in ("siss", "esd", "ddpo")),
+    *(("critic_guided", "lora", kind) for kind in LATER),
+    *((name, kind) for kind in ("sd15", *LATER) for name in DISTILLING if (name, kind) != ("hybrid", "sd15")),
 }  # fmt: skip
 SMALL = ("method.num_inference_steps=3", "method.num_rollouts=4", "method.critic_steps=1")
 
@@ -39,7 +42,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, folder):
-    return {"sd15": folder, "sdxl": foreign_xl(tmp_path_factory.mktemp("xl"))}
+    more = {"sdxl": foreign_xl, "sd3": foreign_sd3}
+    return {"sd15": folder} | {name: make(tmp_path_factory.mktemp(name)) for name, make in more.items()}
 
 
 def configuration(composed, folder, method, *more, model="sd15"):
@@ -66,7 +70,7 @@ def test_every_method_is_looked_at():
 @pytest.mark.parametrize(
     ("method", "trainable", "kind"),
     marked(
-        [(*of, kind) for kind in ("sd15", "sdxl") for of in [
+        [(*of, kind) for kind in ("sd15", *LATER) for of in [
             *((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora"),
         ]],
         SLOW,
@@ -92,12 +96,12 @@ def test_method_moves_the_unet_alone_and_resumes(composed, folders, tmp_path, me
         assert all(value.isfinite() for value in metrics.values())
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, start[name])}
     assert moved
-    assert all(name.startswith("backbone.unet.") for name in moved)
+    assert all(name.startswith(("backbone.unet.", "backbone.transformer.")) for name in moved)
     assert all((".lora_" in name) == (trainable == "lora") for name in moved)
     assert_resumed_is(whole, first, second, tmp_path / "b")
     whole.method.model.save(tmp_path / "model")
     saved = DiffusionPipeline.from_pretrained(tmp_path / "model")
-    assert type(saved).__name__ == {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}[kind]
+    assert type(saved).__name__ == PIPELINES[kind]
 
 
 def assert_resumed_is(whole, first, second, folder):
@@ -112,7 +116,7 @@ def assert_resumed_is(whole, first, second, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), marked([(name, kind) for kind in ("sd15", "sdxl") for name in DISTILLING], SLOW)
+    ("name", "kind"), marked([(name, kind) for kind in ("sd15", *LATER) for name in DISTILLING], SLOW)
 )
 def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folders, tmp_path, name, kind):
     folder = folders[kind]
@@ -132,7 +136,7 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
     for network in whole.method.networks:
         moved = {name for name, weight in network.state_dict().items() if not same_as(start, name, weight)}
         assert bool(moved) == (network is not teacher)
-        assert all("unet." in name for name in moved)
+        assert all("unet." in name or "transformer." in name for name in moved)
     assert_resumed_is(whole, first, second, tmp_path / "b")
 
     model = whole.method.model
@@ -144,7 +148,7 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
         DiffusionPipeline.from_pretrained(tmp_path / "model")
         return
     pipeline = OneStepPipeline.from_pretrained(tmp_path / "model")
-    side = {"sd15": 32, "sdxl": 16}[kind]  # the foreign pipeline's own
+    side = {"sd15": 32, "sdxl": 16, "sd3": 16}[kind]  # the foreign pipeline's own
     asked = [model.prompts[label] for label in labels]
     assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, 3, side, side)
     other = OneStep(copy.deepcopy(teacher), 7)

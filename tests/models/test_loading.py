@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import build_ddpm
-from unlearn_runner.models.stable_diffusion import require_told_apart
+from unlearn_runner.models.prompted import require_told_apart
 from unlearn_runner.models.vae import build_vae
 from unlearn_runner.spec import Labels
 from unlearn_runner.weights import fetched
@@ -252,8 +252,8 @@ def test_schedules_that_would_be_misread_are_refused(tiny_network, copied, tmp_p
         for name, entries, reason in (
             (
                 "FlowMatchEulerDiscreteScheduler",
-                {"shift": 3.0},
-                r"(latent flow models cannot|whose times are not evenly spaced \(shift=3\.0)",
+                {"use_karras_sigmas": True},
+                r"(this network is known on no flow|whose times are not known here \(use_karras_sigmas)",
             ),
             ("os.system", {}, "diffusers has no scheduler called os.system"),
             ("DiffusionPipeline", {}, "diffusers has no scheduler called DiffusionPipeline"),
@@ -261,7 +261,7 @@ def test_schedules_that_would_be_misread_are_refused(tiny_network, copied, tmp_p
             ("DDPMScheduler", {"variance_type": "learned_range"}, "learnt variance"),
             ("DDPMScheduler", {"num_train_timesteps": 1}, "no schedule on which the noise grows"),
             ("DDPMScheduler", {"beta_schedule": "linear", "beta_start": -5.0}, "no schedule on which the noise"),
-            ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "flow models cannot"),
+            ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "is not that of a diffusion model"),
             (
                 "DDPMScheduler",
                 {"prediction_type": "epsilon", "rescale_betas_zero_snr": True},

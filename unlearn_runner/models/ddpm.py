@@ -46,6 +46,10 @@ class ClassUNet(Backbone):
         self.unet = unet
 
     @property
+    def network(self) -> "UNet2DModel":
+        return self.unet
+
+    @property
     def num_labels(self) -> int | None:
         return self.unet.config.num_class_embeds
 

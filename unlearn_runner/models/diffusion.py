@@ -107,10 +107,14 @@ class Pixels(Codec):
 class Backbone(Part):
     """The network that predicts on the path, and what makes its conditions."""
 
-    unet: nn.Module
     num_labels: int | None
     prompts: tuple[str, ...] | None
     flows: bool  # whether it is known on flows, too
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What predicts: its trained part."""
 
     @abstractmethod
     def conditions(self, cond: Shaped[Tensor, "b ..."] | None) -> Condition:
@@ -144,12 +148,12 @@ class Backbone(Part):
     @property
     def middle(self) -> nn.Module | None:
         """The block [b d i j] between the way down and the way up, if it has one."""
-        return getattr(self.unet, "mid_block", None)
+        return getattr(self.network, "mid_block", None)
 
     @property
     def num_features(self) -> int | None:
         """The middle block's channels."""
-        return None if self.middle is None else self.unet.config.block_out_channels[-1]
+        return None if self.middle is None else self.network.config.block_out_channels[-1]
 
     @abstractmethod
     def freeze_for_unlearning(self) -> None:
@@ -177,13 +181,13 @@ class Diffusion(DiffusionModel):
         self._take_schedule(scheduler)
 
     def _take_schedule(self, scheduler: "SchedulerMixin") -> None:
-        self.path = path_of(scheduler).to(next(self.backbone.unet.parameters()).device)
+        self.path = path_of(scheduler).to(next(self.backbone.network.parameters()).device)
         self.scheduler = scheduler
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Diffusion":
         """With an own backbone; networks beside it that are not trained are shared, for an autoencoder is 0.3 GB."""
         for part in self._networks.values():
-            if part is not self.backbone.unet and not any(weight.requires_grad for weight in part.parameters()):
+            if part is not self.backbone.network and not any(weight.requires_grad for weight in part.parameters()):
                 memo[id(part)] = part
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -312,7 +316,7 @@ class Diffusion(DiffusionModel):
 
     def thaw(self) -> None:
         """The backbone's network: images reach a codec only without a gradient, and prompts say what they said."""
-        self.backbone.unet.requires_grad_(True)
+        self.backbone.network.requires_grad_(True)
 
     def freeze_for_unlearning(self) -> None:
         """All but what the backbone leaves to unlearning; the noise of a diffusion model is not learnt."""

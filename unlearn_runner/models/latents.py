@@ -23,7 +23,7 @@ def pixels_a_side(vae: "AutoencoderKL") -> int:
 
 @final
 class Latents(Codec):
-    """An autoencoder's means times its scaling factor, [b, l, i, j] (Rombach et al. 2022, 2112.10752)."""
+    """An autoencoder's means, less its shift, times its scaling factor, [b, l, i, j] (2112.10752)."""
 
     exact = False
 
@@ -41,12 +41,16 @@ class Latents(Codec):
             return x0
         with torch.no_grad():
             means = in_shares(lambda part: self.vae.encode(part).latent_dist.mean, x0.to(self.vae.dtype))
-            return means * self.vae.config.scaling_factor
+            return (means - self._shift) * self.vae.config.scaling_factor
 
     def picture(self, x0: Float[Tensor, "b l i j"]) -> Float[Tensor, "b c h w"]:
         with torch.no_grad():
-            latents = x0 / self.vae.config.scaling_factor
+            latents = x0 / self.vae.config.scaling_factor + self._shift
             return clipped(in_shares(lambda part: self.vae.decode(part, return_dict=False)[0], latents))
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
 
     @property
     def networks(self) -> dict[str, Any]:
@@ -62,8 +66,10 @@ class Latents(Codec):
     def take(self, folder: Path) -> None:
         from diffusers import AutoencoderKL
 
-        scaling_factor = AutoencoderKL.load_config(folder / "vae").get("scaling_factor", 0.18215)
-        self.vae.register_to_config(scaling_factor=scaling_factor)
+        config = AutoencoderKL.load_config(folder / "vae")
+        self.vae.register_to_config(
+            scaling_factor=config.get("scaling_factor", 0.18215), shift_factor=config.get("shift_factor")
+        )
 
     def adopt(self, vae: "AutoencoderKL") -> None:
         """Take over an autoencoder of the same architecture, with its scaling factor."""

@@ -23,8 +23,11 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # read, into the network's own; others a
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 PREFIX = "text_model."  # which transformers 4 puts before the names of CLIP's text encoder, and 5 does not
 BESIDE = ("position_ids", "text_projection.weight", "visual_projection.weight", "logit_scale")  # of a whole CLIP
-NOT_ARCHITECTURE = ("dropout", "scaling_factor", "force_upcast")  # of the same weights
-TEXT_ARCHITECTURE = ("hidden_act", "num_attention_heads", "layer_norm_eps")  # what the shapes of weights do not tell
+NOT_ARCHITECTURE = ("dropout", "scaling_factor", "shift_factor", "force_upcast")  # of the same weights
+TEXT_ARCHITECTURE = (  # what the shapes of weights do not tell, of CLIP's and of T5's
+    *("hidden_act", "num_attention_heads", "layer_norm_eps"),
+    *("feed_forward_proj", "num_heads", "layer_norm_epsilon", "relative_attention_max_distance"),
+)
 BASES_ARCHITECTURE = "a model of the base's architecture, its folder or a hub id that can be reached"
 
 
@@ -124,8 +127,8 @@ def scheduler_in(folder: Path, flows: bool = False) -> "SchedulerMixin":
     own, flow = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("use_flow_sigmas", False)
     if own is None or flow or not torch.allclose(training_schedule(scheduler), own, atol=1e-6):
         raise ConfigurationError(
-            f"{place} holds a {name}, whose noise is not that of a diffusion model with alphas_cumprod; latent "
-            "flow models cannot be unlearned yet."
+            f"{place} holds a {name}, whose noise is not that of a diffusion model with alphas_cumprod"
+            f"{'' if flows else ', and this network is known on no flow'}."
         )
     if not bool(((own >= 0) & (own <= 1)).all()) or len(own) < 2 or own[-1] >= own[0]:
         raise ConfigurationError(f"{place} describes no schedule on which the noise grows from step to step.")
@@ -135,14 +138,14 @@ def scheduler_in(folder: Path, flows: bool = False) -> "SchedulerMixin":
 
 
 def _straight(scheduler: "SchedulerMixin", place: Path) -> "SchedulerMixin":
-    """Raise ConfigurationError unless a flow's scheduler trains and draws on `Straight`, at evenly spaced times."""
+    """Raise ConfigurationError unless a flow's scheduler trains and draws on `Straight`, shifted or not."""
     every = torch.arange(scheduler.config.num_train_timesteps)
-    own = Straight(len(every)).amplitudes(every).std.flatten()
+    own = Straight(len(every), float(scheduler.config.shift)).amplitudes(every).std.flatten()
     bent = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas")
     options = [name for name in (*bent, "use_beta_sigmas") if scheduler.config.get(name)]
     if options or len(every) < 2 or not torch.allclose(scheduler.sigmas.flip(0), own, atol=1e-6):
         why = ", ".join(options) or f"shift={scheduler.config.shift}, num_train_timesteps={len(every)}"
-        raise ConfigurationError(f"{place} holds a flow's scheduler whose times are not evenly spaced ({why}).")
+        raise ConfigurationError(f"{place} holds a flow's scheduler whose times are not known here ({why}).")
     return scheduler
 
 
@@ -199,7 +202,8 @@ def _tensors_of(network: nn.Module, folder: Path) -> dict[str, tuple[Stored, str
                 raise ConfigurationError(
                     f"{file} holds {spelt} as {dtype}; weights are read in 16, 32 or 64 bits, not quantised."
                 )
-    lacking = [name for name in own if name not in found]
+    read = {own[name].data_ptr() for name in found}  # a tensor that the network has under two names is stored once
+    lacking = [name for name in own if name not in found and own[name].data_ptr() not in read]
     taken = {spelt for _, spelt in found.values()}
     left = [name for name in there if name not in taken and not name.endswith(BESIDE) and "vision_model." not in name]
     if lacking or left:
@@ -232,7 +236,8 @@ def _require_architecture(network: nn.Module, folder: Path) -> None:
         names = [name for name in network.config if not name.startswith("_") and name not in apart]
     else:
         json_in(folder / "config.json")
-        there, names = type(network.config).from_pretrained(folder).to_dict(), TEXT_ARCHITECTURE
+        there = type(network.config).from_pretrained(folder).to_dict()
+        names = [name for name in TEXT_ARCHITECTURE if name in there]
     for name in names:
         own = getattr(network.config, name)
         if _comparable(there.get(name)) != _comparable(own):

@@ -23,9 +23,12 @@ from unlearn_runner.models.model import (
     predict_x0,
     squared_error,
 )
-from unlearn_runner.models.stable_diffusion import Parts, text_to_image
-from unlearn_runner.models.texts import ClipPair, ClipTexts
+from unlearn_runner.models.prompted import JOINT_TRANSFORMER, UNET, Parts, text_to_image
+from unlearn_runner.models.stable_diffusion_3 import ClipPairAndT5
+from unlearn_runner.models.texts import ClipPair, ClipTexts, Texts
 from unlearn_runner.weights import fetched, located
+
+TEXT_PARTS = [f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer")]
 
 
 def reader_of(model: GenerativeModel, source: str | Path, option: str) -> GenerativeModel:
@@ -54,22 +57,26 @@ class OneStepPipeline(DiffusionPipeline):
     The parts are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
     """
 
-    _optional_components: ClassVar = ["vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    _optional_components: ClassVar = ["unet", "transformer", "vae", *TEXT_PARTS]
 
     def __init__(
         self,
-        unet: nn.Module,
         scheduler: Any,
+        unet: nn.Module | None = None,
+        transformer: nn.Module | None = None,
         vae: nn.Module | None = None,
         text_encoder: nn.Module | None = None,
         tokenizer: Any = None,
         text_encoder_2: nn.Module | None = None,
         tokenizer_2: Any = None,
+        text_encoder_3: nn.Module | None = None,
+        tokenizer_3: Any = None,
         timestep: int = 0,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_modules(text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2)
+        self.register_modules(unet=unet, transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3)
+        self.register_modules(tokenizer=tokenizer, tokenizer_2=tokenizer_2, tokenizer_3=tokenizer_3)
         self.register_to_config(timestep=timestep)
 
     def __call__(
@@ -81,15 +88,24 @@ class OneStepPipeline(DiffusionPipeline):
         if self.vae is None:
             network, cond = ddpm(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
         else:
-            side = self.unet.config.sample_size * pixels_a_side(self.vae)
-            first = (self.tokenizer, self.text_encoder)
-            second = (self.tokenizer_2, self.text_encoder_2)
-            texts = ClipTexts(*first) if self.text_encoder_2 is None else ClipPair(*first, *second, size=(side, side))
-            parts = Parts(self.vae, texts, self.unet, self.scheduler)
+            network, kind = (self.unet, UNET) if self.transformer is None else (self.transformer, JOINT_TRANSFORMER)
+            side = network.config.sample_size * pixels_a_side(self.vae)
+            parts = Parts(self.vae, self._texts(side), network, kind, self.scheduler)
             network = text_to_image(parts, (self.vae.config.in_channels, side, side), tuple(asked))
             cond = torch.arange(len(asked), device=self.device)
         model = OneStep(network.to(self.device), self.config.timestep)
         return model.sample(len(cond), cond, generator, num_inference_steps=1, batch_size=len(cond))
+
+    def _texts(self, side: int) -> Texts:
+        tokenizers = [self.tokenizer, self.tokenizer_2, self.tokenizer_3]
+        encoders = [self.text_encoder, self.text_encoder_2, self.text_encoder_3]
+        if self.transformer is not None:
+            there = [part for part in encoders if part is not None]
+            return ClipPairAndT5(tokenizers[: len(there)], there, self.transformer.config.joint_attention_dim)
+        if self.text_encoder_2 is None:
+            return ClipTexts(self.tokenizer, self.text_encoder)
+        pairs = (self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
+        return ClipPair(*pairs, size=(side, side))
 
 
 @final

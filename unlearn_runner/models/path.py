@@ -12,7 +12,7 @@ of a prediction, which says what the network answers. Everything else of the run
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -248,48 +248,58 @@ class VariancePreservingFlow(ProbabilityFlow):
         return Drift(std * (eps.detach() - std * x.detach()), eps, std, -(std**2))
 
 
+def shifted(s: Any, shift: float) -> Any:
+    """shift s / (1 + (shift - 1) s), from [0, 1] to [0, 1]; 1 / shift leads back."""
+    return s if shift == 1 else shift * s / (1 + (shift - 1) * s)
+
+
 @final
 class Straight(Schedule):
-    """scale = 1 - t, std = t with t = (timestep + 1) / T (flow matching, 2210.02747; rectified flow, 2209.03003).
+    """scale = 1 - t, std = t (flow matching, 2210.02747; rectified flow, 2209.03003), at T timesteps.
 
-    The last timestep is pure noise. The network is told t T, as diffusers' FlowMatchEulerDiscreteScheduler tells it.
+    They are even in s = (timestep + 1) / T, and t = shift s / (1 + (shift - 1) s): above 1 `shift` draws and trains at
+    more noise (2403.03206, section 5.3.2, alpha). The last timestep is pure noise. The network is told t T, as
+    diffusers' FlowMatchEulerDiscreteScheduler tells it.
     """
 
     variance_preserving = False
     predictions = ("flow",)
 
-    def __init__(self, num_train_timesteps: int):
+    def __init__(self, num_train_timesteps: int, shift: float = 1.0):
         super().__init__()
         self.count = num_train_timesteps
+        self.shift = shift
 
     @property
     def num_train_timesteps(self) -> int:
         return self.count
 
     def amplitudes(self, timesteps: Shaped[Tensor, "b"]) -> Amplitudes:
-        std = ((timesteps + 1) / self.count)[:, None, None, None]
+        std = shifted((timesteps + 1) / self.count, self.shift)[:, None, None, None]
         return Amplitudes(1 - std, std)
 
     def added(self, ratio: Tensor, std: Tensor, std_before: Tensor) -> Tensor:
         return std.square() - (ratio * std_before).square()
 
     def network_time(self, timesteps: Shaped[Tensor, "b"]) -> Shaped[Tensor, "b"]:
-        return timesteps + 1
+        if self.shift == 1:
+            return timesteps + 1
+        return shifted((timesteps + 1) / self.count, self.shift) * self.count
 
     def magnitude(self, timesteps: Int64[Tensor, "b"]) -> Along:
         scale, std = self.amplitudes(timesteps)
         return (scale.square() + std.square()).sqrt()
 
     def levels(self) -> Levels:
-        stds = np.arange(1, self.count) / self.count
+        stds = shifted(np.arange(1, self.count) / self.count, self.shift)
         scales = 1 - stds
         return Levels(scales, stds, stds[1:] ** 2 - (scales[1:] / scales[:-1] * stds[:-1]) ** 2)
 
     def probability_flow(self, prediction: Prediction) -> "StraightFlow":
-        return StraightFlow(self.count)
+        return StraightFlow(self.count, self.shift)
 
     def extra_repr(self) -> str:
-        return f"num_train_timesteps={self.count}"
+        return f"num_train_timesteps={self.count}" + (f", shift={self.shift}" if self.shift != 1 else "")
 
 
 @final
@@ -298,13 +308,13 @@ class StraightFlow(ProbabilityFlow):
 
     end = 1.0
 
-    def __init__(self, num_train_timesteps: int):
-        self.count = num_train_timesteps
-        self.start = 1 / num_train_timesteps
+    def __init__(self, num_train_timesteps: int, shift: float = 1.0):
+        self.count, self.shift = num_train_timesteps, shift
+        self.start = shifted(1 / num_train_timesteps, shift)
         self.scale = 1 - self.start
 
     def timestep(self, u: float) -> float:
-        return u * self.count - 1
+        return shifted(u, 1 / self.shift) * self.count - 1
 
     def drift(self, answer: Images, x: Images, u: float) -> Drift:
         return Drift(answer.detach(), answer, 1.0, 0.0)
@@ -429,7 +439,7 @@ def path_of(scheduler: "SchedulerMixin") -> Path:
     Raises ConfigurationError if what it predicts says nothing on its schedule.
     """
     if is_flow(scheduler):
-        return Path(Straight(scheduler.config.num_train_timesteps), "flow")
+        return Path(Straight(scheduler.config.num_train_timesteps, float(scheduler.config.shift)), "flow")
     return Path(VariancePreserving(training_schedule(scheduler)), scheduler.config.prediction_type)
 
 

@@ -1,231 +1,36 @@
-"""Stable Diffusion 1.x, 2.x and XL: diffusers' text-to-image parts behind the face that methods and evaluation use."""
+"""Stable Diffusion 1.x, 2.x and XL: models of diffusers' UNet2DConditionModel."""
 
-import copy
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, final
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge, Le
-from jaxtyping import Float, Shaped
-from torch import Tensor
 
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.models.diffusion import Backbone, Diffusion
-from unlearn_runner.models.latents import Latents
-from unlearn_runner.models.loading import (
-    check_weights,
-    json_in,
-    network_in,
-    reading,
-    reading_part,
-    require_channels,
-    require_kind,
-    scheduler_in,
-)
-from unlearn_runner.models.model import Condition
+from unlearn_runner.models.diffusion import Diffusion
+from unlearn_runner.models.latents import pixels_a_side
+from unlearn_runner.models.loading import require_channels
 from unlearn_runner.models.path import path_of
-from unlearn_runner.models.texts import (
-    ClipPair,
-    ClipTexts,
-    Texts,
-    build_tokenizer,
-    keep_libraries_quiet,
-    require_vocabulary,
-    tokenizer_in,
-    tokenizer_of,
-)
+from unlearn_runner.models.pipelines import Described, PipelineKind, described
+from unlearn_runner.models.prompted import UNET, Parts, Tuning, text_to_image
+from unlearn_runner.models.texts import ClipPair, ClipTexts, build_tokenizer
 from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
-from unlearn_runner.spec import Labels
-from unlearn_runner.weights import fetched, located
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin
-
-NETWORKS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}  # of a pipeline, with their kinds
-ENCODERS = {  # of each kind of pipeline, the kinds of its text encoders
-    "StableDiffusionPipeline": {"text_encoder": "CLIPTextModel"},
-    "StableDiffusionXLPipeline": {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
-}
-MODELS = {"StableDiffusionPipeline": "sd15", "StableDiffusionXLPipeline": "sdxl"}  # what to take for a pipeline
-CROSS_ATTENTION = {  # by `trainable`: whether unlearning moves the weight of this name
-    "cross_attention": lambda name: ".attn2." in name,
-    "cross_attention_kv": lambda name: ".attn2.to_k." in name or ".attn2.to_v." in name,
-    "not_cross_attention": lambda name: ".attn2." not in name,
-}
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-class Parts(NamedTuple):
-    """What a text-to-image pipeline is made of."""
-
-    vae: "AutoencoderKL"
-    texts: Texts
-    unet: "UNet2DConditionModel"
-    scheduler: "SchedulerMixin"
-
-
-class Tuning(NamedTuple):
-    """Which of the UNet's weights unlearning moves, and how.
-
-    "full": all of them; "cross_attention": those that read the prompt (ESD-x, 2303.07345); "cross_attention_kv": of
-    these the keys' and values' alone (ESD-x-strict of its code; Concept Ablation's, 2303.13516);
-    "not_cross_attention": all others (ESD-u); "lora": low-rank additions (2106.09685) to all attention projections,
-    which `save` adds to the weights.
-    """
-
-    trainable: str = "full"
-    lora_rank: int = 4
-    gradient_checkpointing: bool = False  # of the UNet: less memory for a second pass forward
-
-
-@final
-class TextUNet(Backbone):
-    """UNet2DConditionModel under what `texts` read of prompts.
-
-    Conditions are indices [b] into `prompts`, whose embeddings are computed once, or embeddings [b, s, d] as `embed`
-    makes them.
-
-    Unlearning moves (part of) the UNet; text encoders stay as they are.
-    """
-
-    flows = False
-
-    def __init__(
-        self,
-        unet: "UNet2DConditionModel",
-        texts: Texts,
-        prompts: tuple[str, ...],
-        tuning: Tuning = Tuning(),  # noqa: B008 - immutable
-        seed: int = 0,
-    ):
-        super().__init__()
-        self.texts, self.unet = texts, unet
-        self.prompts = prompts
-        self.tuning = tuning
-        self.seed = seed  # of LoRA's first weights
-        self._known: Tensor | None = None  # embeddings of the prompts and of what guidance leads away from
-        self.register_load_state_dict_post_hook(lambda module, _: module._forget_embeddings())
-
-    @property
-    def num_labels(self) -> int:
-        return len(self.prompts)
-
-    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        return self.texts.embed(prompts)
-
-    def num_tokens(self, text: str) -> int:
-        return self.texts.spellings()[0].count(text)
-
-    def text_projections(self) -> list[torch.nn.Module]:
-        modules = self.unet.named_modules()
-        return [module for name, module in modules if name.endswith((".attn2.to_k", ".attn2.to_v"))]
-
-    def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
-        if cond.is_floating_point():
-            return cond
-        if any(weight.requires_grad for weight in self.texts.parameters()):
-            return self._embedded()[cond]
-        if self._known is None:
-            # normal tensors even in inference mode, so that training may use them later
-            with torch.inference_mode(False), torch.no_grad():
-                self._known = self._embedded()
-        return self._known[cond]
-
-    def _embedded(self) -> Float[Tensor, "n s d"]:
-        """Of all prompts, and of what guidance leads away from, whose number is -1."""
-        return torch.cat([self.embed(self.prompts), self.texts.empty()])
-
-    def conditions(self, cond: Shaped[Tensor, "b ..."]) -> Condition:
-        return self.texts.condition(self.embeddings(cond))
-
-    def empty(self, count: int) -> Condition:
-        return self.conditions(torch.full((count,), -1, device=self.unet.device))
-
-    def forward(
-        self, x_t: Float[Tensor, "b c h w"], time: Shaped[Tensor, "b"], condition: Condition
-    ) -> Float[Tensor, "b c h w"]:
-        more = None if condition.pooled is None else {"text_embeds": condition.pooled, "time_ids": condition.sizes}
-        return self.unet(x_t, time, condition.tokens, added_cond_kwargs=more, return_dict=False)[0]
-
-    def freeze_for_unlearning(self) -> None:
-        """All but what `tuning` names; LoRA's additions are made here."""
-        self.texts.requires_grad_(False).eval()
-        trainable, lora_rank, gradient_checkpointing = self.tuning
-        self.unet.requires_grad_(trainable == "full")
-        if trainable in CROSS_ATTENTION:
-            for name, weight in self.unet.named_parameters():
-                weight.requires_grad_(CROSS_ATTENTION[trainable](name))
-        elif trainable == "lora":
-            from peft import LoraConfig
-
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                self.unet.add_adapter(
-                    LoraConfig(
-                        r=lora_rank, lora_alpha=lora_rank, target_modules=LORA_TARGETS, init_lora_weights="gaussian"
-                    )
-                )
-        if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-
-    @property
-    def networks(self) -> dict[str, torch.nn.Module]:
-        return {**self.texts.networks, "unet": self.unet}
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """LoRA's additions are added to the UNet's weights."""
-        unet = self.unet
-        if self._has_lora():
-            unet = copy.deepcopy(unet)
-            unet.fuse_lora()
-            unet.unload_lora()
-        return {**self.texts.components, "unet": unet}
-
-    def save(self, components: dict[str, Any], folder: Path) -> None:
-        """A folder for the pipeline's `from_pretrained`, LoRA added to the weights.
-
-        LoRA alone lies beside it in lora/, for the pipeline's `load_lora_weights`.
-        """
-        keep_libraries_quiet()
-        pipeline = self.texts.pipeline()
-        if self._has_lora():
-            from diffusers.utils import convert_state_dict_to_diffusers
-            from peft import get_peft_model_state_dict
-
-            alone = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-            pipeline.save_lora_weights(str(Path(folder, "lora")), unet_lora_layers=alone)
-        pipeline(**components, **self.texts.pipeline_options).save_pretrained(folder, safe_serialization=True)
-
-    def require(self, folder: Path) -> None:
-        self.texts.require(folder)
-
-    def take(self, folder: Path) -> None:
-        self.texts.take(folder)
-        self._forget_embeddings()
-
-    def _has_lora(self) -> bool:
-        return getattr(self.unet, "peft_config", None) is not None
-
-    def _forget_embeddings(self) -> None:
-        self._known = None
-
-
-def text_to_image(
-    parts: Parts,
-    image_shape: tuple[int, int, int],
-    prompts: tuple[str, ...],
-    guidance_scale: float = 7.5,
-    tuning: Tuning = Tuning(),  # noqa: B008 - immutable
-    seed: int = 0,
-) -> Diffusion:
-    """Latent diffusion under prompts (2112.10752; XL: 2307.01952), of a pipeline's parts."""
-    backbone = TextUNet(parts.unet, parts.texts, prompts, tuning, seed)
-    return Diffusion(backbone, Latents(parts.vae, image_shape), parts.scheduler, guidance_scale)
+PLAIN = PipelineKind(
+    name="StableDiffusionPipeline",
+    part="unet",
+    network="UNet2DConditionModel",
+    encoders={"text_encoder": "CLIPTextModel"},
+    tokenizers={"tokenizer": "CLIPTokenizer"},
+)
+XL = PipelineKind(
+    name="StableDiffusionXLPipeline",
+    part="unet",
+    network="UNet2DConditionModel",
+    encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
+    tokenizers={"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"},
+)
 
 
 def build_stable_diffusion(
@@ -302,7 +107,7 @@ def build_stable_diffusion(
                         )
                     ),
                 ),
-                unet=UNet2DConditionModel(
+                network=UNet2DConditionModel(
                     sample_size=image_shape[1] // 2**halvings,
                     in_channels=vae["latent_channels"],
                     out_channels=vae["latent_channels"],
@@ -314,6 +119,7 @@ def build_stable_diffusion(
                     attention_head_dim=attention_heads,
                     norm_num_groups=norm_num_groups,
                 ),
+                kind=UNET,
                 scheduler=DDIMScheduler(
                     num_train_timesteps=1000,
                     beta_schedule=beta_schedule,
@@ -327,10 +133,10 @@ def build_stable_diffusion(
                 ),
             )
     else:
-        parts = _configured_as(weights, "StableDiffusionPipeline", tuple(image_shape))
+        parts = _parts_of(weights, PLAIN, tuple(image_shape))
         rules.prediction_of_weights(weights, prediction_type, parts.scheduler.config.prediction_type)
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
-    return _fitting(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
+    return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
 
 def build_sdxl(
@@ -349,12 +155,12 @@ def build_sdxl(
     checked here and its weights are read later, by `load`.
     """
     rules.prompts_for_texts(bool(label_names))
-    parts = _configured_as(weights, "StableDiffusionXLPipeline", tuple(image_shape))
+    parts = _parts_of(weights, XL, tuple(image_shape))
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
-    return _fitting(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
+    return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
 
-def _fitting(
+def fitting_dataset(
     parts: Parts,
     weights: str,
     image_shape: Sequence[int],
@@ -362,9 +168,13 @@ def _fitting(
     guidance_scale: float,
     tuning: Tuning,
     seed: int,
+    patch: int | None = None,
 ) -> Diffusion:
-    """The model of these parts, if they fit the dataset's images and prompts."""
-    sides = 2 ** (len(parts.vae.config.block_out_channels) + len(parts.unet.config.block_out_channels) - 2)
+    """The model of these parts, if they fit the dataset's images and prompts.
+
+    `patch`: numbers a side of the latents that the network takes as one; None: it halves them from level to level.
+    """
+    sides = pixels_a_side(parts.vae) * (patch or 2 ** (len(parts.network.config.block_out_channels) - 1))
     rules.sides_of_latents(*image_shape[1:], sides)
     if parts.vae.config.in_channels != image_shape[0]:
         raise ConfigurationError(
@@ -376,75 +186,22 @@ def _fitting(
     return model
 
 
-def _configured_as(weights: str, kind: str, image_shape: tuple[int, int, int]) -> Parts:
-    """The parts that the folder or hub id of a pipeline of this kind describes, all but the tokenizers with whatever
-    weights.
-
-    Raises ConfigurationError, naming the part, if one cannot be had, or does not fit the others.
-    """
-    source = located(weights, "model.weights")
-    import transformers
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig
-
-    encoders = ENCODERS[kind]
-
-    def text_encoder(name: str) -> torch.nn.Module:
-        json_in(folder / name / "config.json")
-        with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
-            return getattr(transformers, encoders[name])(CLIPTextConfig.from_pretrained(folder / name))
-
-    keep_libraries_quiet()
-    folders = ("unet", "vae", *encoders, *map(tokenizer_of, encoders), "scheduler")
-    expected = (
-        f"a folder with a {kind} of diffusers ({', '.join(f'{name}/' for name in folders)}), or a hub id that can be "
-        "reached, or download it elsewhere and give the folder"
-    )
-    with reading("model.weights", weights, expected):
-        folder = fetched(source, weights=False)
-    found: dict[str, Any] = {}
-    for name, make in (
-        ("model_index.json", partial(_require_pipeline, folder, kind)),
-        ("unet", partial(network_in, UNet2DConditionModel, folder / "unet")),
-        ("vae", partial(network_in, AutoencoderKL, folder / "vae")),
-        *((name, partial(text_encoder, name)) for name in encoders),
-        *((name, partial(tokenizer_in, folder, name)) for name in map(tokenizer_of, encoders)),
-        ("scheduler", partial(scheduler_in, folder)),
-    ):
-        with reading("model.weights", weights, expected), reading_part(name):
-            found[name] = make()
-    with reading("model.weights", weights, "parts that fit each other"):
-        _require_fitting(found, list(encoders))
-    with reading("model.weights", weights, expected):
-        if isinstance(source, Path):
-            check_weights({name: found[name] for name in ("unet", "vae", *encoders)}, folder)
-    pairs = [part for name in encoders for part in (found[tokenizer_of(name)], found[name])]
-    if len(encoders) == 1:
-        texts: Texts = ClipTexts(*pairs)
+def _parts_of(weights: str, kind: PipelineKind, image_shape: tuple[int, int, int]) -> Parts:
+    """Of a pipeline's folder or hub id. Raises ConfigurationError if they do not fit each other."""
+    found = described(weights, kind, _require_fitting)
+    pairs = [part for pair in zip(found.tokenizers.values(), found.encoders.values(), strict=True) for part in pair]
+    if kind is PLAIN:
+        texts = ClipTexts(*pairs)
     else:
-        zeros = bool(found["model_index.json"].get("force_zeros_for_empty_prompt", True))
+        zeros = bool(found.index.get("force_zeros_for_empty_prompt", True))
         texts = ClipPair(*pairs, size=image_shape[1:], zeros_for_empty=zeros)
-    return Parts(found["vae"], texts, found["unet"], found["scheduler"])
+    return Parts(found.vae, texts, found.network, UNET, found.scheduler)
 
 
-def _require_pipeline(folder: Path, kind: str) -> dict[str, Any]:
-    """What a folder's index says, if it is that of a pipeline of this kind."""
-    index = json_in(folder / "model_index.json")
-    name = index.get("_class_name")
-    if name != kind:
-        instead = next((f"; take model={model}" for pipeline, model in MODELS.items() if pipeline == name), "")
-        raise ConfigurationError(f"it is a {name}{instead}")
-    tokenizers = {tokenizer_of(encoder): "CLIPTokenizer" for encoder in ENCODERS[kind]}
-    for part, expected in (NETWORKS | ENCODERS[kind] | tokenizers).items():
-        found = (index.get(part) or [None])[-1]
-        require_kind(folder / part, found and found.removesuffix("Fast"), expected)
-    return index
-
-
-def _require_fitting(parts: dict[str, Any], encoders: list[str]) -> None:
+def _require_fitting(parts: Described) -> None:
     """Raise ConfigurationError unless each part's width is that of what it is handed."""
-    unet, vae = parts["unet"].config, parts["vae"].config
-    require_channels(parts["unet"], vae.latent_channels)
+    unet, encoders = parts.network.config, list(parts.encoders.values())
+    require_channels(parts.network, parts.vae.config.latent_channels)
     adds = "text_time" if len(encoders) > 1 else None  # a pooled text, and the size of the picture
     known = {"addition_embed_type": adds, "class_embed_type": None, "num_class_embeds": None, "encoder_hid_dim": None}
     for name, expected in (known | {"time_cond_proj_dim": None}).items():
@@ -452,39 +209,30 @@ def _require_fitting(parts: dict[str, Any], encoders: list[str]) -> None:
             usual = "a noisy latent, a timestep and a prompt" + (", its pooled text and its size" if adds else "")
             raise ConfigurationError(f"its UNet asks for other things than {usual} ({name}: {unet[name]}).")
     widths = {unet.cross_attention_dim} if isinstance(unet.cross_attention_dim, int) else {*unet.cross_attention_dim}
-    made = sum(parts[name].config.hidden_size for name in encoders)
+    made = sum(encoder.config.hidden_size for encoder in encoders)
     if widths != {made}:
         raise ConfigurationError(
             f"its UNet reads conditions of {', '.join(map(str, sorted(widths)))} numbers, its text encoder makes them "
             f"of {made}."
         )
     if adds:
-        pooled = parts[encoders[-1]].config.projection_dim
+        pooled = encoders[-1].config.projection_dim
         needed = pooled + 6 * unet.addition_time_embed_dim  # six numbers tell the picture's size
         if pooled > made or unet.projection_class_embeddings_input_dim != needed:
             raise ConfigurationError(
                 f"its UNet reads a pooled text and sizes of {unet.projection_class_embeddings_input_dim} numbers, its "
                 f"second text encoder and they make {needed}."
             )
-    for name in ("latents_mean", "latents_std", "shift_factor"):
-        if vae.get(name) is not None:
+    require_autoencoder(parts.vae)
+    path_of(parts.scheduler)
+
+
+def require_autoencoder(vae: torch.nn.Module) -> None:
+    """Raise ConfigurationError unless its latents are read here, and it gives back what it takes."""
+    for name in ("latents_mean", "latents_std"):
+        if vae.config.get(name) is not None:
             raise ConfigurationError(f"its autoencoder shifts its latents ({name}), which is not read here.")
-    if vae.in_channels != vae.out_channels:
-        raise ConfigurationError(f"its autoencoder turns {vae.in_channels} channels into {vae.out_channels}.")
-    for name in encoders:
-        require_vocabulary(parts[tokenizer_of(name)], parts[name])
-    path_of(parts["scheduler"])
-
-
-def require_told_apart(model: Diffusion, labels: Labels) -> None:
-    """Raise ConfigurationError if the text encoder reads a prompt to forget and one to retain as the same tokens."""
-    rows = [tuple(row) for row in model.backbone.texts.tokens(model.prompts).tolist()]
-    kept = {rows[label]: label for label in labels.retain}
-    for label in labels.forget:
-        other = kept.get(rows[label])
-        if other is not None and other != label:
-            raise ConfigurationError(
-                f"dataset: the model's text encoder reads the prompts '{model.prompts[label]}', to forget, and "
-                f"'{model.prompts[other]}', to retain, as the same tokens; choose prompts that differ in more than "
-                "case, or than what follows the last token that it reads."
-            )
+    if vae.config.in_channels != vae.config.out_channels:
+        raise ConfigurationError(
+            f"its autoencoder turns {vae.config.in_channels} channels into {vae.config.out_channels}."
+        )

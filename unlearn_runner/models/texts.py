@@ -28,9 +28,9 @@ END = "</w>"  # CLIP's mark of a word's last piece
 class Spelling:
     """How texts become token numbers for one text encoder."""
 
-    def __init__(self, tokenizer: "CLIPTokenizer", text_encoder: nn.Module):
+    def __init__(self, tokenizer: Any, most: int):
         self.tokenizer = copy.deepcopy(tokenizer)  # calls leave traces in what it saves
-        self.length = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        self.length = min(tokenizer.model_max_length, most)
 
     def ids(self, texts: Sequence[str]) -> Int64[Tensor, "n s"]:
         """What is read of the texts. It is said which are longer than that."""
@@ -50,6 +50,10 @@ class Texts(Part):
     """Tokenizers and text encoders. All tensors of one prompt are packed into one, [s, d], which is what a condition is
     to methods: they average, learn and exchange it as a whole.
     """
+
+    def train(self, mode: bool = True) -> "Texts":
+        """Without dropout always, which T5 has: a prompt is one condition, whoever asks for it and when."""
+        return super().train(False)
 
     @abstractmethod
     def spellings(self) -> list[Spelling]:
@@ -105,8 +109,10 @@ class Texts(Part):
         """Raise ConfigurationError if there are tokens in a folder's vocabulary that a text encoder does not know."""
         keep_libraries_quiet()
         for name, encoder in self.networks.items():
-            with reading_part(tokenizer_of(name)):
-                require_vocabulary(tokenizer_in(folder, tokenizer_of(name)), encoder)
+            tokenizer = tokenizer_of(name)
+            with reading_part(tokenizer):
+                kind = type(self.components[tokenizer]).__name__
+                require_vocabulary(tokenizer_in(folder, tokenizer, kind), encoder)
 
 
 @final
@@ -116,7 +122,7 @@ class ClipTexts(Texts):
     def __init__(self, tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel"):
         super().__init__()
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self._spelling = Spelling(tokenizer, text_encoder)
+        self._spelling = Spelling(tokenizer, most_tokens(text_encoder))
 
     def spellings(self) -> list[Spelling]:
         return [self._spelling]
@@ -147,15 +153,13 @@ class ClipTexts(Texts):
 
     def take(self, folder: Path) -> None:
         self.tokenizer = tokenizer_in(folder)
-        self._spelling = Spelling(self.tokenizer, self.text_encoder)
+        self._spelling = Spelling(self.tokenizer, most_tokens(self.text_encoder))
 
 
 @final
 class ClipPair(Texts):
     """SDXL's (2307.01952): the last hidden states but one of two CLIP text encoders side by side, the second's pooled
     projection, and the size of the picture, which is drawn whole.
-
-    The pooled projection is packed as a row after those of the tokens, filled up with zeros.
 
     Args:
         zeros_for_empty: what guidance leads away from is zeros, as SDXL's pipeline has it, instead of the prompt "".
@@ -177,7 +181,7 @@ class ClipPair(Texts):
         self._spelt()
 
     def _spelt(self) -> None:
-        self._spellings = [Spelling(*pair) for pair in self.encoders.values()]
+        self._spellings = [Spelling(tokenizer, most_tokens(encoder)) for tokenizer, encoder in self.encoders.values()]
 
     def spellings(self) -> list[Spelling]:
         return self._spellings
@@ -189,8 +193,7 @@ class ClipPair(Texts):
             found = encoder(spelling.ids(prompts).to(encoder.device), output_hidden_states=True)
             states.append(found.hidden_states[-2])
         tokens = torch.cat(states, 2)
-        pooled = nn.functional.pad(found.text_embeds, (0, tokens.shape[2] - found.text_embeds.shape[1]))
-        return torch.cat([tokens, pooled[:, None]], 1)
+        return with_pooled(tokens, found.text_embeds)
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         embedding = self.embed([""])
@@ -224,23 +227,33 @@ class ClipPair(Texts):
         self._spelt()
 
 
+def most_tokens(text_encoder: nn.Module) -> int:
+    """Of one text that a CLIP text encoder reads."""
+    return text_encoder.config.max_position_embeddings
+
+
+def with_pooled(tokens: Float[Tensor, "n s d"], pooled: Float[Tensor, "n e"]) -> Float[Tensor, "n t d"]:
+    """Packed: the pooled text is a row after those of the tokens, filled up with zeros; e is at most d."""
+    return torch.cat([tokens, nn.functional.pad(pooled, (0, tokens.shape[2] - pooled.shape[1]))[:, None]], 1)
+
+
 def tokenizer_of(encoder: str) -> str:
     """The name in a pipeline's folder of the tokenizer of a text encoder: tokenizer_2 of text_encoder_2."""
     return encoder.replace("text_encoder", "tokenizer")
 
 
-def tokenizer_in(folder: Path, name: str = "tokenizer") -> "CLIPTokenizer":
-    """The tokenizer of a pipeline. transformers builds one of three tokens where it finds no vocabulary."""
-    from transformers import CLIPTokenizer
+def tokenizer_in(folder: Path, name: str = "tokenizer", kind: str = "CLIPTokenizer") -> Any:
+    """A tokenizer of a pipeline, of a kind of transformers', which builds one of a few tokens where it finds no
+    vocabulary.
+    """
+    import transformers
 
     json_in(folder / name / "tokenizer_config.json")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / name)
+        tokenizer = getattr(transformers, kind).from_pretrained(folder / name)
     except Exception as error:
-        raise ConfigurationError(
-            f"the vocabulary in {folder / 'tokenizer'} is damaged ({first_line(error)})"
-        ) from error
-    if len(tokenizer) < 256:  # the bytes alone are as many
+        raise ConfigurationError(f"the vocabulary in {folder / name} is damaged ({first_line(error)})") from error
+    if len(tokenizer) < (256 if kind == "CLIPTokenizer" else 110):  # of CLIP's the bytes alone are as many
         raise ConfigurationError("the tokenizer's vocabulary is not there")
     return tokenizer
 
