@@ -437,7 +437,7 @@ def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> A
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from unlearn_runner.models.prompted import UNET, Parts, Tuning, text_to_image
+    from unlearn_runner.models.prompted import Parts, Tuning, text_to_image
     from unlearn_runner.models.texts import ClipTexts, build_tokenizer
 
     with torch.device(device):
@@ -465,7 +465,6 @@ def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> A
             ),
         ),
         network=unet,
-        kind=UNET,
         scheduler=PNDMScheduler(
             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
         ),

@@ -5,6 +5,8 @@ from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -118,16 +120,22 @@ def foreign_xl(folder, prediction_type="epsilon", **more):
     return folder
 
 
+def small_t5(width):
+    """A tokenizer of T5's that knows letters, and a configuration of its encoder."""
+    letters = [(piece, -2.0) for piece in "abcdefghijklmnopqrstuvwxyz'.,"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
+    tokenizer = T5Tokenizer(vocab=pieces, model_max_length=512)
+    return tokenizer, T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+
+
 def foreign_sd3(folder, shift=3.0, t5=True):
     """A Stable Diffusion 3 of another's making: a shifted flow, three text encoders, weights drawn at random."""
     torch.manual_seed(13)
     tokenizers = two_tokenizers()
-    letters = [(piece, -2.0) for piece in "abcdefghijklmnopqrstuvwxyz'.,"]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *letters]
-    third = T5Tokenizer(vocab=pieces, model_max_length=512)
-    config = T5Config(
-        vocab_size=len(third), d_model=48, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
-    )
+    third, config = small_t5(48)
     StableDiffusion3Pipeline(
         vae=AutoencoderKL(
             in_channels=3, out_channels=3, block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
@@ -146,5 +154,31 @@ def foreign_sd3(folder, shift=3.0, t5=True):
             pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def foreign_flux(folder, guidance_embeds=True, dynamic=True):
+    """A FLUX of another's making: a flow whose shift depends on the size, weights drawn at random."""
+    torch.manual_seed(14)
+    tokenizer = build_tokenizer(["zebra"], 20)
+    second, config = small_t5(24)
+    FluxPipeline(
+        vae=AutoencoderKL(
+            in_channels=3, out_channels=3, block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=0.3611, shift_factor=0.1159, sample_size=32, use_quant_conv=False, use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(clip_config(tokenizer, 8, 2)),
+        text_encoder_2=T5EncoderModel(config),
+        tokenizer=tokenizer,
+        tokenizer_2=second,
+        transformer=FluxTransformer2DModel(
+            in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=24, pooled_projection_dim=8, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic, base_image_seq_len=16, max_image_seq_len=64,
+        ),
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -589,6 +589,7 @@ TEXT_TO_IMAGE = (  # builders of what draws under prompts
     "models.stable_diffusion.build_stable_diffusion",
     "models.stable_diffusion.build_sdxl",
     "models.stable_diffusion_3.build_sd3",
+    "models.flux.build_flux",
 )
 
 

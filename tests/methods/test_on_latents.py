@@ -1,4 +1,4 @@
-"""Every method that can runs on a Stable Diffusion, an XL and a 3 of another's making: random weights, other sizes."""
+"""Every method that can runs on Stable Diffusion, XL, 3 and FLUX of another's making: random weights, other sizes."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_bits, marked, options
 from diffusers import DiffusionPipeline
-from pipelines import foreign, foreign_sd3, foreign_xl
+from pipelines import foreign, foreign_flux, foreign_sd3, foreign_xl
 from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.sd_concepts import SDConcepts
@@ -24,7 +24,7 @@ DISTILLING = {
     "hybrid with a student": ("method.variant=siss_sfd_student", "method.distil_share=0.4"),
 }  # fmt: skip
 PIPELINES = {name: pipeline for pipeline, name in MODELS.items()}
-LATER = ("sdxl", "sd3")
+LATER = ("sdxl", "sd3", "flux")
 SLOW = {  # the same kinds of step as others'
     *((name, "full", "sd15") for name in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
     ("critic_guided", "lora", "sd15"),
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, folder):
-    more = {"sdxl": foreign_xl, "sd3": foreign_sd3}
+    more = {"sdxl": foreign_xl, "sd3": foreign_sd3, "flux": foreign_flux}
     return {"sd15": folder} | {name: make(tmp_path_factory.mktemp(name)) for name, make in more.items()}
 
 
@@ -148,7 +148,7 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
         DiffusionPipeline.from_pretrained(tmp_path / "model")
         return
     pipeline = OneStepPipeline.from_pretrained(tmp_path / "model")
-    side = {"sd15": 32, "sdxl": 16, "sd3": 16}[kind]  # the foreign pipeline's own
+    side = {"sd15": 32, "sdxl": 16, "sd3": 16, "flux": 256}[kind]  # the foreign pipeline's own
     asked = [model.prompts[label] for label in labels]
     assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, 3, side, side)
     other = OneStep(copy.deepcopy(teacher), 7)

@@ -168,7 +168,7 @@ def test_another_kind_of_pipeline_is_named_with_what_to_take(folder, tmp_path):
         ("transformer", {"joint_attention_dim": 32}, "conditions of 32 numbers, its text encoders make them of 24, 48"),
         ("text_encoder_3", {"d_model": 40}, "conditions of 48 numbers, its text encoders make them of 24, 40"),
         ("text_encoder_3", {"vocab_size": 20}, r"tokenizer knows \d+ tokens, its text encoder 20"),
-        ("scheduler", {"use_dynamic_shifting": True}, r"times are not known here \(use_dynamic_shifting"),
+        ("scheduler", {"use_beta_sigmas": True}, r"times are not known here \(use_beta_sigmas"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(folder, tmp_path, part, changes, says):

@@ -145,6 +145,10 @@ class Backbone(Part):
         """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""
         return []
 
+    def places(self, shape: tuple[int, ...]) -> int | None:
+        """In how many places the network sees samples of this shape; None of one that sees them at several sizes."""
+        return None
+
     @property
     def middle(self) -> nn.Module | None:
         """The block [b d i j] between the way down and the way up, if it has one."""
@@ -181,7 +185,8 @@ class Diffusion(DiffusionModel):
         self._take_schedule(scheduler)
 
     def _take_schedule(self, scheduler: "SchedulerMixin") -> None:
-        self.path = path_of(scheduler).to(next(self.backbone.network.parameters()).device)
+        device = next(self.backbone.network.parameters()).device
+        self.path = path_of(scheduler, self.backbone.places(self.sample_shape)).to(device)
         self.scheduler = scheduler
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Diffusion":
@@ -361,7 +366,7 @@ class Diffusion(DiffusionModel):
         with reading(option, source, BASES_ARCHITECTURE):
             folder = fitting(self._networks, source, option)
             with reading_part("scheduler"):
-                path_of(scheduler_in(folder, self.backbone.flows))
+                path_of(scheduler_in(folder, self.backbone.flows), self.backbone.places(self.sample_shape))
             for part in (self.codec, self.backbone):
                 part.require(folder)
         return folder

@@ -140,8 +140,9 @@ def scheduler_in(folder: Path, flows: bool = False) -> "SchedulerMixin":
 def _straight(scheduler: "SchedulerMixin", place: Path) -> "SchedulerMixin":
     """Raise ConfigurationError unless a flow's scheduler trains and draws on `Straight`, shifted or not."""
     every = torch.arange(scheduler.config.num_train_timesteps)
-    own = Straight(len(every), float(scheduler.config.shift)).amplitudes(every).std.flatten()
-    bent = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas")
+    shift = 1.0 if scheduler.config.use_dynamic_shifting else float(scheduler.config.shift)
+    own = Straight(len(every), shift).amplitudes(every).std.flatten()
+    bent = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas")
     options = [name for name in (*bent, "use_beta_sigmas") if scheduler.config.get(name)]
     if options or len(every) < 2 or not torch.allclose(scheduler.sigmas.flip(0), own, atol=1e-6):
         why = ", ".join(options) or f"shift={scheduler.config.shift}, num_train_timesteps={len(every)}"

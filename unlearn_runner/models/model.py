@@ -49,9 +49,8 @@ class Condition(NamedTuple):
     label: Int64[Tensor, "b"] | None = None
     tokens: Float[Tensor, "b s d"] | None = None  # text encoders' hidden states
     pooled: Float[Tensor, "b e"] | None = None  # one vector of the whole text (SDXL)
-    sizes: Float[Tensor, "b 6"] | None = (
-        None  # height and width of the original, of its crop's corner, and drawn (SDXL)
-    )
+    sizes: Float[Tensor, "b 6"] | None = None  # original, corner of the crop, drawn; height first (SDXL)
+    guidance: Float[Tensor, "b"] | None = None  # the scale that a network distilled with guidance is told (FLUX)
 
     def and_then(self, other: "Condition") -> "Condition":
         """These rows, and the other's after them."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import ddpm
+from unlearn_runner.models.flux import ClipAndT5
 from unlearn_runner.models.latents import pixels_a_side
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
 from unlearn_runner.models.model import (
@@ -23,11 +24,12 @@ from unlearn_runner.models.model import (
     predict_x0,
     squared_error,
 )
-from unlearn_runner.models.prompted import JOINT_TRANSFORMER, UNET, Parts, text_to_image
+from unlearn_runner.models.prompted import Parts, text_to_image
 from unlearn_runner.models.stable_diffusion_3 import ClipPairAndT5
 from unlearn_runner.models.texts import ClipPair, ClipTexts, Texts
 from unlearn_runner.weights import fetched, located
 
+FLUX_SIZE = 128  # of its latents, where nothing else says how large a picture is, as its pipeline has it
 TEXT_PARTS = [f"{part}{number}" for number in ("", "_2", "_3") for part in ("text_encoder", "tokenizer")]
 
 
@@ -88,9 +90,9 @@ class OneStepPipeline(DiffusionPipeline):
         if self.vae is None:
             network, cond = ddpm(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
         else:
-            network, kind = (self.unet, UNET) if self.transformer is None else (self.transformer, JOINT_TRANSFORMER)
-            side = network.config.sample_size * pixels_a_side(self.vae)
-            parts = Parts(self.vae, self._texts(side), network, kind, self.scheduler)
+            network = self.unet if self.transformer is None else self.transformer
+            side = network.config.get("sample_size", FLUX_SIZE) * pixels_a_side(self.vae)
+            parts = Parts(self.vae, self._texts(side), network, self.scheduler)
             network = text_to_image(parts, (self.vae.config.in_channels, side, side), tuple(asked))
             cond = torch.arange(len(asked), device=self.device)
         model = OneStep(network.to(self.device), self.config.timestep)
@@ -99,6 +101,9 @@ class OneStepPipeline(DiffusionPipeline):
     def _texts(self, side: int) -> Texts:
         tokenizers = [self.tokenizer, self.tokenizer_2, self.tokenizer_3]
         encoders = [self.text_encoder, self.text_encoder_2, self.text_encoder_3]
+        if type(self.transformer).__name__ == "FluxTransformer2DModel":
+            guidance = 3.5 if self.transformer.config.guidance_embeds else None
+            return ClipAndT5(tokenizers[:2], encoders[:2], guidance)
         if self.transformer is not None:
             there = [part for part in encoders if part is not None]
             return ClipPairAndT5(tokenizers[: len(there)], there, self.transformer.config.joint_attention_dim)

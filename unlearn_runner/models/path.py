@@ -11,7 +11,7 @@ of a prediction, which says what the network answers. Everything else of the run
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import numpy as np
@@ -433,14 +433,30 @@ def ladder(num_train_timesteps: int, num_inference_steps: int) -> Int64[Tensor, 
     return (share * num_train_timesteps).round().long() - 1
 
 
-def path_of(scheduler: "SchedulerMixin") -> Path:
+def path_of(scheduler: "SchedulerMixin", places: int | None = None) -> Path:
     """The path that a scheduler of diffusers' describes in training, whatever sampler it is.
 
-    Raises ConfigurationError if what it predicts says nothing on its schedule.
+    `places`: in how many the network sees a picture, on which a flow's shift may depend (FLUX: `use_dynamic_shifting`).
+    Raises ConfigurationError if what it predicts says nothing on its schedule, or if it asks for places and there are
+    none.
     """
     if is_flow(scheduler):
-        return Path(Straight(scheduler.config.num_train_timesteps, float(scheduler.config.shift)), "flow")
+        return Path(Straight(scheduler.config.num_train_timesteps, shift_of(scheduler.config, places)), "flow")
     return Path(VariancePreserving(training_schedule(scheduler)), scheduler.config.prediction_type)
+
+
+def shift_of(config: Mapping[str, Any], places: int | None) -> float:
+    """Of a flow's scheduler: constant; or a line over the number of places, or its exponential."""
+    if not config["use_dynamic_shifting"]:
+        return float(config["shift"])
+    if places is None:
+        raise ConfigurationError(
+            "the scheduler's shift depends on the picture's size (use_dynamic_shifting), as this network's cannot."
+        )
+    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+    share = (places - low) / (high - low)
+    along = config["base_shift"] + share * (config["max_shift"] - config["base_shift"])
+    return math.exp(along) if config["time_shift_type"] == "exponential" else along
 
 
 def is_flow(scheduler: "SchedulerMixin") -> bool:

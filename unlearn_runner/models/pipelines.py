@@ -25,6 +25,7 @@ MODELS = {  # what to take for a pipeline
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
 }
 
 

@@ -26,6 +26,7 @@ class NetworkKind(NamedTuple):
 
     part: str  # its folder in a pipeline
     flows: bool  # whether it is known on flows, too
+    patch: Callable[[nn.Module], int | None]  # numbers a side of the latents that it takes as one; None: it halves them
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
     reads_prompt: tuple[str, ...]  # parts of the names of weights through which the picture learns of the prompt
     keys_and_values: tuple[str, ...]  # of these the keys' and the values'
@@ -42,9 +43,27 @@ def _call_joint_transformer(transformer: nn.Module, x_t: Tensor, time: Tensor, c
     return transformer(x_t, condition.tokens, condition.pooled, time, return_dict=False)[0]
 
 
+def _call_flux(transformer: nn.Module, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    """Two by two numbers of each channel are one place of the picture."""
+    b, c, h, w = (*x_t.shape[:2], x_t.shape[2] // 2, x_t.shape[3] // 2)
+    rows = torch.cartesian_prod(torch.zeros(1), torch.arange(float(h)), torch.arange(float(w)))
+    answer = transformer(
+        x_t.reshape(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c),
+        timestep=time / 1000,  # which the network multiplies by 1,000 again
+        guidance=condition.guidance,
+        encoder_hidden_states=condition.tokens,
+        pooled_projections=condition.pooled,
+        txt_ids=x_t.new_zeros(condition.tokens.shape[1], 3),
+        img_ids=rows.to(x_t),
+        return_dict=False,
+    )[0]
+    return answer.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
+
+
 UNET = NetworkKind(  # UNet2DConditionModel
     part="unet",
     flows=False,
+    patch=lambda unet: None,
     call=_call_unet,
     reads_prompt=(".attn2.",),
     keys_and_values=(".attn2.to_k.", ".attn2.to_v."),
@@ -54,12 +73,19 @@ UNET = NetworkKind(  # UNet2DConditionModel
 JOINT_TRANSFORMER = NetworkKind(  # SD3Transformer2DModel (2403.03206): picture and prompt attend to each other
     part="transformer",
     flows=True,
+    patch=lambda transformer: transformer.config.patch_size,
     call=_call_joint_transformer,
     reads_prompt=("context_embedder.", ".add_q_proj.", ".add_k_proj.", ".add_v_proj.", ".to_add_out."),
     keys_and_values=(".add_k_proj.", ".add_v_proj."),
     text_projections=("context_embedder",),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
+FLUX = JOINT_TRANSFORMER._replace(patch=lambda transformer: 2, call=_call_flux)  # FluxTransformer2DModel
+KINDS = {
+    "UNet2DConditionModel": UNET,
+    "SD3Transformer2DModel": JOINT_TRANSFORMER,
+    "FluxTransformer2DModel": FLUX,
+}
 
 
 class Parts(NamedTuple):
@@ -68,7 +94,6 @@ class Parts(NamedTuple):
     vae: "AutoencoderKL"
     texts: Texts
     network: nn.Module
-    kind: NetworkKind
     scheduler: "SchedulerMixin"
 
 
@@ -99,7 +124,6 @@ class Prompted(Backbone):
     def __init__(
         self,
         network: nn.Module,
-        kind: NetworkKind,
         texts: Texts,
         prompts: tuple[str, ...],
         tuning: Tuning = Tuning(),  # noqa: B008 - immutable
@@ -107,8 +131,8 @@ class Prompted(Backbone):
     ):
         super().__init__()
         self.texts = texts.eval()
-        self._kind = kind
-        setattr(self, kind.part, network)
+        self._kind = KINDS[type(network).__name__]
+        setattr(self, self._kind.part, network)
         self.prompts = prompts
         self.tuning = tuning
         self.seed = seed  # of LoRA's first weights
@@ -122,6 +146,10 @@ class Prompted(Backbone):
     @property
     def network(self) -> nn.Module:
         return getattr(self, self._kind.part)
+
+    def places(self, shape: tuple[int, ...]) -> int | None:
+        patch = self._kind.patch(self.network)
+        return None if patch is None else (shape[1] // patch) * (shape[2] // patch)
 
     @property
     def num_labels(self) -> int:
@@ -241,7 +269,7 @@ def text_to_image(
     seed: int = 0,
 ) -> Diffusion:
     """Latent diffusion or a flow under prompts (2112.10752; XL: 2307.01952; 3: 2403.03206), of a pipeline's parts."""
-    backbone = Prompted(parts.network, parts.kind, parts.texts, prompts, tuning, seed)
+    backbone = Prompted(parts.network, parts.texts, prompts, tuning, seed)
     return Diffusion(backbone, Latents(parts.vae, image_shape), parts.scheduler, guidance_scale)
 
 

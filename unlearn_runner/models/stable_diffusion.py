@@ -13,7 +13,7 @@ from unlearn_runner.models.latents import pixels_a_side
 from unlearn_runner.models.loading import require_channels
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
-from unlearn_runner.models.prompted import UNET, Parts, Tuning, text_to_image
+from unlearn_runner.models.prompted import KINDS, Parts, Tuning, text_to_image
 from unlearn_runner.models.texts import ClipPair, ClipTexts, build_tokenizer
 from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
 
@@ -119,7 +119,6 @@ def build_stable_diffusion(
                     attention_head_dim=attention_heads,
                     norm_num_groups=norm_num_groups,
                 ),
-                kind=UNET,
                 scheduler=DDIMScheduler(
                     num_train_timesteps=1000,
                     beta_schedule=beta_schedule,
@@ -168,12 +167,9 @@ def fitting_dataset(
     guidance_scale: float,
     tuning: Tuning,
     seed: int,
-    patch: int | None = None,
 ) -> Diffusion:
-    """The model of these parts, if they fit the dataset's images and prompts.
-
-    `patch`: numbers a side of the latents that the network takes as one; None: it halves them from level to level.
-    """
+    """The model of these parts, if they fit the dataset's images and prompts."""
+    patch = KINDS[type(parts.network).__name__].patch(parts.network)
     sides = pixels_a_side(parts.vae) * (patch or 2 ** (len(parts.network.config.block_out_channels) - 1))
     rules.sides_of_latents(*image_shape[1:], sides)
     if parts.vae.config.in_channels != image_shape[0]:
@@ -195,7 +191,7 @@ def _parts_of(weights: str, kind: PipelineKind, image_shape: tuple[int, int, int
     else:
         zeros = bool(found.index.get("force_zeros_for_empty_prompt", True))
         texts = ClipPair(*pairs, size=image_shape[1:], zeros_for_empty=zeros)
-    return Parts(found.vae, texts, found.network, UNET, found.scheduler)
+    return Parts(found.vae, texts, found.network, found.scheduler)
 
 
 def _require_fitting(parts: Described) -> None:

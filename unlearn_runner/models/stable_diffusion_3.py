@@ -15,7 +15,7 @@ from unlearn_runner.models.diffusion import Diffusion
 from unlearn_runner.models.model import Condition
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
-from unlearn_runner.models.prompted import JOINT_TRANSFORMER, Parts, Tuning
+from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
 from unlearn_runner.models.texts import Spelling, Texts, most_tokens, tokenizer_in, tokenizer_of, with_pooled
 from unlearn_runner.options import Width
@@ -130,11 +130,10 @@ def build_sd3(
     texts = ClipPairAndT5(
         list(found.tokenizers.values()), list(found.encoders.values()), found.network.config.joint_attention_dim
     )
-    parts = Parts(found.vae, texts, found.network, JOINT_TRANSFORMER, found.scheduler)
+    parts = Parts(found.vae, texts, found.network, found.scheduler)
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
-    patch = found.network.config.patch_size
-    model = fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed, patch)
-    most = found.network.config.pos_embed_max_size * patch
+    model = fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
+    most = found.network.config.pos_embed_max_size * found.network.config.patch_size
     if max(model.sample_shape[1:]) > most:
         raise ConfigurationError(
             f"model.weights={weights} knows places of latents of up to {most} x {most}, and the dataset's images make "
@@ -166,4 +165,4 @@ def _require_fitting(parts: Described) -> None:
             f"{', '.join(map(str, [*widths[:1], *t5]))}."
         )
     require_autoencoder(parts.vae)
-    path_of(parts.scheduler)
+    path_of(parts.scheduler, places=1)
