@@ -307,7 +307,10 @@ for path in sorted((ROOT / "docs" / "runs").iterdir()):
 @pytest.mark.parametrize("experiment", PUBLISHED)
 def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment):
     """Or compare.py would refuse to put a user's method beside them."""
-    for path in (ROOT / "docs" / "runs" / experiment).glob("siss*_0/summary.json"):
+    paths = list((ROOT / "docs" / "runs" / experiment).glob("siss*_0/summary.json"))
+    # runs that are older than others of their experiment stand in a table of their own, and results.md says so
+    todays = [path for path in paths if "eval/nothing_rate" in path.read_text()]
+    for path in todays or paths:
         published = json.loads(path.read_text())["provenance"]["evaluation"]
         chosen = yaml.safe_load((path.parent / "config.yaml").read_text())["choices"]["experiment"]
         cfg = composed(f"experiment={chosen}", debug=False)

@@ -1,15 +1,17 @@
 """UCE and RECE against least squares by numpy, and what becomes of a model's keys and values."""
 
-from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from pipelines import PROMPTS, foreign_xl, tiny
+from pipelines import PROMPTS, foreign_flux, foreign_sd3, foreign_xl, tiny
 
 from unlearn_runner.methods.method import Setting
 from unlearn_runner.methods.uce import UCE, edited, still_says
+from unlearn_runner.models.flux import build_flux
 from unlearn_runner.models.stable_diffusion import build_sdxl
+from unlearn_runner.models.stable_diffusion_3 import build_sd3
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator
 
@@ -46,7 +48,9 @@ def uce(model, **options):
 def read(model, text, weights):
     """What the projections make of a text's tokens from its last word on."""
     with torch.no_grad():
-        tokens = model.token_states([text])[0, model.num_tokens(text) - 2 :].double()
+        states = model.token_states([text])[0].double()
+    rows = model.last_tokens(text)
+    tokens = states[rows[0][0] :] if len(rows) == 1 else states[[first for first, _ in rows]]
     return [tokens @ weight.T for weight in weights]
 
 
@@ -54,31 +58,36 @@ def weights_of(model):
     return [layer.weight.detach().double().clone() for layer in model.text_projections()]
 
 
-def xl(folder):
-    model = build_sdxl((3, 16, 16), PROMPTS, 0, str(foreign_xl(folder)), trainable="full")
+def foreign(kind, folder):
+    build, make = {
+        "sdxl": (build_sdxl, foreign_xl), "sd3": (build_sd3, foreign_sd3), "flux": (build_flux, foreign_flux),
+    }[kind]  # fmt: skip
+    model = build((3, 16, 16), PROMPTS, 0, str(make(folder)), trainable="full")
     model.load(folder)
     return model
 
 
-@pytest.mark.parametrize("tokens", ["last", "onwards"])
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(
+    ("kind", "tokens"),  # sd3 and flux have more tokens here than each has numbers: no edit sets them all
+    [*product(("sd", "sdxl"), ("last", "onwards")), ("sd3", "last"), ("flux", "last")],
+)
 def test_concepts_are_read_as_the_anchor_and_other_texts_as_before(tmp_path, kind, tokens):
-    build = partial(xl, tmp_path) if kind == "sdxl" else tiny
-    model = build()
+    model = tiny() if kind == "sd" else foreign(kind, tmp_path)
     model.freeze_for_unlearning()
     before = weights_of(model)
     everything = {name: value.clone() for name, value in model.state_dict().items()}
     metrics = uce(model, ridge=1e-6, anchor=PROMPTS[0], preserved=[], tokens=tokens).step(NOTHING)
     after = weights_of(model)
-    assert len(before) == 2 * sum(".attn2.to_k." in name for name in everything)
+    read_by = ("context_embedder.",) if kind in ("sd3", "flux") else (".attn2.to_k.", ".attn2.to_v.")
+    assert len(before) == sum(any(part in name for part in read_by) and "weight" in name for name in everything)
     for text in PROMPTS[1:]:
         for old, new in zip(read(model, PROMPTS[0], before), read(model, text, after), strict=True):
-            places = min(len(old), len(new)) if tokens == "onwards" else 1
+            places = min(len(old), len(new)) if tokens == "onwards" else len(model.last_tokens(text))
             torch.testing.assert_close(new[:places], old[:places], atol=2e-2, rtol=0)
     moved = torch.stack([(new - old).norm() for new, old in zip(after, before, strict=True)]).norm()
     assert metrics["edit/distance"].item() == pytest.approx(moved.item(), rel=1e-3)
     touched = {name for name, value in model.state_dict().items() if not torch.equal(value, everything[name])}
-    assert touched and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in touched)
+    assert touched and all(any(part in name for part in read_by) for name in touched)
 
 
 def test_all_prompts_of_several_concepts_are_edited():
@@ -114,7 +123,7 @@ def test_rounds_take_away_what_still_makes_the_concept():
         uce(model, rounds=rounds, concepts=[PROMPTS[1]], anchor=PROMPTS[0], preserved=[]).step(NOTHING)
         after = weights_of(model)
         with torch.no_grad():
-            concept = model.embed([PROMPTS[1]])[0].double()[[model.num_tokens(PROMPTS[1]) - 2]]
+            concept = model.embed([PROMPTS[1]])[0].double()[[model.last_tokens(PROMPTS[1])[0][0]]]
         found = still_says(after, before, concept, 0.1)
         left[rounds] = sum(
             (found @ new.T - concept @ old.T).norm().item() for new, old in zip(after, before, strict=True)

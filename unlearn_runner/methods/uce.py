@@ -107,7 +107,7 @@ class UCE(Method):
     def step(self, batch: Batch) -> Metrics:
         # 1. the tokens of concepts, anchor and preserved texts
         concepts, anchors = self._pairs()
-        preserved = torch.cat([self._tokens_of(text) for text in self.preserved] or [concepts[:0]])
+        preserved = torch.cat([part for text in self.preserved for part in self._tokens_of(text)] or [concepts[:0]])
 
         # 2. the edit of every projection
         layers = self.model.text_projections()
@@ -130,14 +130,19 @@ class UCE(Method):
     def _pairs(self) -> tuple[Float[Tensor, "e d"], Float[Tensor, "e d"]]:
         """Tokens to be edited, and what each is to be read as."""
         anchor = self._tokens_of(self.anchor)
-        pairs = [(part[: len(anchor)], anchor[: len(part)]) for part in map(self._tokens_of, self.concepts)]
+        pairs = [
+            (part[: len(other)], other[: len(part)])
+            for text in self.concepts
+            for part, other in zip(self._tokens_of(text), anchor, strict=True)
+        ]
         concepts, anchors = zip(*pairs, strict=True)
         return torch.cat(concepts), torch.cat(anchors)
 
-    def _tokens_of(self, text: str) -> Float[Tensor, "n d"]:
-        """A text's tokens that count, as the text encoder answers; of an empty one from its end on."""
-        embedding, last = self.model.token_states([text])[0].double(), max(1, self.model.num_tokens(text) - 2)
-        return embedding[last : last + 1] if self.tokens == "last" else embedding[last:]
+    def _tokens_of(self, text: str) -> list[Float[Tensor, "n d"]]:
+        """A text's tokens that count, of each text encoder; of an empty text from its end on."""
+        states = self.model.token_states([text])[0].double()
+        rows = self.model.last_tokens(text)
+        return [states[first : first + 1 if self.tokens == "last" else end] for first, end in rows]
 
     def stateful(self) -> dict[str, Stateful]:
         return {"weights": self.model}

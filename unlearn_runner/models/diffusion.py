@@ -137,8 +137,10 @@ class Backbone(Part):
         """Of prompts by their number, -1 being what guidance leads away from, or of embeddings; if it has `prompts`."""
         raise TypeError("it draws under class labels, not under texts")
 
-    def num_tokens(self, text: str) -> int:
-        """How many tokens of a text are read, its start and its end among them; if it has `prompts`."""
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        """Of each text encoder, the row of the hidden states that holds a text's last token, and where the encoder's
+        rows end; if it has `prompts`.
+        """
         raise TypeError("it draws under class labels, not under texts")
 
     def text_projections(self) -> list[nn.Module]:
@@ -227,9 +229,11 @@ class Diffusion(DiffusionModel):
         """Conditions for any texts, if it has `prompts`."""
         return self.backbone.embed(prompts)
 
-    def num_tokens(self, text: str) -> int:
-        """How many tokens of a text are read, its start and its end among them; if it has `prompts`."""
-        return self.backbone.num_tokens(text)
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        """Of each text encoder, the row of `token_states` that holds a text's last token, and where the encoder's rows
+        end; if it has `prompts`.
+        """
+        return self.backbone.last_tokens(text)
 
     def text_projections(self) -> list[nn.Module]:
         """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""

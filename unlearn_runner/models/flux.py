@@ -16,7 +16,15 @@ from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
-from unlearn_runner.models.texts import Spelling, Texts, most_tokens, tokenizer_in, tokenizer_of, with_pooled
+from unlearn_runner.models.texts import (
+    Spelling,
+    Texts,
+    last_of_t5,
+    most_tokens,
+    tokenizer_in,
+    tokenizer_of,
+    with_pooled,
+)
 from unlearn_runner.options import NonNegativeFloat, Width
 
 if TYPE_CHECKING:
@@ -62,6 +70,9 @@ class ClipAndT5(Texts):
         self.tokens(prompts)  # says what is not read of them
         clip, t5 = (spelling.ids(prompts).to(self.text_encoder.device) for spelling in self._spellings)
         return with_pooled(self.text_encoder_2(t5)[0], self.text_encoder(clip).pooler_output)
+
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        return [last_of_t5(self._spellings[1], text)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         return self.embed([""])

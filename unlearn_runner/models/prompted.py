@@ -46,7 +46,8 @@ def _call_joint_transformer(transformer: nn.Module, x_t: Tensor, time: Tensor, c
 def _call_flux(transformer: nn.Module, x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
     """Two by two numbers of each channel are one place of the picture."""
     b, c, h, w = (*x_t.shape[:2], x_t.shape[2] // 2, x_t.shape[3] // 2)
-    rows = torch.cartesian_prod(torch.zeros(1), torch.arange(float(h)), torch.arange(float(w)))
+    rows, columns = (torch.arange(side, dtype=x_t.dtype, device=x_t.device) for side in (h, w))
+    places = torch.cartesian_prod(x_t.new_zeros(1), rows, columns)
     answer = transformer(
         x_t.reshape(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c),
         timestep=time / 1000,  # which the network multiplies by 1,000 again
@@ -54,7 +55,7 @@ def _call_flux(transformer: nn.Module, x_t: Tensor, time: Tensor, condition: Con
         encoder_hidden_states=condition.tokens,
         pooled_projections=condition.pooled,
         txt_ids=x_t.new_zeros(condition.tokens.shape[1], 3),
-        img_ids=rows.to(x_t),
+        img_ids=places,
         return_dict=False,
     )[0]
     return answer.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
@@ -158,8 +159,8 @@ class Prompted(Backbone):
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
         return self.texts.embed(prompts)
 
-    def num_tokens(self, text: str) -> int:
-        return self.texts.spellings()[0].count(text)
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        return self.texts.last_tokens(text)
 
     def text_projections(self) -> list[nn.Module]:
         return [module for name, module in self.network.named_modules() if name.endswith(self._kind.text_projections)]

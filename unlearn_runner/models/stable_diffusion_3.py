@@ -17,7 +17,16 @@ from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
-from unlearn_runner.models.texts import Spelling, Texts, most_tokens, tokenizer_in, tokenizer_of, with_pooled
+from unlearn_runner.models.texts import (
+    Spelling,
+    Texts,
+    last_of_clip,
+    last_of_t5,
+    most_tokens,
+    tokenizer_in,
+    tokenizer_of,
+    with_pooled,
+)
 from unlearn_runner.options import Width
 
 if TYPE_CHECKING:
@@ -75,6 +84,14 @@ class ClipPairAndT5(Texts):
         else:
             t5 = self.text_encoder_3(ids[2])[0]
         return with_pooled(torch.cat([clip, t5], 1), torch.cat([part.text_embeds for part in found], 1))
+
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        """In CLIP's rows, whose two encoders' states lie side by side, and in T5's after them."""
+        clip = last_of_clip(self._spellings[0], text)
+        if self.text_encoder_3 is None:
+            return [clip]
+        first, end = last_of_t5(self._spellings[2], text)
+        return [clip, (clip[1] + first, clip[1] + end)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         return self.embed([""])

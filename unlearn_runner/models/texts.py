@@ -85,6 +85,10 @@ class Texts(Part):
     def pipeline_options(self) -> dict[str, Any]:
         """What that pipeline is made with besides its parts."""
 
+    @abstractmethod
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        """The rows of a text's tokens that hold its last word, and where those of the same text encoder end."""
+
     def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
         """All that is read of texts, by which they differ. It is said which read the same."""
         rows = torch.cat([spelling.ids(prompts) for spelling in self.spellings()], 1)
@@ -130,6 +134,9 @@ class ClipTexts(Texts):
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
         ids = self.tokens(prompts).to(self.text_encoder.device)
         return self.text_encoder(ids, return_dict=False)[0]
+
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        return [last_of_clip(self._spelling, text)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         return self.embed([""])
@@ -195,6 +202,10 @@ class ClipPair(Texts):
         tokens = torch.cat(states, 2)
         return with_pooled(tokens, found.text_embeds)
 
+    def last_tokens(self, text: str) -> list[tuple[int, int]]:
+        """The two encoders' states lie side by side."""
+        return [last_of_clip(self._spellings[0], text)]
+
     def empty(self) -> Float[Tensor, "1 s d"]:
         embedding = self.embed([""])
         return torch.zeros_like(embedding) if self.zeros_for_empty else embedding
@@ -230,6 +241,16 @@ class ClipPair(Texts):
 def most_tokens(text_encoder: nn.Module) -> int:
     """Of one text that a CLIP text encoder reads."""
     return text_encoder.config.max_position_embeddings
+
+
+def last_of_clip(spelling: Spelling, text: str) -> tuple[int, int]:
+    """`Texts.last_tokens` of one CLIP; of an empty text its end."""
+    return max(1, spelling.count(text) - 2), spelling.length
+
+
+def last_of_t5(spelling: Spelling, text: str) -> tuple[int, int]:
+    """`Texts.last_tokens` of T5, which marks no start; of an empty text its end."""
+    return max(0, spelling.count(text) - 2), spelling.length
 
 
 def with_pooled(tokens: Float[Tensor, "n s d"], pooled: Float[Tensor, "n e"]) -> Float[Tensor, "n t d"]:
