@@ -1,7 +1,6 @@
-"""FLUX.1: a flow of latents by a transformer that reads two text encoders and is told a guidance scale."""
+"""FLUX.1: a flow of latents by a transformer that reads two text encoders and a guidance scale."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 from annotated_types import Ge, Le
@@ -16,15 +15,7 @@ from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
-from unlearn_runner.models.texts import (
-    Spelling,
-    Texts,
-    last_of_t5,
-    most_tokens,
-    tokenizer_in,
-    tokenizer_of,
-    with_pooled,
-)
+from unlearn_runner.models.texts import Texts, last_of_t5, with_pooled
 from unlearn_runner.options import NonNegativeFloat, Width
 
 if TYPE_CHECKING:
@@ -42,7 +33,7 @@ KIND = PipelineKind(
 
 @final
 class ClipAndT5(Texts):
-    """T5's last hidden states as tokens, CLIP's pooled output, and the guidance scale, None for a network that is told
+    """T5's last hidden states as tokens, CLIP's pooled output, and the guidance scale, None for a network that takes
     none (schnell).
     """
 
@@ -57,22 +48,13 @@ class ClipAndT5(Texts):
         self.text_encoder, self.text_encoder_2 = encoders
         self.tokenizer, self.tokenizer_2 = tokenizers
         self.guidance, self.t5_tokens = guidance, t5_tokens
-        self._spelt()
-
-    def _spelt(self) -> None:
-        clip = Spelling(self.tokenizer, most_tokens(self.text_encoder))
-        self._spellings = [clip, Spelling(self.tokenizer_2, self.t5_tokens)]
-
-    def spellings(self) -> list[Spelling]:
-        return self._spellings
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        self.tokens(prompts)  # says what is not read of them
-        clip, t5 = (spelling.ids(prompts).to(self.text_encoder.device) for spelling in self._spellings)
+        clip, t5 = (part.to(self.text_encoder.device) for part in self.ids(prompts))
         return with_pooled(self.text_encoder_2(t5)[0], self.text_encoder(clip).pooler_output)
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
-        return [last_of_t5(self._spellings[1], text)]
+        return [last_of_t5(self.spellings()[1], text)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         return self.embed([""])
@@ -97,12 +79,6 @@ class ClipAndT5(Texts):
     @property
     def pipeline_options(self) -> dict[str, Any]:
         return {}
-
-    def take(self, folder: Path) -> None:
-        for encoder in self.encoders:
-            name = tokenizer_of(encoder)
-            setattr(self, name, tokenizer_in(folder, name, KIND.tokenizers[name]))
-        self._spelt()
 
 
 def build_flux(

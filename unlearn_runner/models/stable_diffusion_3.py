@@ -1,7 +1,6 @@
 """Stable Diffusion 3 and 3.5 (2403.03206): a flow of latents by a transformer that reads three text encoders."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, final
 
 import torch
@@ -17,22 +16,12 @@ from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
-from unlearn_runner.models.texts import (
-    Spelling,
-    Texts,
-    last_of_clip,
-    last_of_t5,
-    most_tokens,
-    tokenizer_in,
-    tokenizer_of,
-    with_pooled,
-)
+from unlearn_runner.models.texts import Texts, last_of_clip, last_of_t5, with_pooled
 from unlearn_runner.options import Width
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-T5_TOKENS = 256  # of one text that the third text encoder is shown, as the pipeline has it
 KIND = PipelineKind(
     name="StableDiffusion3Pipeline",
     part="transformer",
@@ -54,25 +43,16 @@ class ClipPairAndT5(Texts):
     these tokens those of T5, or zeros without it; and both CLIPs' pooled projections side by side.
     """
 
+    t5_tokens = 256  # as the pipeline has it
+
     def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], width: int):
         super().__init__()
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = [*encoders, None][:3]
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = [*tokenizers, None][:3]
         self.width = width
-        self._spelt()
-
-    def _spelt(self) -> None:
-        clip = [(self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)]
-        self._spellings = [Spelling(tokenizer, most_tokens(encoder)) for tokenizer, encoder in clip]
-        if self.text_encoder_3 is not None:
-            self._spellings.append(Spelling(self.tokenizer_3, T5_TOKENS))
-
-    def spellings(self) -> list[Spelling]:
-        return self._spellings
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        self.tokens(prompts)  # says what is not read of them
-        ids = [spelling.ids(prompts).to(self.text_encoder.device) for spelling in self._spellings]
+        ids = [part.to(self.text_encoder.device) for part in self.ids(prompts)]
         found = [
             encoder(part, output_hidden_states=True)
             for encoder, part in zip((self.text_encoder, self.text_encoder_2), ids, strict=False)
@@ -80,17 +60,17 @@ class ClipPairAndT5(Texts):
         clip = torch.cat([part.hidden_states[-2] for part in found], 2)
         clip = nn.functional.pad(clip, (0, self.width - clip.shape[2]))
         if self.text_encoder_3 is None:
-            t5 = clip.new_zeros(len(clip), T5_TOKENS, self.width)
+            t5 = clip.new_zeros(len(clip), self.t5_tokens, self.width)
         else:
             t5 = self.text_encoder_3(ids[2])[0]
         return with_pooled(torch.cat([clip, t5], 1), torch.cat([part.text_embeds for part in found], 1))
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
         """In CLIP's rows, whose two encoders' states lie side by side, and in T5's after them."""
-        clip = last_of_clip(self._spellings[0], text)
+        clip = last_of_clip(self.spellings()[0], text)
         if self.text_encoder_3 is None:
             return [clip]
-        first, end = last_of_t5(self._spellings[2], text)
+        first, end = last_of_t5(self.spellings()[2], text)
         return [clip, (clip[1] + first, clip[1] + end)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
@@ -117,12 +97,6 @@ class ClipPairAndT5(Texts):
     @property
     def pipeline_options(self) -> dict[str, Any]:
         return {} if self.text_encoder_3 is not None else {"text_encoder_3": None, "tokenizer_3": None}
-
-    def take(self, folder: Path) -> None:
-        for encoder in self.encoders:
-            name = tokenizer_of(encoder)
-            setattr(self, name, tokenizer_in(folder, name, KIND.tokenizers[name]))
-        self._spelt()
 
 
 def build_sd3(

@@ -51,13 +51,12 @@ class Texts(Part):
     to methods: they average, learn and exchange it as a whole.
     """
 
+    t5_tokens = 0  # of one text that a T5 reads, which has no bound of its own
+    _spellings: list[Spelling] | None = None  # made at first use, and anew with other tokenizers
+
     def train(self, mode: bool = True) -> "Texts":
         """Without dropout always, which T5 has: a prompt is one condition, whoever asks for it and when."""
         return super().train(False)
-
-    @abstractmethod
-    def spellings(self) -> list[Spelling]:
-        """Of each tokenizer."""
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
@@ -89,8 +88,21 @@ class Texts(Part):
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
         """The rows of a text's tokens that hold its last word, and where those of the same text encoder end."""
 
+    def spellings(self) -> list[Spelling]:
+        """Of each tokenizer."""
+        if self._spellings is None:
+            self._spellings = [
+                Spelling(tokenizer, getattr(encoder.config, "max_position_embeddings", self.t5_tokens))
+                for tokenizer, encoder in self.encoders.values()
+            ]
+        return self._spellings
+
+    def ids(self, prompts: Sequence[str]) -> list[Int64[Tensor, "n s"]]:
+        """What each text encoder reads of texts. It is said which are cut, and which read the same."""
+        return list(self.tokens(prompts).split([spelling.length for spelling in self.spellings()], 1))
+
     def tokens(self, prompts: Sequence[str]) -> Int64[Tensor, "n s"]:
-        """All that is read of texts, by which they differ. It is said which read the same."""
+        """All that is read of texts, by which they differ. It is said which are cut, and which read the same."""
         rows = torch.cat([spelling.ids(prompts) for spelling in self.spellings()], 1)
         alike: dict[tuple[int, ...], set[str]] = {}
         for text, row in zip(prompts, rows.tolist(), strict=True):
@@ -112,11 +124,14 @@ class Texts(Part):
     def require(self, folder: Path) -> None:
         """Raise ConfigurationError if there are tokens in a folder's vocabulary that a text encoder does not know."""
         keep_libraries_quiet()
-        for name, encoder in self.networks.items():
-            tokenizer = tokenizer_of(name)
-            with reading_part(tokenizer):
-                kind = type(self.components[tokenizer]).__name__
-                require_vocabulary(tokenizer_in(folder, tokenizer, kind), encoder)
+        for name, (tokenizer, encoder) in self.encoders.items():
+            with reading_part(tokenizer_of(name)):
+                require_vocabulary(tokenizer_in(folder, tokenizer_of(name), type(tokenizer).__name__), encoder)
+
+    def take(self, folder: Path) -> None:
+        for name, (tokenizer, _) in self.encoders.items():
+            setattr(self, tokenizer_of(name), tokenizer_in(folder, tokenizer_of(name), type(tokenizer).__name__))
+        self._spellings = None
 
 
 @final
@@ -126,17 +141,13 @@ class ClipTexts(Texts):
     def __init__(self, tokenizer: "CLIPTokenizer", text_encoder: "CLIPTextModel"):
         super().__init__()
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
-        self._spelling = Spelling(tokenizer, most_tokens(text_encoder))
-
-    def spellings(self) -> list[Spelling]:
-        return [self._spelling]
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
         ids = self.tokens(prompts).to(self.text_encoder.device)
         return self.text_encoder(ids, return_dict=False)[0]
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
-        return [last_of_clip(self._spelling, text)]
+        return [last_of_clip(self.spellings()[0], text)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         return self.embed([""])
@@ -157,10 +168,6 @@ class ClipTexts(Texts):
     def pipeline_options(self) -> dict[str, Any]:
         """There is no safety checker."""
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-    def take(self, folder: Path) -> None:
-        self.tokenizer = tokenizer_in(folder)
-        self._spelling = Spelling(self.tokenizer, most_tokens(self.text_encoder))
 
 
 @final
@@ -185,26 +192,18 @@ class ClipPair(Texts):
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         self.size, self.zeros_for_empty = size, zeros_for_empty
-        self._spelt()
-
-    def _spelt(self) -> None:
-        self._spellings = [Spelling(tokenizer, most_tokens(encoder)) for tokenizer, encoder in self.encoders.values()]
-
-    def spellings(self) -> list[Spelling]:
-        return self._spellings
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        self.tokens(prompts)  # says what is not read of them
         states = []
-        for spelling, encoder in zip(self._spellings, self.networks.values(), strict=True):
-            found = encoder(spelling.ids(prompts).to(encoder.device), output_hidden_states=True)
+        for ids, encoder in zip(self.ids(prompts), self.networks.values(), strict=True):
+            found = encoder(ids.to(encoder.device), output_hidden_states=True)
             states.append(found.hidden_states[-2])
         tokens = torch.cat(states, 2)
         return with_pooled(tokens, found.text_embeds)
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
         """The two encoders' states lie side by side."""
-        return [last_of_clip(self._spellings[0], text)]
+        return [last_of_clip(self.spellings()[0], text)]
 
     def empty(self) -> Float[Tensor, "1 s d"]:
         embedding = self.embed([""])
@@ -233,14 +232,8 @@ class ClipPair(Texts):
         return {"force_zeros_for_empty_prompt": self.zeros_for_empty, "add_watermarker": False}
 
     def take(self, folder: Path) -> None:
-        self.tokenizer, self.tokenizer_2 = (tokenizer_in(folder, tokenizer_of(name)) for name in self.networks)
+        super().take(folder)
         self.zeros_for_empty = bool(json_in(folder / "model_index.json").get("force_zeros_for_empty_prompt", True))
-        self._spelt()
-
-
-def most_tokens(text_encoder: nn.Module) -> int:
-    """Of one text that a CLIP text encoder reads."""
-    return text_encoder.config.max_position_embeddings
 
 
 def last_of_clip(spelling: Spelling, text: str) -> tuple[int, int]:
