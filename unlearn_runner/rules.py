@@ -215,6 +215,19 @@ def heads_of_texts(weights: str, text_width: int) -> None:
         raise ConfigurationError(f"model.network.text_width must divide by 4, got {text_width}.")
 
 
+def t5_of_fresh(weights: str, t5: bool) -> None:
+    if weights == "auto" and t5:
+        raise ConfigurationError("model.network.t5 must be false with model.weights=auto: a small one has no T5.")
+
+
+def width_of_transformer(weights: str, heads: int, attention_head_dim: int) -> None:
+    if weights == "auto" and (heads * attention_head_dim % 4 or attention_head_dim % 2):
+        raise ConfigurationError(
+            "model.network.heads times model.network.attention_head_dim must divide by 4, and the latter by 2, got "
+            f"{heads} and {attention_head_dim}."
+        )
+
+
 def channels_of_autoencoder(weights: str, vae: Mapping[str, Any] | None) -> None:
     if weights == "auto" and vae is not None:
         channels, groups = vae.get("block_out_channels", (16, 32)), vae.get("norm_num_groups", 8)

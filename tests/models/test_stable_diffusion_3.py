@@ -33,7 +33,7 @@ def built(folder, loaded=True, image_shape=SHAPE, **more):
     return model
 
 
-def drawn_by_pipeline(folder, model, steps, lora=None, seed=5, **more):
+def drawn_by_pipeline(folder, model, steps, lora=None, seed=5, max_sequence_length=256, **more):
     """By its own pipeline, with the steps of ours: even before they are shifted, and whole timesteps of 1,000."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **more)
     if lora is not None:
@@ -43,7 +43,7 @@ def drawn_by_pipeline(folder, model, steps, lora=None, seed=5, **more):
     return pipeline(
         list(PROMPTS), latents=latents, sigmas=[1 - step / steps for step in range(steps)],
         num_inference_steps=steps, guidance_scale=model.guidance_scale, height=SHAPE[1], width=SHAPE[2],
-        output_type="pt",
+        max_sequence_length=max_sequence_length, output_type="pt",
     ).images  # fmt: skip
 
 
@@ -65,6 +65,44 @@ def test_draws_what_its_pipeline_draws(tmp_path, guidance_scale, shift, t5):
     torch.testing.assert_close(drawn_by_pipeline(tmp_path / "saved", model, 4, **without), theirs, atol=1e-5, rtol=1e-4)
     again = built(tmp_path / "saved", guidance_scale=guidance_scale)
     assert torch.equal(drawn(again, 4), drawn(model, 4))
+
+
+SMALL = {
+    "t5": False, "layers": 2, "heads": 2, "attention_head_dim": 8, "text_width": 16, "text_layers": 2, "num_tokens": 12,
+    "words": ["zebra"], "vae": {"block_out_channels": [8, 8], "norm_num_groups": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("shift", "t5_tokens", "patch_size"), [(1.0, 0, 2), (3.0, 0, 1), (1.0, 6, 2)])
+def test_a_fresh_one_draws_what_its_pipeline_draws(tmp_path, shift, t5_tokens, patch_size):
+    sizes = {"shift": shift, "t5_tokens": t5_tokens, "patch_size": patch_size}
+    model = build_sd3(SHAPE, PROMPTS, 0, "auto", "full", 4, False, 2.0, **sizes, **SMALL)
+    with torch.no_grad():
+        for weight in model.backbone.network.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    model.save(tmp_path)
+    theirs = drawn_by_pipeline(tmp_path, model, 4, max_sequence_length=t5_tokens, text_encoder_3=None, tokenizer_3=None)
+    torch.testing.assert_close(drawn(model, 4), theirs, atol=1e-5, rtol=1e-4)
+    again = build_sd3(SHAPE, PROMPTS, 1, str(tmp_path), "full", 4, False, 2.0, t5=False, t5_tokens=t5_tokens)
+    again.load(tmp_path)
+    assert torch.equal(drawn(again, 4), drawn(model, 4))
+    twin, other = (build_sd3(SHAPE, PROMPTS, seed, "auto", **sizes, **SMALL) for seed in (0, 1))
+    same = build_sd3(SHAPE, PROMPTS, 0, "auto", **sizes, **SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), same.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(twin.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"t5": True}, "model.network.t5 must be false with model.weights=auto"),
+        ({"attention_head_dim": 7}, "heads times model.network.attention_head_dim must divide by 4"),
+        ({"text_width": 18}, "model.network.text_width must divide by 4, got 18"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(more, says):
+    with pytest.raises(ConfigurationError, match=says):
+        build_sd3(SHAPE, PROMPTS, 0, "auto", **(SMALL | more))
 
 
 def test_what_is_read_of_texts_is_the_pipelines(folder):

@@ -1,7 +1,7 @@
 """FLUX.1: a flow of latents by a transformer that reads two text encoders and a guidance scale."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 from annotated_types import Ge, Le
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
 from unlearn_runner.models.texts import Texts, last_of_t5, with_pooled
-from unlearn_runner.options import NonNegativeFloat, Width
+from unlearn_runner.options import NonNegativeFloat, Trainable, Width
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,7 +86,7 @@ def build_flux(
     label_names: Sequence[str] | None,
     seed: int,
     weights: str,
-    trainable: Literal["full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora"] = "lora",
+    trainable: Trainable = "lora",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
     embedded_guidance: NonNegativeFloat = 3.5,

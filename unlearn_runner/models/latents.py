@@ -1,5 +1,6 @@
 """AutoencoderKL: between images and the latents that a latent model denoises."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,6 +12,7 @@ from unlearn_runner.distributed import in_shares
 from unlearn_runner.models.diffusion import Codec
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, fitting, load_weights, reading
 from unlearn_runner.models.model import GenerativeModel, Noising, clipped, passed, squared_error
+from unlearn_runner.options import AutoencoderOptions
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -19,6 +21,26 @@ if TYPE_CHECKING:
 def pixels_a_side(vae: "AutoencoderKL") -> int:
     """Of the square of pixels that one place of a latent stands for."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def build_autoencoder(
+    image_shape: Sequence[int], options: AutoencoderOptions | None, shift: float | None = None
+) -> "AutoencoderKL":
+    """A small one with fresh weights; `shift` is what its latents' entries are moved by, if anything."""
+    from diffusers import AutoencoderKL
+
+    options = {"block_out_channels": (16, 32), "latent_channels": 4, "norm_num_groups": 8} | (options or {})
+    levels = len(options["block_out_channels"])
+    return AutoencoderKL(
+        in_channels=image_shape[0],
+        out_channels=image_shape[0],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1,
+        sample_size=max(image_shape[1:]),
+        shift_factor=shift,
+        **options,
+    )
 
 
 @final

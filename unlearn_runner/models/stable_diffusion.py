@@ -1,21 +1,30 @@
 """Stable Diffusion 1.x, 2.x and XL: models of diffusers' UNet2DConditionModel."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from annotated_types import Ge, Le
 
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
-from unlearn_runner.models.latents import pixels_a_side
+from unlearn_runner.models.latents import build_autoencoder, pixels_a_side
 from unlearn_runner.models.loading import require_channels
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import KINDS, Parts, Tuning, text_to_image
-from unlearn_runner.models.texts import ClipPair, ClipTexts, build_tokenizer
-from unlearn_runner.options import AutoencoderOptions, Channels, Depth, OpenUnitInterval, PredictionType, Width
+from unlearn_runner.models.texts import ClipPair, ClipTexts, build_text_encoder, build_tokenizer
+from unlearn_runner.options import (
+    AutoencoderOptions,
+    Channels,
+    Depth,
+    GuidanceScale,
+    NumTokens,
+    OpenUnitInterval,
+    PredictionType,
+    Trainable,
+    Width,
+)
 
 PLAIN = PipelineKind(
     name="StableDiffusionPipeline",
@@ -38,10 +47,10 @@ def build_stable_diffusion(
     label_names: Sequence[str] | None,
     seed: int,
     weights: str,
-    trainable: Literal["full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora"] = "full",
+    trainable: Trainable = "full",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = False,
-    guidance_scale: Annotated[float, Ge(1), Le(1000)] = 7.5,  # 1 is none
+    guidance_scale: GuidanceScale = 7.5,
     prediction_type: PredictionType = "epsilon",
     block_out_channels: Channels = (32, 64),
     layers_per_block: Depth = 1,
@@ -50,7 +59,7 @@ def build_stable_diffusion(
     vae: AutoencoderOptions | None = None,
     text_width: Width = 64,
     text_layers: Depth = 2,
-    num_tokens: Annotated[int, Ge(3), Le(1024)] = 24,
+    num_tokens: NumTokens = 24,
     words: Sequence[str] = (),
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear",
     beta_start: OpenUnitInterval = 0.00085,
@@ -72,45 +81,19 @@ def build_stable_diffusion(
     rules.channels_of_autoencoder(weights, vae)
     rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
     if weights == "auto":
-        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
+        from diffusers import DDIMScheduler, UNet2DConditionModel
 
         tokenizer = build_tokenizer(words, num_tokens)
-        vae = {"block_out_channels": (16, 32), "latent_channels": 4, "norm_num_groups": 8} | (vae or {})
-        halvings = len(vae["block_out_channels"]) - 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
+            autoencoder = build_autoencoder(image_shape, vae)
             parts = Parts(
-                vae=AutoencoderKL(
-                    in_channels=image_shape[0],
-                    out_channels=image_shape[0],
-                    down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
-                    up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
-                    layers_per_block=1,
-                    sample_size=image_shape[1],
-                    **vae,
-                ),
-                texts=ClipTexts(
-                    tokenizer,
-                    CLIPTextModel(
-                        CLIPTextConfig(
-                            vocab_size=len(tokenizer),
-                            hidden_size=text_width,
-                            intermediate_size=4 * text_width,
-                            projection_dim=text_width,
-                            num_hidden_layers=text_layers,
-                            num_attention_heads=4,
-                            max_position_embeddings=num_tokens,
-                            bos_token_id=tokenizer.bos_token_id,
-                            eos_token_id=tokenizer.eos_token_id,
-                            pad_token_id=tokenizer.pad_token_id,
-                        )
-                    ),
-                ),
+                vae=autoencoder,
+                texts=ClipTexts(tokenizer, build_text_encoder(tokenizer, text_width, text_layers)),
                 network=UNet2DConditionModel(
-                    sample_size=image_shape[1] // 2**halvings,
-                    in_channels=vae["latent_channels"],
-                    out_channels=vae["latent_channels"],
+                    sample_size=image_shape[1] // pixels_a_side(autoencoder),
+                    in_channels=autoencoder.config.latent_channels,
+                    out_channels=autoencoder.config.latent_channels,
                     block_out_channels=tuple(block_out_channels),
                     down_block_types=("CrossAttnDownBlock2D",) * len(block_out_channels),
                     up_block_types=("CrossAttnUpBlock2D",) * len(block_out_channels),
@@ -143,10 +126,10 @@ def build_sdxl(
     label_names: Sequence[str] | None,
     seed: int,
     weights: str,
-    trainable: Literal["full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora"] = "lora",
+    trainable: Trainable = "lora",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
-    guidance_scale: Annotated[float, Ge(1), Le(1000)] = 5.0,  # 1 is none
+    guidance_scale: GuidanceScale = 5.0,
 ) -> Diffusion:
     """SDXL that draws under the prompts `label_names`, its base model alone; the refiner is not needed.
 

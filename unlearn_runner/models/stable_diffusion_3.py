@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5 (2403.03206): a flow of latents by a transformer that reads three text encoders."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import torch
 from annotated_types import Ge, Le
@@ -11,16 +11,24 @@ from torch import Tensor, nn
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
+from unlearn_runner.models.latents import build_autoencoder, pixels_a_side
 from unlearn_runner.models.model import Condition
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
-from unlearn_runner.models.texts import Texts, last_of_clip, last_of_t5, with_pooled
-from unlearn_runner.options import Width
+from unlearn_runner.models.texts import (
+    Texts,
+    build_text_encoder,
+    build_tokenizer,
+    last_of_clip,
+    last_of_t5,
+    with_pooled,
+)
+from unlearn_runner.options import AutoencoderOptions, Depth, GuidanceScale, NumTokens, Trainable, Width
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
 KIND = PipelineKind(
     name="StableDiffusion3Pipeline",
@@ -43,13 +51,11 @@ class ClipPairAndT5(Texts):
     these tokens those of T5, or zeros without it; and both CLIPs' pooled projections side by side.
     """
 
-    t5_tokens = 256  # as the pipeline has it
-
-    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], width: int):
+    def __init__(self, tokenizers: Sequence[Any], encoders: Sequence[nn.Module], width: int, t5_tokens: int = 256):
         super().__init__()
         self.text_encoder, self.text_encoder_2, self.text_encoder_3 = [*encoders, None][:3]
         self.tokenizer, self.tokenizer_2, self.tokenizer_3 = [*tokenizers, None][:3]
-        self.width = width
+        self.width, self.t5_tokens = width, t5_tokens
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
         ids = [part.to(self.text_encoder.device) for part in self.ids(prompts)]
@@ -104,33 +110,95 @@ def build_sd3(
     label_names: Sequence[str] | None,
     seed: int,
     weights: str,
-    trainable: Literal["full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora"] = "lora",
+    trainable: Trainable = "lora",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
-    guidance_scale: Annotated[float, Ge(1), Le(1000)] = 7.0,  # 1 is none
+    guidance_scale: GuidanceScale = 7.0,
     t5: bool = True,
+    t5_tokens: Annotated[int, Ge(0), Le(512)] = 256,
+    shift: Annotated[float, Ge(0.01), Le(100)] = 1.0,
+    layers: Depth = 4,
+    heads: Depth = 4,
+    attention_head_dim: Width = 24,
+    patch_size: Annotated[int, Ge(1), Le(16)] = 2,
+    vae: AutoencoderOptions | None = None,
+    text_width: Width = 48,
+    text_layers: Depth = 2,
+    num_tokens: NumTokens = 24,
+    words: Sequence[str] = (),
 ) -> Diffusion:
     """Stable Diffusion 3 or 3.5 that draws under the prompts `label_names`.
 
-    `weights` is a folder or hub id of a StableDiffusion3Pipeline, which decides architecture and path; it is checked
-    here and its weights are read later, by `load`. Without `t5`, the largest of its text encoders (9 GB in 16 bits), it
-    draws as the pipeline does without it.
+    Where `weights` is not "auto" but a folder or hub id of a StableDiffusion3Pipeline, that decides architecture and
+    path, and all arguments from `shift` on are without effect; it is checked here and its weights are read later, by
+    `load`. Without `t5`, the largest of its text encoders (9 GB in 16 bits), it draws as the pipeline does without it:
+    zeros stand for `t5_tokens` tokens, its `max_sequence_length`.
+
+    With "auto" a small one without T5 is built with fresh weights drawn from `seed`; `vae` are arguments of its
+    AutoencoderKL, which is drawn first, so that they alone decide its weights. Its two text encoders are alike, each
+    `text_width` wide, and know `words` as one token each. `shift` is alpha of 2403.03206, section 5.3.2.
     """
     rules.prompts_for_texts(bool(label_names))
-    found = described(weights, KIND, _require_fitting, () if t5 else ("text_encoder_3",))
-    texts = ClipPairAndT5(
-        list(found.tokenizers.values()), list(found.encoders.values()), found.network.config.joint_attention_dim
-    )
-    parts = Parts(found.vae, texts, found.network, found.scheduler)
+    rules.t5_of_fresh(weights, t5)
+    rules.width_of_transformer(weights, heads, attention_head_dim)
+    rules.heads_of_texts(weights, text_width)
+    rules.channels_of_autoencoder(weights, vae)
+    if weights == "auto":
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        tokenizers = [build_tokenizer(words, num_tokens) for _ in range(2)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # nn.Module's initialisers know no other generator
+            autoencoder = build_autoencoder(image_shape, vae, shift=0.0)  # the pipeline asks for a number
+            encoders = [build_text_encoder(part, text_width, text_layers, projected=True) for part in tokenizers]
+            network = _fresh_transformer(autoencoder, text_width, layers, heads, attention_head_dim, patch_size)
+        texts = ClipPairAndT5(tokenizers, encoders, network.config.joint_attention_dim, t5_tokens)
+        parts = Parts(autoencoder, texts, network, FlowMatchEulerDiscreteScheduler(shift=shift))
+    else:
+        found = described(weights, KIND, _require_fitting, () if t5 else ("text_encoder_3",))
+        texts = ClipPairAndT5(
+            list(found.tokenizers.values()),
+            list(found.encoders.values()),
+            found.network.config.joint_attention_dim,
+            t5_tokens,
+        )
+        parts = Parts(found.vae, texts, found.network, found.scheduler)
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
     model = fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
-    most = found.network.config.pos_embed_max_size * found.network.config.patch_size
+    most = parts.network.config.pos_embed_max_size * parts.network.config.patch_size
     if max(model.sample_shape[1:]) > most:
         raise ConfigurationError(
             f"model.weights={weights} knows places of latents of up to {most} x {most}, and the dataset's images make "
             f"{model.sample_shape[1]} x {model.sample_shape[2]}; choose a smaller dataset.image_size."
         )
     return model
+
+
+def _fresh_transformer(
+    autoencoder: "AutoencoderKL",
+    text_width: int,
+    layers: int,
+    heads: int,
+    attention_head_dim: int,
+    patch_size: int,
+) -> nn.Module:
+    from diffusers import SD3Transformer2DModel
+
+    side = autoencoder.config.sample_size // pixels_a_side(autoencoder)
+    return SD3Transformer2DModel(
+        sample_size=side,
+        patch_size=patch_size,
+        in_channels=autoencoder.config.latent_channels,
+        out_channels=autoencoder.config.latent_channels,
+        num_layers=layers,
+        attention_head_dim=attention_head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=2 * text_width,
+        caption_projection_dim=heads * attention_head_dim,
+        pooled_projection_dim=2 * text_width,
+        pos_embed_max_size=max(1, side // patch_size),
+        qk_norm="rms_norm",
+    )
 
 
 def _require_fitting(parts: Described) -> None:

@@ -306,6 +306,26 @@ def build_tokenizer(words: Sequence[str], max_length: int) -> "CLIPTokenizer":
     return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=max_length)
 
 
+def build_text_encoder(tokenizer: "CLIPTokenizer", width: int, layers: int, projected: bool = False) -> nn.Module:
+    """A small CLIPTextModel with fresh weights; `projected`: with the projection of a pooled text, which is as wide."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 @lru_cache
 def _say(message: str) -> None:
     """Once, on standard error: a run builds its model several times."""
