@@ -3,6 +3,9 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -154,6 +157,25 @@ def foreign_sd3(folder, shift=3.0, t5=True):
             pos_embed_max_size=12, dual_attention_layers=(0,), qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def foreign_dit(folder, learnt_variance=True, classes=10, channels=1):
+    """A DiT of another's making, whose weights are drawn at random."""
+    torch.manual_seed(15)
+    transformer = DiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8 if learnt_variance else 4, num_layers=2,
+        attention_head_dim=8, num_attention_heads=2, num_embeds_ada_norm=classes,
+    )  # fmt: skip
+    DiTPipeline(
+        vae=AutoencoderKL(
+            in_channels=channels, out_channels=channels, block_out_channels=(4, 8), norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+            scaling_factor=0.18215, sample_size=16,
+        ),
+        transformer=transformer,
+        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -39,13 +39,15 @@ def published():
 
 
 def test_z_is_the_distance_in_standard_deviations_of_several_oracles():
-    assert z_of(4.0, [1.0, 2.0, 3.0]) == pytest.approx(2.0)
-    assert z_of(0.0, [1.0, 3.0]) == pytest.approx(-(2**0.5))
-    assert z_of(4.0, [1.0]) is None
-    assert z_of(4.0, []) is None
-    assert z_of(4.0, [0.0, 0.0, 0.0]) is None
-    assert z_of(4.0, [0.3, 0.1 + 0.2, 0.3]) is None, "they differ by rounding"
-    assert z_of(2e-6, [0.0, 1e-6, 2e-6]) == pytest.approx(1.0), "small, but no rounding"
+    assert z_of("forget_rate", 4.0, [1.0, 2.0, 3.0]) == pytest.approx(2.0)
+    assert z_of("forget_rate", 0.0, [1.0, 3.0]) == pytest.approx(-(2**0.5))
+    assert z_of("forget_rate", 4.0, [1.0]) is None
+    assert z_of("forget_rate", 4.0, []) is None
+    assert z_of("forget_rate", 4.0, [0.0, 0.0, 0.0]) is None
+    assert z_of("forget_rate", 4.0, [0.3, 0.1 + 0.2, 0.3]) is None, "they differ by rounding"
+    assert z_of("forget_rate", 2e-6, [0.0, 1e-6, 2e-6]) == pytest.approx(1.0), "small, but no rounding"
+    for key in ("ssim_retain", "per_class/ssim/seven", "fid_base_retain", "per_class/fid_base/seven"):
+        assert z_of(key, 4.0, [1.0, 2.0, 3.0]) is None, "an oracle is not meant to draw what the base draws"
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

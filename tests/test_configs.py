@@ -12,7 +12,7 @@ from conftest import COMPLETE, ROOT, assert_same_bits, marked, names, options
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from pipelines import foreign, foreign_flux, foreign_sd3, foreign_xl
+from pipelines import foreign, foreign_dit, foreign_flux, foreign_sd3, foreign_xl
 from rich.console import Console
 from trainers import CPU, build_trainer, flat_state, make
 
@@ -162,9 +162,10 @@ def test_update_options_train(composed, digits, tmp_path, update):
 
 @pytest.mark.parametrize("model", options("model"))
 def test_model_options_fit_their_dataset(composed, tmp_path, model):
-    dataset = {"ddpm_tiny": (1, 16, 16), "ddpm_cifar10": (3, 32, 32)}.get(model, (1, 28, 28))
+    sizes = {"ddpm_tiny": (1, 16, 16), "flow_tiny": (1, 16, 16), "dit": (1, 16, 16), "ddpm_cifar10": (3, 32, 32)}
+    dataset = sizes.get(model, (1, 28, 28))
     # what their own weights are of lies on the hub
-    of_another = {"sd15": foreign, "sdxl": foreign_xl, "sd3": foreign_sd3, "flux": foreign_flux}
+    of_another = {"sd15": foreign, "sdxl": foreign_xl, "sd3": foreign_sd3, "flux": foreign_flux, "dit": foreign_dit}
     more = [f"model.weights={of_another[model](tmp_path)}"] if model in of_another else []
     if model.startswith(("sd", "flux")):
         dataset = (3, 32, 32)

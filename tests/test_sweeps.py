@@ -67,6 +67,7 @@ def test_a_sweep_goes_on_where_it_broke(tmp_path, shared_cache):
     code, said = sweep(*again, outputs=tmp_path, cache=shared_cache)
     assert code == 0, said
     assert f"skipped, for it is finished: {first}" in said
+    assert f"to compare the runs: python scripts/compare.py {first.parent}\n" in said
     (second,) = set(runs_below(tmp_path)) - {first}
     config = yaml.safe_load((second / "config.yaml").read_text())
     assert config["method"]["lambd"] == 0.7

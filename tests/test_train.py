@@ -565,6 +565,10 @@ def test_deletion_steps_are_the_first_look_without_the_content(run, tmp_path, mo
     assert summary(folder)["metrics"]["eval/deletion_steps"] == 1
     assert summary(folder)["metrics"]["eval/lasting_deletion_steps"] == 3
 
+    rates = iter([0.0] * 5)  # also of the base
+    folder = run("evaluation.every=1", "evaluation.metrics.ssim=null", "evaluation.metrics.prc=null", folder="nothing")
+    assert "eval/deletion_steps" not in summary(folder)["metrics"]
+
 
 @pytest.mark.slow  # test_cache.py has it of one entry
 def test_parallel_jobs_make_one_base(tmp_path):

@@ -28,6 +28,7 @@ FEATURES = {
     "open_clip": "CLIP features",
     "dinov2": "DINOv2 features",
 }
+FROM_THE_BASE = ("*ssim*", "*fid_base*")  # what is compared with the base's own samples
 SCORED = ("eval/", "base/", "oracle/", "oracle_gap/", "oracle_std/", "gap_z/", "floor/")  # prefixes of scores' keys
 
 
@@ -142,7 +143,7 @@ ENTRIES = (
           "that brings it back best, with `evaluation=prompts`: at least `forget_rate`"),
     Entry("deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, RUN | LONG,
           "first look on the way (`evaluation.every`) whose samples hold nothing of the forgotten content (SISS's "
-          "definition); absent if none"),
+          "definition); absent if none, and where the base's samples hold nothing of it either"),
     Entry("lasting_deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, LONG,
           "the same, counting only if no later look finds it again: a small look misses a rare content by chance"),
     Entry("per_class/forget_rate/*", "Rates", LOW, SHARE, FORGETTING, RUN, _APART),
@@ -210,11 +211,11 @@ def hides_rubble(usual: float) -> bool:
     return not is_rubble(1.0, usual)
 
 
-def z_of(score: float, oracles: Sequence[float]) -> float | None:
+def z_of(key: str, score: float, oracles: Sequence[float]) -> float | None:
     """How far a score lies from several oracles' mean, in units of their sample standard deviation; None for fewer than
-    two, and where they differ by rounding alone.
+    two, where they differ by rounding alone, and for a distance from the base, which is no oracle's to keep.
     """
-    if len(oracles) < 2:
+    if len(oracles) < 2 or any(fnmatchcase(key, pattern) for pattern in FROM_THE_BASE):
         return None
     spread = stdev(oracles)
     return (score - mean(oracles)) / spread if spread > 1e-9 * max(map(abs, oracles)) else None

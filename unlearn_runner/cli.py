@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,6 +26,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -153,6 +154,14 @@ def _returned(job: JobReturn) -> Any:
 
 
 JobReturn.return_value = property(_returned, JobReturn.return_value.fset)
+
+
+@final
+class Comparison(Callback):
+    """At the end of a sweep: how its runs are compared."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        print(f"to compare the runs: python scripts/compare.py {shlex.quote(config.hydra.sweep.dir)}", flush=True)
 
 
 @contextmanager

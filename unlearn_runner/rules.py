@@ -215,6 +215,11 @@ def heads_of_texts(weights: str, text_width: int) -> None:
         raise ConfigurationError(f"model.network.text_width must divide by 4, got {text_width}.")
 
 
+def classes_for_dit(conditional: bool) -> None:
+    if not conditional:
+        raise ConfigurationError("DiT draws under class labels, the dataset has none; take dataset.conditional=true.")
+
+
 def t5_of_fresh(weights: str, t5: bool) -> None:
     if weights == "auto" and t5:
         raise ConfigurationError("model.network.t5 must be false with model.weights=auto: a small one has no T5.")

@@ -6,11 +6,13 @@ for a configuration whose constructors are not imported yet. Imports nothing hea
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unlearn_runner.errors import ConfigurationError, normal_form
+from unlearn_runner.errors import ConfigurationError, near, normal_form
 from unlearn_runner.options import Names
 
 DIGITS = tuple("0123456789")
@@ -39,6 +41,7 @@ class DataSpec(NamedTuple):
     restored_content: int | None  # the clean content under the forget condition, if there is one
     horizontal_flip: bool  # mirror half of the training images
     label_contents: tuple[int, ...] | None = None  # what each label asks for; None: label i asks for content i
+    absent_labels: tuple[int, ...] = ()  # neither to keep nor to forget: the dataset has no image of them
 
     @property
     def labels(self) -> Labels | None:
@@ -51,7 +54,11 @@ class DataSpec(NamedTuple):
         forget = self.forget_contents if self.restored_content is None else (self.restored_content,)
         contents = self.label_contents or tuple(range(len(self.label_names)))
         retained, forgotten = (
-            tuple(label for label, content in enumerate(contents) if (content in forget) == wanted)
+            tuple(
+                label
+                for label, content in enumerate(contents)
+                if (content in forget) == wanted and label not in self.absent_labels
+            )
             for wanted in (False, True)
         )
         return Labels(retained, forgotten, self.label_names, contents)
@@ -70,16 +77,24 @@ def classes(
     channels: int,
     conditional: bool,
     horizontal_flip: bool,
+    retain_classes: Names | None = None,
 ) -> DataSpec:
-    """Images of classes with these names, one or several of which are to be forgotten."""
+    """Images of classes with these names, one or several of which are to be forgotten, and some of the others, or all,
+    to be kept.
+    """
+    forget = class_indices(forget_class, names)
+    kept = range(len(names)) if retain_classes is None else class_indices(retain_classes, names, "retain_classes")
+    if both := [names[index] for index in forget if retain_classes is not None and index in kept]:
+        raise ConfigurationError(f"dataset.retain_classes names '{both[0]}', which is to be forgotten; leave it out.")
     return DataSpec(
         name=name,
         image_shape=(channels, image_size, image_size),
         label_names=names if conditional else None,
         content_names=names,
-        forget_contents=class_indices(forget_class, names),
+        forget_contents=forget,
         restored_content=None,
         horizontal_flip=horizontal_flip,
+        absent_labels=tuple(index for index in range(len(names)) if index not in kept and index not in forget),
     )
 
 
@@ -185,12 +200,63 @@ def of_tables(
     conditional: bool,
     horizontal_flip: bool,
     label_column: str,
+    retain_classes: Names | None = None,
+    label_set: str = "own",
 ) -> DataSpec | None:
     """Of a local folder of Parquet files that name the classes; None of any other source, which must be read first."""
     wanted = listed("dataset.forget_class", forget_class)
     require_different("dataset.forget_class", [normal_form(str(name)) for name in wanted])
-    names = _named_in_tables(Path(source).expanduser(), label_column)
-    return names and classes(name, names, forget_class, image_size, channels, conditional, horizontal_flip)
+    if label_set == "imagenet":
+        names = imagenet_names()
+        forget_class, retain_classes = (imagenet_classes(part, names) for part in (forget_class, retain_classes))
+    else:
+        names = _named_in_tables(Path(source).expanduser(), label_column)
+    return names and classes(
+        name, names, forget_class, image_size, channels, conditional, horizontal_flip, retain_classes
+    )
+
+
+@cache
+def imagenet_words() -> tuple[tuple[str, ...], ...]:
+    """What each of ImageNet's 1,000 classes is called, in their order: by its number in WordNet, then by words.
+
+    From the files of timm, which is not imported.
+    """
+    folder = Path(find_spec("timm").origin).parent / "data" / "_info"
+    lines = (folder / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8").splitlines()
+    words = dict(line.split("\t", 1) for line in lines)
+    numbers = (folder / "imagenet_synsets.txt").read_text(encoding="utf-8").split()
+    return tuple((number, *words[number].split(", ")) for number in numbers)
+
+
+@cache
+def imagenet_names() -> tuple[str, ...]:
+    """One name for each class: the first of its words, with its number where another class is called so, too."""
+    first = [words[1] for words in imagenet_words()]
+    return tuple(
+        f"{word} ({words[0]})" if first.count(word) > 1 else word
+        for word, words in zip(first, imagenet_words(), strict=True)
+    )
+
+
+def imagenet_class(wanted: str | int, names: tuple[str, ...]) -> str | int:
+    """The name of the class that is called so: its name here, its number in WordNet, one of its words or all of them,
+    with _ for spaces. What is none is given back.
+    """
+    asked = str(wanted).replace("_", " ").lower()
+    known: dict[str, set[str]] = {}
+    for name, words in zip(names, imagenet_words(), strict=True):
+        for word in (*words, ", ".join(words[1:])):
+            known.setdefault(word.lower(), set()).add(name)
+    found = known.get(asked, set())
+    return found.pop() if len(found) == 1 else wanted
+
+
+def imagenet_classes(wanted: Names | None, names: tuple[str, ...]) -> Names | None:
+    """The same of one or several."""
+    if wanted is None or isinstance(wanted, str | int):
+        return wanted and imagenet_class(wanted, names)
+    return [imagenet_class(one, names) for one in wanted]
 
 
 def _named_in_tables(folder: Path, column: str) -> tuple[str, ...] | None:
@@ -246,18 +312,18 @@ def require_different(option: str, names: Sequence[str]) -> None:
         raise ConfigurationError(f"{option} names '{twice[0]}' twice; give each name once.")
 
 
-def class_indices(wanted: Names, names: tuple[str, ...]) -> tuple[int, ...]:
+def class_indices(wanted: Names, names: tuple[str, ...], option: str = "forget_class") -> tuple[int, ...]:
     """The indices of one class or of several, in ascending order, each given as to `class_index`."""
-    found = [class_index(name, names) for name in listed("dataset.forget_class", wanted)]
-    require_different("dataset.forget_class", [names[index] for index in found])
-    if len(found) == len(names) > 1:
+    found = [class_index(name, names, option) for name in listed(f"dataset.{option}", wanted)]
+    require_different(f"dataset.{option}", [names[index] for index in found])
+    if len(found) == len(names) > 1 and option == "forget_class":
         raise ConfigurationError(
             f"dataset.forget_class names all {len(names)} classes, so none would be kept; leave out one or more."
         )
     return tuple(sorted(found))
 
 
-def class_index(wanted: str | int, names: tuple[str, ...]) -> int:
+def class_index(wanted: str | int, names: tuple[str, ...], option: str = "forget_class") -> int:
     """The index of a class given by name or, where no class is called so, by index."""
     name = normal_form(
         str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
@@ -266,9 +332,10 @@ def class_index(wanted: str | int, names: tuple[str, ...]) -> int:
         return names.index(name)
     if name.isdecimal() and int(name) in range(len(names)):
         return int(name)
+    known = f"expected one of {', '.join(names)}" if len(names) <= 100 else f"expected one of {len(names)} names"
     raise ConfigurationError(
-        f"dataset.forget_class={wanted}: there is no such class; expected one of {', '.join(names)}, "
-        f"or an index from 0 to {len(names) - 1}."
+        f"dataset.{option}={wanted}: there is no such class; {known}, or an index from 0 to {len(names) - 1}"
+        f"{near(name, names) if len(names) > 100 else ''}."
     )
 
 

@@ -24,7 +24,7 @@ from unlearn_runner.data.images import Decoder, common_mode, find_images
 from unlearn_runner.data.mnist_trousers import MnistTrousers
 from unlearn_runner.data.sd_concepts import SDConcepts
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.spec import Labels, class_index, class_indices
+from unlearn_runner.spec import Labels, class_index, class_indices, imagenet_words
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the real images in {SHARED}")
 
@@ -230,6 +230,73 @@ def test_one_class_of_a_labelled_dataset(tmp_path):
     assert (len(several.forget), len(several.retain), len(several.forget_test)) == (4, 16, 4)
     assert set(several.forget.contents.tolist()) == set(several.forget_test.contents.tolist()) == {3, 7}
     assert several.sized_by == "dataset.forget_class=[3, 7]"
+
+
+def test_some_images_of_some_classes(tmp_path):
+    settings = {"name": "drawn", "source": str(hub_folder(tmp_path / "a")), "image_size": 8, "forget_class": "7"}
+    data = HubClasses(**settings, retain_classes=["1", 4], images_per_class=1).load()
+    assert data.spec.label_names == tuple("0123456789"), "the model knows all of them"
+    assert data.spec.labels.retain == (1, 4)
+    assert data.spec.labels.forget == (7,)
+    assert sorted(data.retain.labels.tolist()) == sorted(data.retain_test.labels.tolist()) == [1, 4]
+    assert (len(data.forget), len(data.forget_test)) == (1, 1)
+    whole = HubClasses(**settings).load()
+    rows = (whole.retain.labels == 4).nonzero()[:, 0]
+    (four,) = data.retain.pixels[data.retain.labels == 4].flatten(1).tolist()
+    assert four in whole.retain.pixels[rows].flatten(1).tolist()
+    assert torch.equal(HubClasses(**settings, images_per_class=2).load().retain.pixels, whole.retain.pixels)
+    drawn = {
+        HubClasses(**settings, images_per_class=1, seed=seed).load().retain.pixels.numpy().tobytes()
+        for seed in range(4)
+    }
+    assert len(drawn) > 1
+    for wrong, sentence in (
+        ({"retain_classes": ["7", "1"]}, "retain_classes names '7', which is to be forgotten"),
+        ({"retain_classes": ["cow"]}, "dataset.retain_classes=cow: there is no such class"),
+        ({"retain_classes": []}, "dataset.retain_classes must be one or more names"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            HubClasses(**settings | wrong)
+
+
+def test_classes_of_imagenet_by_number_or_word(tmp_path):
+    def folder(name, classes):
+        for split in ("train", "validation"):
+            for number, called in enumerate(classes):
+                place = tmp_path / name / split / called
+                place.mkdir(parents=True)
+                for image in range(2):
+                    shade = (20 * number, 100 * image, 100 * (split == "train"))
+                    Image.new("RGB", (8, 8), shade).save(place / f"{image}.png")
+        return str(tmp_path / name)
+
+    settings = {"name": "imagenet", "image_size": 8, "test_split": "validation", "label_set": "imagenet"}
+    source = folder("some", ["n02099601", "tench", "Siamese_cat"])
+    data = HubClasses(**settings, source=source, forget_class="golden_retriever").load()
+    assert len(data.spec.label_names) == 1000
+    assert data.spec.forget_names == ("golden retriever",)
+    assert data.forget_labels == [207]
+    assert data.spec.labels.retain == (0, 284)
+    assert data.retain.labels.unique().tolist() == [0, 284]
+    assert HubClasses(**settings, source=source, forget_class=["n02123597", 0]).load().forget_labels == [0, 284]
+    kept = HubClasses(**settings, source=source, forget_class="tench", retain_classes=["n02099601"]).load()
+    assert kept.spec.labels.retain == (207,)
+    for wrong, sentence in (
+        (
+            {"forget_class": "golden retreiver"},
+            "one of 1000 names, .* near it: golden retriever",
+        ),
+        ({"forget_class": "zebra"}, "has no class 'zebra', .* it has .*golden retriever"),
+        ({"forget_class": "tench", "retain_classes": ["zebra"]}, "has no class 'zebra'"),
+        ({"forget_class": "crane"}, "dataset.forget_class=crane: there is no such class"),
+    ):
+        with pytest.raises(ConfigurationError, match=sentence):
+            HubClasses(**settings, source=source, **wrong)
+    with pytest.raises(ConfigurationError, match="'golden_eagle_x' is no one class of ImageNet"):
+        HubClasses(**settings, source=folder("odd", ["golden_eagle_x", "tench"]), forget_class="tench")
+    first = [words[0] for words in imagenet_words()]
+    whole = HubClasses(**settings, source=folder("all", first), forget_class="crane (n03126707)")
+    assert whole.spec.forget_contents == (517,)
 
 
 def test_labels_without_names_are_refused(tmp_path):

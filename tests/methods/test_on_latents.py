@@ -1,4 +1,4 @@
-"""Every method that can runs on Stable Diffusion, XL, 3 and FLUX of another's making: random weights, other sizes."""
+"""Every method that can runs on pipelines of another's making: random weights, other sizes."""
 
 import copy
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_bits, marked, options
 from diffusers import DiffusionPipeline
-from pipelines import foreign, foreign_flux, foreign_sd3, foreign_xl
+from pipelines import foreign, foreign_dit, foreign_flux, foreign_sd3, foreign_xl
 from trainers import build_trainer, flat_state
 
-from unlearn_runner.data.sd_concepts import SDConcepts
+from unlearn_runner.assembly import make
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
 from unlearn_runner.models.pipelines import MODELS
 from unlearn_runner.training.checkpoint import open_checkpoint
@@ -25,12 +25,14 @@ DISTILLING = {
 }  # fmt: skip
 PIPELINES = {name: pipeline for pipeline, name in MODELS.items()}
 LATER = ("sdxl", "sd3", "flux")
+PROMPTED = ("critic_guided", "ddpo", "esd", "concept_ablation", "erase_flow")  # not under classes, as DiT draws
 SLOW = {  # the same kinds of step as others'
     *((name, "full", "sd15") for name in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
     ("critic_guided", "lora", "sd15"),
     *((name, "full", kind) for kind in LATER for name in METHODS if name not in ("siss", "esd", "ddpo")),
     *(("critic_guided", "lora", kind) for kind in LATER),
-    *((name, kind) for kind in ("sd15", *LATER) for name in DISTILLING if (name, kind) != ("hybrid", "sd15")),
+    *((name, "full", "dit") for name in METHODS if name != "siss"),
+    *((name, kind) for kind in ("sd15", *LATER, "dit") for name in DISTILLING if (name, kind) != ("hybrid", "sd15")),
 }  # fmt: skip
 SMALL = ("method.num_inference_steps=3", "method.num_rollouts=4", "method.critic_steps=1")
 
@@ -42,22 +44,25 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, folder):
-    more = {"sdxl": foreign_xl, "sd3": foreign_sd3, "flux": foreign_flux}
+    more = {"sdxl": foreign_xl, "sd3": foreign_sd3, "flux": foreign_flux, "dit": foreign_dit}
     return {"sd15": folder} | {name: make(tmp_path_factory.mktemp(name)) for name, make in more.items()}
 
 
 def configuration(composed, folder, method, *more, model="sd15"):
     rolling_out = ("esd", "concept_ablation", "erase_flow")
     small = SMALL if method in ("critic_guided", "ddpo") else SMALL[:1] if method in rolling_out else ()
+    if model == "dit":
+        dataset = ("dataset=digits",)
+    else:
+        dataset = ("dataset=sd_concepts", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]")
+        dataset += ("model.network.trainable=full",)
     return composed(
-        f"method={method}", "dataset=sd_concepts", f"model={model}", f"model.weights={folder}",
-        "model.network.trainable=full", "dataset.concept=trousers", "dataset.retain_concepts=[a seven,a one]",
-        "trainer.batch_size=3", *small, *more,
-    )  # fmt: skip
+        f"method={method}", f"model={model}", f"model.weights={folder}", "trainer.batch_size=3", *dataset, *small, *more
+    )
 
 
-def dataset_of(cfg) -> SDConcepts:
-    return SDConcepts(**{name: value for name, value in cfg["dataset"].items() if name != "_target_"})
+def dataset_of(cfg):
+    return make(cfg["dataset"])
 
 
 def test_every_method_is_looked_at():
@@ -70,16 +75,19 @@ def test_every_method_is_looked_at():
 @pytest.mark.parametrize(
     ("method", "trainable", "kind"),
     marked(
-        [(*of, kind) for kind in ("sd15", *LATER) for of in [
-            *((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora"),
-        ]],
+        [
+            *((*of, kind) for kind in ("sd15", *LATER) for of in [
+                *((method, "full") for method in METHODS), ("siss", "lora"), ("critic_guided", "lora"),
+            ]),
+            *((method, "full", "dit") for method in METHODS if method not in PROMPTED),
+        ],
         SLOW,
     ),
 )  # fmt: skip
 def test_method_moves_the_unet_alone_and_resumes(composed, folders, tmp_path, method, trainable, kind):
     folder = folders[kind]
     more = ["method.update_every=3", "method.agent.batch_size=3"] * (method == "rl_lambda")  # whole rollouts
-    more += [f"model.network.trainable={trainable}", "trainer.max_steps=3"]
+    more += ["trainer.max_steps=3", *([f"model.network.trainable={trainable}"] if kind != "dit" else [])]
     cfg = configuration(composed, folder, method, *more, model=kind)
     data = dataset_of(cfg).load()
 
@@ -116,7 +124,7 @@ def assert_resumed_is(whole, first, second, folder):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), marked([(name, kind) for kind in ("sd15", *LATER) for name in DISTILLING], SLOW)
+    ("name", "kind"), marked([(name, kind) for kind in ("sd15", *LATER, "dit") for name in DISTILLING], SLOW)
 )
 def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folders, tmp_path, name, kind):
     folder = folders[kind]
@@ -142,15 +150,15 @@ def test_distillation_moves_the_unets_of_its_copies_and_resumes(composed, folder
     model = whole.method.model
     labels = torch.tensor([0, 2, 1])
     images = model.sample(3, labels, torch.Generator().manual_seed(5), 2)
-    assert images.shape == (3, 3, 16, 16)
+    assert images.shape == (3, *model.image_shape)
     model.save(tmp_path / "model")
     if name == "hybrid with a student":
         DiffusionPipeline.from_pretrained(tmp_path / "model")
         return
     pipeline = OneStepPipeline.from_pretrained(tmp_path / "model")
-    side = {"sd15": 32, "sdxl": 16, "sd3": 16, "flux": 256}[kind]  # the foreign pipeline's own
-    asked = [model.prompts[label] for label in labels]
-    assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, 3, side, side)
+    side = {"sd15": 32, "sdxl": 16, "sd3": 16, "flux": 256, "dit": 16}[kind]  # the foreign pipeline's own
+    asked = labels if kind == "dit" else [model.prompts[label] for label in labels]
+    assert pipeline(asked, torch.Generator().manual_seed(5)).shape == (3, model.image_shape[0], side, side)
     other = OneStep(copy.deepcopy(teacher), 7)
     other.load(tmp_path / "model")
     assert torch.equal(other.sample(3, labels, torch.Generator().manual_seed(5), 2), images)

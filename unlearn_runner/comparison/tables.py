@@ -302,7 +302,7 @@ def cells_of(
                 continue
             ends = interval(values, bounds_of(column), num_samples.get(counted_of(column)))
             std = stdev(values) if row.aims is not None and len(values) > 1 else None
-            z = z_of(mean(values), oracles_of(rows, column)) if row.is_method else None
+            z = z_of(column, mean(values), oracles_of(rows, column)) if row.is_method else None
             of = max(len(row.seeds), len(values))
             cells[place][column] = Cell(mean(values), ends, len(values), of, False, std, z)
             if row.is_method and row.label in may_win and (how_bad := badness(rows, row, column)):
@@ -377,7 +377,7 @@ def spread_of_oracles(rows: list[Row]) -> list[str]:
     said = (
         f"oracle: mean ± standard deviation of {count} models that never saw the forget set; all else ± half the 95 %"
     )
-    differ = any(z_of(0.0, oracles_of(rows, column)) is not None for row in named for column in row.values)
+    differ = any(z_of(column, 0.0, oracles_of(rows, column)) is not None for row in named for column in row.values)
     of_z = what_z_says(count) if differ else "No z, for all of them have the same scores."
     return [f"{said} interval over seeds. {of_z}"]
 

@@ -92,8 +92,9 @@ class ForgetRetain:
         """Hash of every array and name: two datasets with the same one are the same to the byte."""
         known = self.spec._asdict()
         del known["name"]
-        if known["label_contents"] is None:
-            del known["label_contents"]
+        for later in ("label_contents", "absent_labels"):  # fingerprints from before there could be some stay
+            if not known[later]:
+                del known[later]
         if len(known["forget_contents"]) == 1:  # a number, as in fingerprints from before there could be several
             (known["forget_contents"],) = known["forget_contents"]
         digest = hashlib.sha256(repr(tuple(known.values())).encode())

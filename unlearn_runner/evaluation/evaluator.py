@@ -158,7 +158,9 @@ class Evaluator:
         self.clip = clip
         self.sampling = sampling
         self.retain_labels = [
-            label for label in range(len(data.spec.label_names or ())) if label not in data.forget_labels
+            label
+            for label in range(len(data.spec.label_names or ()))
+            if label not in data.forget_labels and label not in data.spec.absent_labels
         ]
         self.conditions = self._conditions()
         require_references(metrics, sampling, data)

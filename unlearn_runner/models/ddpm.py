@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 class ClassUNet(Backbone):
     """UNet2DModel, class-conditional or not. Conditions are class indices [b], or None; it knows no null condition."""
 
-    prompts = None
     flows = True
 
     def __init__(self, unet: "UNet2DModel"):
@@ -64,9 +63,6 @@ class ClassUNet(Backbone):
     ) -> Float[Tensor, "b c h w"]:
         return self.unet(x_t, time, class_labels=condition.label, return_dict=False)[0]
 
-    def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        raise TypeError("it draws under class labels, not under texts")
-
     def freeze_for_unlearning(self) -> None:
         """Nothing to freeze."""
 
@@ -77,12 +73,6 @@ class ClassUNet(Backbone):
     @property
     def components(self) -> dict[str, Any]:
         return {"unet": self.unet}
-
-    def require(self, folder: Path) -> None:
-        pass
-
-    def take(self, folder: Path) -> None:
-        pass
 
     def save(self, components: dict[str, Any], folder: Path) -> None:
         from diffusers import DDPMPipeline

@@ -47,11 +47,9 @@ class Part(nn.Module, ABC):
     def components(self) -> dict[str, Any]:
         """What a pipeline gets of this part, by its names there."""
 
-    @abstractmethod
     def require(self, folder: Path) -> None:
         """Raise ConfigurationError if what a folder holds beside the networks does not fit them."""
 
-    @abstractmethod
     def take(self, folder: Path) -> None:
         """Take over what a folder holds beside the networks' weights, which are there already."""
 
@@ -97,18 +95,12 @@ class Pixels(Codec):
     def picture(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return clipped(x0)
 
-    def require(self, folder: Path) -> None:
-        pass
-
-    def take(self, folder: Path) -> None:
-        pass
-
 
 class Backbone(Part):
     """The network that predicts on the path, and what makes its conditions."""
 
     num_labels: int | None
-    prompts: tuple[str, ...] | None
+    prompts: tuple[str, ...] | None = None
     flows: bool  # whether it is known on flows, too
 
     @property
@@ -129,9 +121,9 @@ class Backbone(Part):
         self, x_t: Float[Tensor, "b c h w"], time: Shaped[Tensor, "b"], condition: Condition
     ) -> Float[Tensor, "b c h w"]: ...
 
-    @abstractmethod
     def embed(self, prompts: "Sequence[str]") -> Float[Tensor, "n s d"]:
         """Conditions for any texts, if it has `prompts`."""
+        raise TypeError("it draws under class labels, not under texts")
 
     def embeddings(self, cond: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b s d"]:
         """Of prompts by their number, -1 being what guidance leads away from, or of embeddings; if it has `prompts`."""

@@ -82,9 +82,6 @@ class Latents(Codec):
     def components(self) -> dict[str, Any]:
         return {"vae": self.vae}
 
-    def require(self, folder: Path) -> None:
-        pass
-
     def take(self, folder: Path) -> None:
         from diffusers import AutoencoderKL
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("F64", "F32", "F16", "BF16")  # read, into the network's own; others are quantised
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+FORMER_KINDS = {"DiTTransformer2DModel": "Transformer2DModel"}  # what diffusers called it before 0.28
 PREFIX = "text_model."  # which transformers 4 puts before the names of CLIP's text encoder, and 5 does not
 BESIDE = ("position_ids", "text_projection.weight", "visual_projection.weight", "logit_scale")  # of a whole CLIP
 NOT_ARCHITECTURE = ("dropout", "scaling_factor", "shift_factor", "force_upcast")  # of the same weights
@@ -85,7 +86,7 @@ def json_in(file: Path) -> dict[str, Any]:
 
 def require_kind(folder: Path, found: str | None, expected: str) -> None:
     """Raise ConfigurationError if a config names another class than the one that would be built of it."""
-    if found not in (None, expected):
+    if found not in (None, expected, FORMER_KINDS.get(expected)):
         raise ConfigurationError(f"{folder} holds a {found}, and only a {expected} can be read there.")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import ddpm
+from unlearn_runner.models.dit import dit
 from unlearn_runner.models.flux import ClipAndT5
 from unlearn_runner.models.latents import pixels_a_side
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, reading
@@ -89,6 +90,9 @@ class OneStepPipeline(DiffusionPipeline):
             generator = torch.Generator(self.device).manual_seed(torch.seed())
         if self.vae is None:
             network, cond = ddpm(self.unet, self.scheduler), torch.as_tensor(asked, device=self.device)
+        elif type(self.transformer).__name__ == "DiTTransformer2DModel":
+            network = dit(self.transformer, self.vae, self.scheduler)
+            cond = torch.as_tensor(asked, device=self.device)
         else:
             network = self.unet if self.transformer is None else self.transformer
             side = network.config.get("sample_size", FLUX_SIZE) * pixels_a_side(self.vae)

@@ -1,8 +1,9 @@
-"""The parts that a text-to-image pipeline's folder describes, as diffusers' `save_pretrained` writes it."""
+"""The parts that a latent model's pipeline folder describes, as diffusers' `save_pretrained` writes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ MODELS = {  # what to take for a pipeline
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "DiTPipeline": "dit",
 }
 
 
@@ -35,8 +37,8 @@ class PipelineKind(NamedTuple):
     name: str
     part: str  # the network's folder
     network: str
-    encoders: dict[str, str]  # of texts
-    tokenizers: dict[str, str]
+    encoders: Mapping[str, str] = MappingProxyType({})  # of texts
+    tokenizers: Mapping[str, str] = MappingProxyType({})
     optional: tuple[str, ...] = ()  # text encoders that may be left out
     flows: bool = False
 

@@ -240,7 +240,7 @@ class Record:
         in_spreads = {
             key: z
             for key in spread
-            if key in after and (z := z_of(after[key], [each.scores[key] for each in self.compared])) is not None
+            if key in after and (z := z_of(key, after[key], [each.scores[key] for each in self.compared])) is not None
         }
         if in_spreads:
             self.score(step, {f"gap_z/{key}": value for key, value in in_spreads.items()})
@@ -259,7 +259,7 @@ class Record:
         for logger in self.loggers:
             logger.table("results", ["metric", *columns], rows)
         seconds = time.perf_counter() - self.started
-        self.console.print(f"{seconds:.0f} s; everything is in {self.path}", soft_wrap=True)
+        self.console.print(f"this command took {seconds:.0f} s; everything is in {self.path}", soft_wrap=True)
         if lost := [f"eval/{name}" for name in HEADLINES if f"eval/{name}" in self.not_finite and name not in after]:
             raise NonFiniteError(
                 f"{', '.join(lost)}: not a finite number, all else that was measured is in {self.path}"

@@ -76,11 +76,11 @@ class RunRecorder:
             found = self.probe(model)
         forget_rate = self.record.progress.forget_rate = found.scores["forget_rate"]
         self.record.evaluation(clock.step, "eval", found, f"step_{clock.step:06d}")
-        if forget_rate == 0:
+        if forget_rate > 0:
+            self.deletion_steps.pop("lasting_deletion_steps", None)
+        elif self.before.scores["forget_rate"] > 0:  # else there was nothing to delete that a look could see
             taken = clock.run_step
             self.deletion_steps = {"deletion_steps": taken, "lasting_deletion_steps": taken} | self.deletion_steps
-        else:
-            self.deletion_steps.pop("lasting_deletion_steps", None)
         if self.threshold is not None and not self.reached and forget_rate <= self.threshold:
             self._reach(clock, model)
 
