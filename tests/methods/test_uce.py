@@ -129,3 +129,16 @@ def test_rounds_take_away_what_still_makes_the_concept():
             (found @ new.T - concept @ old.T).norm().item() for new, old in zip(after, before, strict=True)
         )
     assert left[3] > 2 * left[0]
+
+
+def test_rounds_do_not_give_the_concept_back():
+    """Each round moves the weights for what it found; the concept itself is edited with it, or it comes back."""
+    away = {}
+    for name, more in {"uce": {"rounds": 0}, "again": {"rounds": 4}, "alone": {"rounds": 4, "again": False}}.items():
+        model = tiny()
+        before = weights_of(model)
+        uce(model, concepts=[PROMPTS[1]], anchor=PROMPTS[0], tokens="onwards", ridge=0.01, **more).step(NOTHING)
+        pairs = zip(read(model, PROMPTS[1], weights_of(model)), read(model, PROMPTS[0], before), strict=True)
+        away[name] = sum((new[:2] - old[:2]).norm().item() for new, old in pairs)
+    assert away["again"] < 2 * away["uce"]
+    assert away["alone"] > 2 * away["again"]

@@ -70,6 +70,7 @@ class UCE(Method):
         erase, preserve, ridge: how much a concept, a preserved text and a weight that moves count.
         rounds: how many times after the first one what still makes the concepts is looked for.
         search_ridge: how much long tokens cost in that.
+        again: each of these rounds edits the concepts, too; else what is found alone, as the paper has it [?].
     """
 
     requires = ("prompts", "base")
@@ -88,6 +89,7 @@ class UCE(Method):
         ridge: PositiveFloat = 0.5,
         rounds: NonNegativeInt = 0,
         search_ridge: PositiveFloat = 0.1,
+        again: bool = True,
     ):
         labels = setting.labels
         self.networks = (setting.model,)
@@ -97,7 +99,7 @@ class UCE(Method):
         self.preserved = kept if preserved is None else list(preserved)
         self.tokens = tokens
         self.erase, self.preserve, self.ridge = erase, preserve, ridge
-        self.rounds, self.search_ridge = rounds, search_ridge
+        self.rounds, self.search_ridge, self.again = rounds, search_ridge, again
 
     @property
     def model(self) -> GenerativeModel:
@@ -118,7 +120,11 @@ class UCE(Method):
         # 3. RECE: what still makes the concepts is read as the anchor, too
         for _ in range(self.rounds):
             found = still_says(weights, before, concepts, self.search_ridge)
-            weights = [self._edit(new, found, goal, preserved) for new, goal in zip(weights, goals, strict=True)]
+            edited_too = torch.cat([found, concepts]) if self.again else found
+            weights = [
+                self._edit(new, edited_too, goal.repeat(len(edited_too) // len(goal), 1), preserved)
+                for new, goal in zip(weights, goals, strict=True)
+            ]
         for layer, new in zip(layers, weights, strict=True):
             layer.weight.copy_(new)
         moved = sum((new - old).square().sum() for new, old in zip(weights, before, strict=True))
