@@ -134,15 +134,16 @@ def build_parts(cfg: Config) -> Parts:
     for path, look in looks_of(evaluation).items():
         if look is not None:
             require_enough_samples(look.metrics, look.sampling, judge.num_features, num_labels, path)
-    network = hardware.prepare(build_network(cfg, dataset.spec, seed))
+    network = build_network(cfg, dataset.spec, seed)
+    if plan.init == "base":  # before it is placed: on the device are then no weights that are to be halved
+        network.freeze_for_unlearning()
+    network = hardware.prepare(network)
     for source in evaluation.own_oracles:
         reader_of(network, source, "evaluation.oracle")
     if network.is_diffusion:
         rules.require_steps_everywhere(cfg, network.num_train_timesteps)
     if network.prompts is not None:
         require_told_apart(network, dataset.spec.labels)
-    if plan.init == "base":
-        network.freeze_for_unlearning()
     clip = make(cfg["clip"]["network"])
     if clip is not None:
         hardware.place(clip)

@@ -658,6 +658,12 @@ def _models_and_methods(cfg: Mapping[str, Any]) -> None:
             method["state_dependent_std"], method["kl_weight"],
         )  # fmt: skip
         whole_rollouts(method, trainer["max_steps"])
+    precision = cfg["hardware"].get("mixed_precision")
+    if network.get("frozen_dtype") == "bfloat16" and precision != "bf16":
+        raise ConfigurationError(
+            "model.network.frozen_dtype=bfloat16 needs hardware.mixed_precision=bf16, so that the network computes in "
+            f"it, got {precision}."
+        )
     if cfg["hardware"].get("compile") and not (_is_diffusion(cfg)):
         raise ConfigurationError("hardware.compile must be false, got true: this model has no UNet.")
     processes, most = cfg["hardware"].get("num_processes"), max(8, os.cpu_count() or 1)

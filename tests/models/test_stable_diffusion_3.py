@@ -76,14 +76,16 @@ SMALL = {
 @pytest.mark.parametrize(("shift", "t5_tokens", "patch_size"), [(1.0, 0, 2), (3.0, 0, 1), (1.0, 6, 2)])
 def test_a_fresh_one_draws_what_its_pipeline_draws(tmp_path, shift, t5_tokens, patch_size):
     sizes = {"shift": shift, "t5_tokens": t5_tokens, "patch_size": patch_size}
-    model = build_sd3(SHAPE, PROMPTS, 0, "auto", "full", 4, False, 2.0, **sizes, **SMALL)
+    model = build_sd3(SHAPE, PROMPTS, 0, "auto", "full", 4, False, guidance_scale=2.0, **sizes, **SMALL)
     with torch.no_grad():
         for weight in model.backbone.network.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
     model.save(tmp_path)
     theirs = drawn_by_pipeline(tmp_path, model, 4, max_sequence_length=t5_tokens, text_encoder_3=None, tokenizer_3=None)
     torch.testing.assert_close(drawn(model, 4), theirs, atol=1e-5, rtol=1e-4)
-    again = build_sd3(SHAPE, PROMPTS, 1, str(tmp_path), "full", 4, False, 2.0, t5=False, t5_tokens=t5_tokens)
+    again = build_sd3(
+        SHAPE, PROMPTS, 1, str(tmp_path), "full", 4, False, guidance_scale=2.0, t5=False, t5_tokens=t5_tokens
+    )
     again.load(tmp_path)
     assert torch.equal(drawn(again, 4), drawn(model, 4))
     twin, other = (build_sd3(SHAPE, PROMPTS, seed, "auto", **sizes, **SMALL) for seed in (0, 1))

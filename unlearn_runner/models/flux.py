@@ -16,7 +16,7 @@ from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
 from unlearn_runner.models.texts import Texts, last_of_t5, with_pooled
-from unlearn_runner.options import NonNegativeFloat, Trainable, Width
+from unlearn_runner.options import FrozenType, NonNegativeFloat, Trainable, Width
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -89,6 +89,7 @@ def build_flux(
     trainable: Trainable = "lora",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
+    frozen_dtype: FrozenType = "float32",
     embedded_guidance: NonNegativeFloat = 3.5,
     t5_tokens: Annotated[int, Ge(1), Le(512)] = 512,
 ) -> Diffusion:
@@ -104,7 +105,7 @@ def build_flux(
     guidance = float(embedded_guidance) if found.network.config.guidance_embeds else None
     texts = ClipAndT5(list(found.tokenizers.values()), list(found.encoders.values()), guidance, t5_tokens)
     parts = Parts(found.vae, texts, found.network, found.scheduler)
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
     return fitting_dataset(parts, weights, image_shape, label_names, 1.0, tuning, seed)
 
 

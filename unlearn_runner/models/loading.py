@@ -4,7 +4,7 @@ Headers say which tensors a file holds, so that weights which do not fit are ref
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,13 +60,32 @@ def part_of(folder: Path, name: str) -> Path:
 
 
 def network_in(kind: Any, folder: Path) -> Any:
-    """The network of diffusers' that a folder's config describes, with whatever weights.
+    """The network of diffusers' that a folder's config describes, its weights zeros until others are read.
 
     Raises ConfigurationError if it describes another kind.
     """
     require_kind(folder, json_in(folder / "config.json").get("_class_name"), kind.__name__)
-    with torch.random.fork_rng(devices=[]):  # the first weights, which others replace, cost no one a draw
-        return kind.from_config(kind.load_config(folder))
+    return without_weights(lambda: kind.from_config(kind.load_config(folder)))
+
+
+def without_weights(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `make` makes, with zeros for weights, and its buffers as ever.
+
+    To draw first weights, which others replace, takes minutes of a large network, and memory; zeros take none until
+    they are written to.
+    """
+    from accelerate import init_empty_weights
+
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        module = make()
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None and weight.is_meta:
+                zeros = torch.zeros(weight.shape, dtype=weight.dtype)
+                part._parameters[name] = nn.Parameter(zeros, weight.requires_grad)
+    if hasattr(module, "tie_weights"):  # transformers', two names of one tensor
+        module.tie_weights()
+    return module
 
 
 def json_in(file: Path) -> dict[str, Any]:

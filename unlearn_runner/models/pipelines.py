@@ -6,7 +6,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from unlearn_runner.errors import ConfigurationError
@@ -18,6 +17,7 @@ from unlearn_runner.models.loading import (
     reading_part,
     require_kind,
     scheduler_in,
+    without_weights,
 )
 from unlearn_runner.models.texts import keep_libraries_quiet, require_vocabulary, tokenizer_in, tokenizer_of
 from unlearn_runner.weights import fetched, located
@@ -44,7 +44,7 @@ class PipelineKind(NamedTuple):
 
 
 class Described(NamedTuple):
-    """What a folder describes; all but the tokenizers with whatever weights."""
+    """What a folder describes; networks with zeros for weights."""
 
     index: dict[str, Any]
     network: nn.Module
@@ -72,8 +72,7 @@ def described(
         config = cls.config_class
         if config.__name__ == "CLIPConfig":
             config = transformers.CLIPTextConfig
-        with torch.random.fork_rng(devices=[]):  # the first weights, which `load` replaces, cost no one a draw
-            return cls(config.from_pretrained(folder / name))
+        return without_weights(lambda: cls(config.from_pretrained(folder / name)))
 
     keep_libraries_quiet()
     folders = (kind.part, "vae", *kind.encoders, *kind.tokenizers, "scheduler")

@@ -105,11 +105,16 @@ class Tuning(NamedTuple):
     these the keys' and values' alone (ESD-x-strict of its code; Concept Ablation's, 2303.13516);
     "not_cross_attention": all others (ESD-u); "lora": low-rank additions (2106.09685) to all attention projections,
     which `save` adds to the weights.
+
+    `frozen_dtype`: "bfloat16" keeps what stays as it is in half the memory: the text encoders, which then compute in
+    it, and the matrices and kernels of the network that are not trained, which lose nothing where it computes in
+    bfloat16 anyway (`hardware.mixed_precision`).
     """
 
     trainable: str = "full"
     lora_rank: int = 4
     gradient_checkpointing: bool = False  # of the network: less memory for a second pass forward
+    frozen_dtype: str = "float32"
 
 
 @final
@@ -157,7 +162,7 @@ class Prompted(Backbone):
         return len(self.prompts)
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        return self.texts.embed(prompts)
+        return self.texts.embed(prompts).float()
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
         return self.texts.last_tokens(text)
@@ -178,7 +183,7 @@ class Prompted(Backbone):
 
     def _embedded(self) -> Float[Tensor, "n s d"]:
         """Of all prompts, and of what guidance leads away from, whose number is -1."""
-        return torch.cat([self.embed(self.prompts), self.texts.empty()])
+        return torch.cat([self.embed(self.prompts), self.texts.empty().float()])
 
     def conditions(self, cond: Shaped[Tensor, "b ..."]) -> Condition:
         return self.texts.condition(self.embeddings(cond))
@@ -194,7 +199,7 @@ class Prompted(Backbone):
     def freeze_for_unlearning(self) -> None:
         """All but what `tuning` names; LoRA's additions are made here."""
         self.texts.requires_grad_(False).eval()
-        trainable, lora_rank, gradient_checkpointing = self.tuning
+        trainable, lora_rank, gradient_checkpointing, frozen_dtype = self.tuning
         self.network.requires_grad_(trainable == "full")
         if trainable not in ("full", "lora"):
             for name, weight in self.network.named_parameters():
@@ -215,6 +220,11 @@ class Prompted(Backbone):
                 )
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
+        if frozen_dtype == "bfloat16":
+            self.texts.to(torch.bfloat16)
+            for module in self.network.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
+                    module.weight.data = module.weight.data.to(torch.bfloat16)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -18,6 +18,7 @@ from unlearn_runner.options import (
     AutoencoderOptions,
     Channels,
     Depth,
+    FrozenType,
     GuidanceScale,
     NumTokens,
     OpenUnitInterval,
@@ -50,6 +51,7 @@ def build_stable_diffusion(
     trainable: Trainable = "full",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = False,
+    frozen_dtype: FrozenType = "float32",
     guidance_scale: GuidanceScale = 7.5,
     prediction_type: PredictionType = "epsilon",
     block_out_channels: Channels = (32, 64),
@@ -117,7 +119,7 @@ def build_stable_diffusion(
     else:
         parts = _parts_of(weights, PLAIN, tuple(image_shape))
         rules.prediction_of_weights(weights, prediction_type, parts.scheduler.config.prediction_type)
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
     return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
 
@@ -129,6 +131,7 @@ def build_sdxl(
     trainable: Trainable = "lora",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
+    frozen_dtype: FrozenType = "float32",
     guidance_scale: GuidanceScale = 5.0,
 ) -> Diffusion:
     """SDXL that draws under the prompts `label_names`, its base model alone; the refiner is not needed.
@@ -138,7 +141,7 @@ def build_sdxl(
     """
     rules.prompts_for_texts(bool(label_names))
     parts = _parts_of(weights, XL, tuple(image_shape))
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
     return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
 

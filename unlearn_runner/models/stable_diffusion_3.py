@@ -25,7 +25,7 @@ from unlearn_runner.models.texts import (
     last_of_t5,
     with_pooled,
 )
-from unlearn_runner.options import AutoencoderOptions, Depth, GuidanceScale, NumTokens, Trainable, Width
+from unlearn_runner.options import AutoencoderOptions, Depth, FrozenType, GuidanceScale, NumTokens, Trainable, Width
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -113,6 +113,7 @@ def build_sd3(
     trainable: Trainable = "lora",
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
+    frozen_dtype: FrozenType = "float32",
     guidance_scale: GuidanceScale = 7.0,
     t5: bool = True,
     t5_tokens: Annotated[int, Ge(0), Le(512)] = 256,
@@ -163,7 +164,7 @@ def build_sd3(
             t5_tokens,
         )
         parts = Parts(found.vae, texts, found.network, found.scheduler)
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
     model = fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
     most = parts.network.config.pos_embed_max_size * parts.network.config.patch_size
     if max(model.sample_shape[1:]) > most:

@@ -34,7 +34,9 @@ from unlearn_runner.types import make_generator
 
 VERSION = 1  # raise it when the same recipe comes to give other weights
 CHECKPOINTS = "checkpoints"  # of a training that was interrupted, in its cache entry to be
-AFTER_THE_BASE = ("trainable", "lora_rank", "gradient_checkpointing", "guidance_scale")  # leave its weights as they are
+AFTER_THE_BASE = (  # leave its weights as they are
+    *("trainable", "lora_rank", "gradient_checkpointing", "frozen_dtype", "guidance_scale"),
+)
 TITLES = {
     "all": "training the base model",
     "retain": "training the oracle of seed {seed}, which never sees the forget set",
