@@ -383,16 +383,18 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
     held against is that of a large matrix product in bf16, timed here. Random weights, random latents of 64x64.
     """
     import torch
+    from memory import sized
     from torch.utils.flop_counter import FlopCounterMode
 
     from unlearn_runner.hardware import Hardware
     from unlearn_runner.methods.denoising import Denoising
     from unlearn_runner.methods.method import Setting, Update
+    from unlearn_runner.models.prompted import Tuning
     from unlearn_runner.types import Batch
 
     hardware = Hardware("cuda", channels_last=None, mixed_precision=None, deterministic=False, cuda_graphs=None)
     hardware.apply()
-    model = hardware.prepare(sd15_sized("full", device="cuda"))
+    model = hardware.prepare(sized("sd15", Tuning("full"), device="cuda"))
     model.freeze_for_unlearning()
     method = Denoising(
         Setting(model, torch.Generator("cuda").manual_seed(0)), partial(Update, optimizer=torch.optim.AdamW)
@@ -429,47 +431,6 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
         "share_of_matrix_product": operations / seconds / rate,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
-
-
-def sd15_sized(trainable: str = "lora", device: str = "cpu", **tuning: Any) -> Any:
-    """Stable Diffusion 1.5 by its sizes, with random weights, for pictures of 512x512; the UNet is made on `device`."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from unlearn_runner.models.prompted import Parts, Tuning, text_to_image
-    from unlearn_runner.models.texts import ClipTexts, build_tokenizer
-
-    with torch.device(device):
-        unet = UNet2DConditionModel(
-            sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-            cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
-        )  # fmt: skip
-    tokenizer = build_tokenizer([], 77)
-    parts = Parts(
-        vae=AutoencoderKL(
-            in_channels=3, out_channels=3, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-            latent_channels=4, norm_num_groups=32, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ),
-        texts=ClipTexts(
-            tokenizer,
-            CLIPTextModel(
-                CLIPTextConfig(
-                    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                    num_attention_heads=12, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                )
-            ),
-        ),
-        network=unet,
-        scheduler=PNDMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, steps_offset=1
-        ),
-    )  # fmt: skip
-    return text_to_image(parts, (3, 512, 512), ("a picture",), tuning=Tuning(trainable, **tuning))
 
 
 def start_up() -> dict[str, float]:
