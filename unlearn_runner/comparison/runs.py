@@ -13,6 +13,9 @@ from unlearn_runner.errors import first_line, plain
 from unlearn_runner.owner import owner_of
 from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, bounded_yaml
 
+NO_FACT = (  # of a network, what leaves the base as it is
+    *("weights", "trainable", "lora_rank", "gradient_checkpointing", "frozen_dtype"),
+)
 # Of provenance.evaluation: what took how long, how intervals within one run were made, which rows of the pictures are
 # which, change no score.
 NO_SCORE = ("seconds", "bootstrap", "forget_rows")
@@ -135,7 +138,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             seed=seed,
             metrics=finite(numbers),
             facts=facts_of(config, provenance["evaluation"]),
-            settings=settings_of(config.get("method") or {}),
+            settings=settings_of(config.get("method") or {}) | tuning_of(config),
             environment=flat(provenance.get("environment") or {}),
             oracles={one_line(oracle["digest"]): finite(numbers_of(oracle)) for oracle in summary.get("oracles") or []},
             version=version if isinstance(version, int) else 1,
@@ -211,7 +214,7 @@ def facts_of(config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
             "model": choices.get("model"),
             "steps": plan.get("max_steps"),
             "batch_size": plan.get("batch_size"),
-            **{f"model.{key}": value for key, value in flat(model.get("network") or {}).items() if key != "weights"},
+            **{f"model.{key}": value for key, value in flat(model.get("network") or {}).items() if key not in NO_FACT},
             **{f"base training.{key}": value for key, value in settings_of(model.get("pretraining") or {}).items()},
             **{f"clip.{key}": value for key, value in (settings_of(clip) if trained_here else {}).items()},
             **{
@@ -221,6 +224,13 @@ def facts_of(config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, An
         }
     )
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def tuning_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Which of the network's weights the method moves: a setting of its own, where a model leaves the choice."""
+    network = flat((config.get("model") or {}).get("network") or {})
+    keys = ("trainable", "lora_rank") if network.get("trainable") == "lora" else ("trainable",)
+    return {f"model.{key}": network[key] for key in keys if key in network}
 
 
 def settings_of(part: dict[str, Any]) -> dict[str, Any]:
