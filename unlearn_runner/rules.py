@@ -215,6 +215,11 @@ def heads_of_texts(weights: str, text_width: int) -> None:
         raise ConfigurationError(f"model.network.text_width must divide by 4, got {text_width}.")
 
 
+def another_split(test_split: str) -> None:
+    if test_split == "train":
+        raise ConfigurationError("dataset.test_split must be another split than 'train', which is learnt from.")
+
+
 def classes_for_dit(conditional: bool) -> None:
     if not conditional:
         raise ConfigurationError("DiT draws under class labels, the dataset has none; take dataset.conditional=true.")

@@ -254,6 +254,7 @@ def test_some_images_of_some_classes(tmp_path):
         ({"retain_classes": ["7", "1"]}, "retain_classes names '7', which is to be forgotten"),
         ({"retain_classes": ["cow"]}, "dataset.retain_classes=cow: there is no such class"),
         ({"retain_classes": []}, "dataset.retain_classes must be one or more names"),
+        ({"test_split": "train"}, "dataset.test_split must be another split than 'train'"),
     ):
         with pytest.raises(ConfigurationError, match=sentence):
             HubClasses(**settings | wrong)

@@ -51,6 +51,7 @@ class HubClasses(Dataset):
         seed: Seed = 0,
     ):
         rules.known_colour(background)
+        rules.another_split(test_split)
         self.source = source
         self.tables = {part: open_split(source, part, "dataset.source") for part in ("train", test_split)}
         self.own_names = class_names(self.tables["train"], "dataset.source", label_column)
