@@ -3,8 +3,8 @@
     python scripts/memory.py                 # a table in Markdown
     python scripts/memory.py --rank 16
 
-GiB of weights, gradients, the optimizer's moments and the average of the weights. What a pass keeps for its way back
-comes on top: it depends on picture, batch and `gradient_checkpointing`, and has to be measured.
+GiB of weights, gradients, the optimizer's moments and the average of the weights. What the forward pass keeps for the
+backward pass comes on top: it depends on picture, batch and `gradient_checkpointing`, and has to be measured.
 """
 
 import argparse
@@ -156,9 +156,9 @@ def taken_by(name: str, rank: int = 4) -> Taken:
     there are five copies (themselves, gradient, two moments, average) in 32 bits. Full: of the network there are five.
     """
     with torch.device("meta"):
-        network, autoencoder = SIZES[name].network(), SIZES[name].autoencoder()
+        network, vae = SIZES[name].network(), count(SIZES[name].autoencoder())
         texts = sum(count(make()) for make in SIZES[name].encoders)
-    own, vae, added = count(network), count(autoencoder), additions(network, rank)
+    own, added = count(network), additions(network, rank)
     trained = 5 * 4 * added
     return Taken(
         own, texts, vae, added,

@@ -207,6 +207,8 @@ def of_tables(
     wanted = listed("dataset.forget_class", forget_class)
     require_different("dataset.forget_class", [normal_form(str(name)) for name in wanted])
     if label_set == "imagenet":
+        if retain_classes is None:  # those that the source has
+            return None
         names = imagenet_names()
         forget_class, retain_classes = (imagenet_classes(part, names) for part in (forget_class, retain_classes))
     else:

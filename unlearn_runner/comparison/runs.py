@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from unlearn_runner.errors import first_line, plain
+from unlearn_runner.options import TUNING
 from unlearn_runner.owner import owner_of
 from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, bounded_yaml
 
-NO_FACT = (  # of a network, what leaves the base as it is
-    *("weights", "trainable", "lora_rank", "gradient_checkpointing", "frozen_dtype"),
-)
+NO_FACT = ("weights", *TUNING)  # of a network, what leaves the base as it is
 # Of provenance.evaluation: what took how long, how intervals within one run were made, which rows of the pictures are
 # which, change no score.
 NO_SCORE = ("seconds", "bootstrap", "forget_rows")

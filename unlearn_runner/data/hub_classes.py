@@ -85,7 +85,7 @@ class HubClasses(Dataset):
         unknown = [own for own, name in zip(self.own_names, found, strict=True) if name not in names]
         if len(found) == len(names) and all(
             called in (name, own) for called, name, own in zip(found, names, self.own_names, strict=True)
-        ):  # a name that two classes have is told by its place
+        ):  # a name that two classes share: the order says which it is
             return list(range(len(names)))
         if unknown:
             raise ConfigurationError(

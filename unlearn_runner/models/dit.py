@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Backbone, Diffusion
-from unlearn_runner.models.latents import Latents, pixels_a_side
+from unlearn_runner.models.latents import Latents, pixels_a_side, require_autoencoder
 from unlearn_runner.models.model import Condition
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
-from unlearn_runner.models.stable_diffusion import require_autoencoder
 from unlearn_runner.options import GuidanceScale
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
+from unlearn_runner.models.latents import require_autoencoder
 from unlearn_runner.models.model import Condition
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
-from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
+from unlearn_runner.models.stable_diffusion import fitting_dataset
 from unlearn_runner.models.texts import Texts, last_of_t5, with_pooled
 from unlearn_runner.options import FrozenType, NonNegativeFloat, Trainable, Width
 

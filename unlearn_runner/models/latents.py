@@ -9,6 +9,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.distributed import in_shares
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Codec
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, fitting, load_weights, reading
 from unlearn_runner.models.model import GenerativeModel, Noising, clipped, passed, squared_error
@@ -41,6 +42,17 @@ def build_autoencoder(
         shift_factor=shift,
         **options,
     )
+
+
+def require_autoencoder(vae: torch.nn.Module) -> None:
+    """Raise ConfigurationError unless its latents are read here, and it gives back what it takes."""
+    for name in ("latents_mean", "latents_std"):
+        if vae.config.get(name) is not None:
+            raise ConfigurationError(f"its autoencoder shifts its latents ({name}), which is not read here.")
+    if vae.config.in_channels != vae.config.out_channels:
+        raise ConfigurationError(
+            f"its autoencoder turns {vae.config.in_channels} channels into {vae.config.out_channels}."
+        )
 
 
 @final

@@ -183,7 +183,7 @@ class Prompted(Backbone):
 
     def _embedded(self) -> Float[Tensor, "n s d"]:
         """Of all prompts, and of what guidance leads away from, whose number is -1."""
-        return torch.cat([self.embed(self.prompts), self.texts.empty().float()])
+        return torch.cat([self.texts.embed(self.prompts), self.texts.empty()]).float()
 
     def conditions(self, cond: Shaped[Tensor, "b ..."]) -> Condition:
         return self.texts.condition(self.embeddings(cond))

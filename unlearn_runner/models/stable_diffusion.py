@@ -8,7 +8,7 @@ import torch
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
-from unlearn_runner.models.latents import build_autoencoder, pixels_a_side
+from unlearn_runner.models.latents import build_autoencoder, pixels_a_side, require_autoencoder
 from unlearn_runner.models.loading import require_channels
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
@@ -207,14 +207,3 @@ def _require_fitting(parts: Described) -> None:
             )
     require_autoencoder(parts.vae)
     path_of(parts.scheduler)
-
-
-def require_autoencoder(vae: torch.nn.Module) -> None:
-    """Raise ConfigurationError unless its latents are read here, and it gives back what it takes."""
-    for name in ("latents_mean", "latents_std"):
-        if vae.config.get(name) is not None:
-            raise ConfigurationError(f"its autoencoder shifts its latents ({name}), which is not read here.")
-    if vae.config.in_channels != vae.config.out_channels:
-        raise ConfigurationError(
-            f"its autoencoder turns {vae.config.in_channels} channels into {vae.config.out_channels}."
-        )

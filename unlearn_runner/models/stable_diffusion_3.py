@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
-from unlearn_runner.models.latents import build_autoencoder, pixels_a_side
+from unlearn_runner.models.latents import build_autoencoder, pixels_a_side, require_autoencoder
 from unlearn_runner.models.model import Condition
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.models.prompted import Parts, Tuning
-from unlearn_runner.models.stable_diffusion import fitting_dataset, require_autoencoder
+from unlearn_runner.models.stable_diffusion import fitting_dataset
 from unlearn_runner.models.texts import (
     Texts,
     build_text_encoder,

@@ -23,7 +23,7 @@ from unlearn_runner.methods.denoising import Denoising
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.latents import Autoencoder
 from unlearn_runner.models.model import GenerativeModel, require_finite
-from unlearn_runner.options import BatchSize, PositiveInt, Seed
+from unlearn_runner.options import TUNING, BatchSize, PositiveInt, Seed
 from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, open_checkpoint
 from unlearn_runner.training.clock import Listener
@@ -34,9 +34,7 @@ from unlearn_runner.types import make_generator
 
 VERSION = 1  # raise it when the same recipe comes to give other weights
 CHECKPOINTS = "checkpoints"  # of a training that was interrupted, in its cache entry to be
-AFTER_THE_BASE = (  # leave its weights as they are
-    *("trainable", "lora_rank", "gradient_checkpointing", "frozen_dtype", "guidance_scale"),
-)
+AFTER_THE_BASE = (*TUNING, "guidance_scale")  # leave its weights as they are
 TITLES = {
     "all": "training the base model",
     "retain": "training the oracle of seed {seed}, which never sees the forget set",
