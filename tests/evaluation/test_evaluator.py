@@ -163,7 +163,7 @@ def test_intervals_lie_around_the_scores(digits, judge, tiny_network, shared_cac
     assert more(network).intervals == {}
 
 
-@pytest.mark.parametrize("shift", [0.0, 0.3], ids=["near", "far"])
+@pytest.mark.parametrize("shift", [pytest.param(0.0, marks=pytest.mark.slow), 0.3], ids=["near", "far"])
 def test_an_interval_of_fid_is_as_wide_as_its_spread(digits, judge, tiny_network, shared_cache, shift):
     """Against the FID of many other sets of samples of the same distribution, as real images have it or farther off.
 

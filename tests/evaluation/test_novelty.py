@@ -93,9 +93,9 @@ def novelty(data, tmp_path, max_images=4000):
         ([], 4000, 150),
         (["dataset=digits"], 4000, 150),
         (["experiment=sd_trousers"], 4000, 150),
-        (["dataset=mnist_trousers", "mnist", "fashion_mnist"], 4000, 150),
+        pytest.param(["dataset=mnist_trousers", "mnist", "fashion_mnist"], 4000, 150, marks=pytest.mark.slow),
         (["experiment=mnist_trousers_small", "mnist", "fashion_mnist"], 4000, 150),  # mirrors them
-        (["dataset=mnist_tshirt", "mnist", "fashion_mnist"], 4000, 150),
+        pytest.param(["dataset=mnist_tshirt", "mnist", "fashion_mnist"], 4000, 150, marks=pytest.mark.slow),
         pytest.param(["experiment=cifar10_class_small", "cifar10"], 2000, 80, marks=pytest.mark.slow),
     ],
     ids=[

@@ -27,9 +27,9 @@ PIPELINES = {name: pipeline for pipeline, name in MODELS.items()}
 LATER = ("sdxl", "sd3", "flux")
 PROMPTED = ("critic_guided", "ddpo", "esd", "concept_ablation", "erase_flow")  # not under classes, as DiT draws
 SLOW = {  # the same kinds of step as others'
-    *((name, "full", "sd15") for name in ("siss_no_is", "adaptive_siss", "neg_grad", "erase_diff", "critic_guided")),
+    *((name, "full", "sd15") for name in METHODS if name not in ("siss", "rl_lambda", "esd", "ddpo", "posterior")),
     ("critic_guided", "lora", "sd15"),
-    *((name, "full", kind) for kind in LATER for name in METHODS if name not in ("siss", "esd", "ddpo")),
+    *((name, "full", kind) for kind in LATER for name in METHODS if name not in ("siss", "ddpo")),
     *(("critic_guided", "lora", kind) for kind in LATER),
     *((name, "full", "dit") for name in METHODS if name != "siss"),
     *((name, kind) for kind in ("sd15", *LATER, "dit") for name in DISTILLING if (name, kind) != ("hybrid", "sd15")),
