@@ -221,7 +221,8 @@ def write(
         from unlearn_runner.comparison.pictures import pictures_of, side_by_side
 
         if pictures := pictures_of(table.runs, [row.label for row in table.rows]):
-            whole, remarks = side_by_side(pictures)
+            telling = [run for run in sorted(table.runs, key=lambda run: run.seed) if run.row_titles]
+            whole, remarks = side_by_side(pictures, titles=telling[0].row_titles if telling else ())
             for remark in remarks:
                 console.print(plain(remark))
         if pictures and whole is not None:

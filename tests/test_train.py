@@ -12,10 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_same_bits, weights_of
+from PIL import Image
 
+from unlearn_runner.comparison.pictures import cell_size
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
 from unlearn_runner.schema import METRICS_VERSION
 from unlearn_runner.training.run_folder import claim, config_hash
@@ -141,6 +144,18 @@ def test_several_classes_are_forgotten_in_one_run(run, capsys, method):
         apart = [metrics[f"{prefix}/per_class/forget_rate/{digit}"] for digit in (3, 7)]
         assert metrics[f"{prefix}/forget_rate"] == pytest.approx(sum(apart) / 2)
     assert content["provenance"]["evaluation"]["forget_rows"] == [3, 7]
+    titles = content["provenance"]["evaluation"]["row_titles"]
+    assert titles == ["0", "1", "2", "3 (forget)", "4", "5", "6", "7 (forget)", "8", "9"]
+    with Image.open(folder / "samples" / "after.png") as picture:
+        grid = np.asarray(picture)
+    width, size = (
+        int((grid[0, :, 0] < 200).sum()),
+        cell_size(grid),
+    )  # above the pictures is grey, above the titles white
+    assert width % size == 2 and len(grid) == 2 + 10 * size
+    for row in range(10):
+        title = grid[2 + row * size : 2 + (row + 1) * size, width:]
+        assert title.min() < 50 and title.max() == 255
     assert "forget_class:\n  - 3\n  - 7\n" in (folder / "config.yaml").read_text()
     printed = capsys.readouterr().out
     assert all(f"per_class/forget_rate/{digit}" in printed for digit in (3, 7))

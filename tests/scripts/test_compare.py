@@ -229,6 +229,19 @@ def test_samples_side_by_side(tmp_path):
         left = strip * (columns * cell + 2 + 10)
         assert (picture[title + 2 : title + cell, left + 2 : left + cell] == shade).all()
 
+    folder = make_run(
+        tmp_path, "sfd", 0, {"eval/forget_rate": 0.0}, provenance=changed(row_titles=["a", "b", "c (forget)"])
+    )
+    save_grid(folder, "after", 200)
+    assert command(tmp_path, "--grid", tmp_path / "titled.png").returncode == 0
+    titled = np.asarray(Image.open(tmp_path / "titled.png"))
+    width = titled.shape[1] - picture.shape[1] - (columns * cell + 2 + 10)  # of the titles, with the gap after them
+    assert width > 10
+    for row in range(3):
+        strip = titled[title + 2 + row * cell : title + 2 + (row + 1) * cell, : width - 10]
+        assert (strip.min(), strip.max()) == (0, 255), "a title beside each row, black on white"
+    assert (titled[title + 2 : title + cell, width + 2 : width + cell] == 80).all(), "the base follows"
+
 
 def test_curves_are_drawn_over_steps(tmp_path):
     from PIL import Image

@@ -3,6 +3,7 @@
 import base64
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ COLUMNS = 8  # of a grid, on a page
 WIDEST = 480  # pixels of these columns
 ROWS = 2  # at most, of those drawn under the forget conditions
 HIGHEST = 6000  # pixels
+LONGEST = 40  # letters of a row's title
 
 
 def pictures_of(runs: list[Run], rows: list[str]) -> dict[str, Path]:
@@ -56,8 +58,35 @@ def first_columns(path: Path, columns: int, rows: list[int] | None = None) -> Im
     return Image.fromarray(np.concatenate(there))
 
 
-def side_by_side(pictures: dict[str, Path], columns: int = 6) -> tuple[Image.Image | None, list[str]]:
-    """The first columns of each grid under its title, None if there is none; a sentence for each that is left out."""
+def beside_rows(grid: Image.Image, titles: Sequence[str]) -> Image.Image:
+    """A grid of square pictures with a title to the right of each row, so that its columns stay where they are."""
+    grid = grid.convert("RGB")
+    strip = titles_of_rows(titles, (grid.height - 2) // len(titles))
+    whole = Image.new("RGB", (grid.width + strip.width, grid.height), "white")
+    whole.paste(grid, (0, 0))
+    whole.paste(strip, (grid.width, 0))
+    return whole
+
+
+def titles_of_rows(titles: Sequence[str], height: int) -> Image.Image:
+    """Titles below each other, each in the middle of `height` pixels, the first after a grid's first line of padding."""
+    texts = [title if len(title) <= LONGEST else f"{title[: LONGEST - 3]}..." for title in titles]
+    size = max(8, min(16, height - 4))
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    width = max(round(ruler.textlength(text, font_size=size)) for text in texts) + 12
+    strip = Image.new("RGB", (width, 2 + height * len(texts)), "white")
+    for row, text in enumerate(texts):
+        ImageDraw.Draw(strip).text((6, 2 + (row + 0.5) * height), text, fill="black", anchor="lm", font_size=size)
+    return strip
+
+
+def side_by_side(
+    pictures: dict[str, Path], columns: int = 6, titles: Sequence[str] = ()
+) -> tuple[Image.Image | None, list[str]]:
+    """The first columns of each grid under its title, None if there is none; a sentence for each that is left out.
+
+    `titles`: of the rows, which stand beside the first grid, if it has as many rows.
+    """
     strips, remarks = [], []
     for title, path in pictures.items():
         try:
@@ -65,6 +94,11 @@ def side_by_side(pictures: dict[str, Path], columns: int = 6) -> tuple[Image.Ima
         except Exception as error:  # what PIL raises for a damaged or an immense picture
             remarks.append(f"{path} is left out: {first_line(error)}.")
             continue
+        size = cell_size(np.asarray(grid))
+        if titles and not strips and grid.height == 2 + size * len(titles) <= HIGHEST:
+            named = titles_of_rows(titles, size)
+            strips.append(Image.new("RGB", (named.width, named.height + 18), "white"))
+            strips[0].paste(named, (0, 18))
         grid.thumbnail((HIGHEST, HIGHEST))  # smaller ones stay as they are
         strip = Image.new("RGB", (grid.width, grid.height + 18), "white")
         strip.paste(grid, (0, 18))

@@ -17,7 +17,7 @@ from unlearn_runner.schema import SUMMARY_VERSION, YAML_LOADER, bounded_text, bo
 NO_FACT = ("weights", *TUNING)  # of a network, what leaves the base as it is
 # Of provenance.evaluation: what took how long, how intervals within one run were made, which rows of the pictures are
 # which, change no score.
-NO_SCORE = ("seconds", "bootstrap", "forget_rows")
+NO_SCORE = ("seconds", "bootstrap", "forget_rows", "row_titles")
 
 
 class Run(NamedTuple):
@@ -35,6 +35,7 @@ class Run(NamedTuple):
     version: int  # of its summary
     written: float  # when, in seconds since 1970
     forget_rows: list[int] | None  # of its pictures, those drawn under the forget conditions; None: it does not tell
+    row_titles: list[str]  # of its pictures' rows, the conditions that they are drawn under; it may tell none
 
 
 class Apart(NamedTuple):
@@ -143,6 +144,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             version=version if isinstance(version, int) else 1,
             written=written,
             forget_rows=rows_named(provenance["evaluation"].get("forget_rows")),
+            row_titles=titles_told(provenance["evaluation"].get("row_titles")),
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
@@ -154,6 +156,11 @@ def rows_named(told: Any) -> list[int] | None:
     """A list of row numbers, or None."""
     fine = isinstance(told, list) and all(type(row) is int and row >= 0 for row in told)
     return told if fine and told else None
+
+
+def titles_told(told: Any) -> list[str]:
+    """A list of texts, each as one line."""
+    return [one_line(title) for title in told] if isinstance(told, list) else []
 
 
 def one_line(value: Any) -> str:

@@ -504,8 +504,20 @@ class Evaluator:
         """The lines of the grid that are drawn under the forget conditions; of an unconditional model all."""
         if self.spec.label_names is None:
             return list(range(GRID_ROWS))
-        drawn = sorted({label for labels in self.conditions.values() for label in labels.tolist()})
-        return [row for row, label in enumerate(drawn) if label in self.data.forget_labels]
+        return [row for row, label in enumerate(self._drawn_labels()) if label in self.data.forget_labels]
+
+    @property
+    def row_titles(self) -> list[str]:
+        """Which condition each line of the grid is drawn under; of an unconditional model none."""
+        names = self.spec.label_names or ()
+        return [
+            f"{names[label]} (forget)" if label in self.data.forget_labels else names[label]
+            for label in self._drawn_labels()
+        ]
+
+    def _drawn_labels(self) -> list[int]:
+        """Of the lines of the grid."""
+        return sorted({label for labels in self.conditions.values() if labels is not None for label in labels.tolist()})
 
 
 def _counted(key: str, samples: Samples) -> int | None:

@@ -187,7 +187,7 @@ class Record:
     def picture(self, step: int, found: Evaluation, name: str, shown_as: str | None = None) -> None:
         """What a model has drawn, as samples/<name>.png; on a dashboard under its name, or as is said."""
         if self.folder is not None:
-            path = self.folder.save_grid(name, found.grid, found.grid_columns)
+            path = self.folder.save_grid(name, found.grid, found.grid_columns, self.provenance.get("row_titles", ()))
             self._show(step, f"samples/{shown_as or name}", path)
 
     def oracles(self, step: int, found: Sequence[Oracle]) -> None:

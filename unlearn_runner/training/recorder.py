@@ -45,7 +45,8 @@ class RunRecorder:
         self.deletion_steps: dict[str, int] = {}
         self.reached: dict[str, float] = {}  # empty until a look finds at most `threshold`
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
-        record.provenance |= {"data": data, "forget_rows": evaluator.forget_rows, **evaluator.provenance(base)}
+        rows = {"forget_rows": evaluator.forget_rows, "row_titles": evaluator.row_titles}
+        record.provenance |= {"data": data, **rows, **evaluator.provenance(base)}
         for sentence in (*evaluator.judge.doubts(), *evaluator.left_out()):
             self.say(sentence, soft_wrap=True)
         self.say("measuring the base model")

@@ -10,6 +10,7 @@ from typing import Any, final
 
 import yaml
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from unlearn_runner.cache import atomic, fingerprint, sweep, write_json
@@ -183,15 +184,23 @@ class RunFolder:
         self._lines.truncate(position)
         self._lines.seek(position)
 
-    def save_grid(self, name: str, images: UInt8[Tensor, "n c h w"], columns: int) -> Path:
-        """samples/<name>.png, enlarged so that small images can be looked at."""
+    def save_grid(self, name: str, images: UInt8[Tensor, "n c h w"], columns: int, titles: Sequence[str] = ()) -> Path:
+        """samples/<name>.png, enlarged so that small images can be looked at; beside each row its title, if there is
+        one for each.
+        """
         from torchvision.utils import make_grid, save_image
+
+        from unlearn_runner.comparison.pictures import beside_rows
 
         factor = max(1, 48 // images.shape[-1])
         enlarged = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         path = self.path / "samples" / f"{name}.png"
         with atomic(path) as temporary:
             save_image(make_grid(enlarged.float() / 255, nrow=columns, padding=2, pad_value=0.5), temporary, "PNG")
+            if len(titles) * columns == len(images):
+                with Image.open(temporary) as grid:
+                    titled = beside_rows(grid, titles)
+                titled.save(temporary, "PNG")
         return path
 
     def write_summary(self, status: str, metrics: dict[str, float], **more: Any) -> None:
