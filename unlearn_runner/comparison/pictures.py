@@ -69,7 +69,7 @@ def beside_rows(grid: Image.Image, titles: Sequence[str]) -> Image.Image:
 
 
 def titles_of_rows(titles: Sequence[str], height: int) -> Image.Image:
-    """Titles below each other, each in the middle of `height` pixels, the first after a grid's first line of padding."""
+    """Titles below each other, each in the middle of `height` pixels, after a grid's first line of padding."""
     texts = [title if len(title) <= LONGEST else f"{title[: LONGEST - 3]}..." for title in titles]
     size = max(8, min(16, height - 4))
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
