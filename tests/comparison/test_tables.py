@@ -351,7 +351,7 @@ def test_a_metric_that_was_not_measured_is_left_out_beside_others(tmp_path):
     "more, said",
     [
         ({"provenance": changed(sampler="ddpm")}, "sampler ddpm"),
-        ({"provenance": changed(num_samples={"forget": 50})}, "num samples.forget 50"),
+        ({"provenance": changed(num_samples={"forget": 50})}, "samples under forget 50"),
         ({"provenance": changed(num_inference_steps=50)}, "sampling steps 50"),
         ({"provenance": changed(features={"extractor": "inception"})}, "features.extractor inception"),
         ({"provenance": changed(data={"name": "digits", "fingerprint": "bb"})}, "data.fingerprint bb"),

@@ -14,6 +14,11 @@ from unlearn_runner.errors import ConfigurationError, near
 
 BASE, REFERENCE, REAL = "base", "oracle", "real images"
 BUDGET = ("steps", "batch_size")  # facts that say how long a method trained, not how it was measured
+IN_WORDS = {  # how names of facts begin
+    "num_inference_steps": "sampling steps",
+    "num_samples.": "samples under ",
+    "num_references.": "reference images of ",
+}
 KEPT = "retain_accuracy"
 FLOOR = 0.9  # of the base's retain_accuracy, below which nobody is called the best
 
@@ -92,7 +97,10 @@ def what_differs(groups: list[Group]) -> tuple[list[str], int]:
 
 def readable(key: str) -> str:
     """A fact's name for a sentence."""
-    return key.removeprefix("evaluation.").replace("num_inference_steps", "sampling steps").replace("_", " ")
+    name = key.removeprefix("evaluation.")
+    for start, words in IN_WORDS.items():
+        name = name.replace(start, words)
+    return name.replace("_", " ")
 
 
 def said(value: Any) -> str:
