@@ -196,7 +196,7 @@ def test_evaluation_options_build(composed, evaluation):
     cfg = composed(f"evaluation={evaluation}", *["dataset=sd_concepts"] * (evaluation == "prompts"), debug=False)
     built = make(cfg["evaluation"])
     assert {"rates", "fid", "kid", "prc", "is", "ssim"} <= set(built.metrics)
-    assert {"nll", "mia"} <= set(built.metrics) or evaluation in ("quick", "prompts")
+    assert {"nll", "mia"} <= set(built.metrics) or evaluation in ("quick", "prompts", "probes")
 
 
 @pytest.mark.parametrize("hardware", [name for name in options("hardware") if not name.endswith("_gpu")])

@@ -79,6 +79,7 @@ _APART = ("where several contents are to be forgotten, the same rate of the samp
           "pictures under the texts, of one of them. A sample under one that shows another one to forget counts; "
           "`per_class/accuracy/*` of its label says how often it shows this one")
 _TIMESTEP = "where the attack finds a difference"
+_PROBE = "share of pictures that are taken for what was to be forgotten, with `evaluation=probes`, "
 _REACHED = "what it took to the first look with a `forget_rate` of at most `evaluation.threshold`; absent if none"
 _THERE = "the model's scores there, with `evaluation.at_threshold`"
 _MEAN = "average over the run of what the method logs at every step"
@@ -141,6 +142,21 @@ ENTRIES = (
     Entry("attack_success", "Robustness", LOW, SHARE, FORGETTING, RUN | LONG | SHORT,
           f"share of pictures that are taken for the concept{_ANY}, under the prompt, paraphrase or sought embedding "
           "that brings it back best, with `evaluation=prompts`: at least `forget_rate`"),
+    Entry("attack_tokens", "TokenAttack", LOW, SHARE, FORGETTING, RUN | LONG,
+          _PROBE + "under the best of texts sought to bring it back: a few words before a prompt, under which the "
+          "model explains the forget images best ([2310.11868](https://arxiv.org/abs/2310.11868))"),
+    Entry("attack_vector", "ConceptVector", LOW, SHARE, FORGETTING, RUN | LONG,
+          _PROBE + "where the concept is added to prompts as a vector, the mean embedding of forget prompts less that "
+          "of retain prompts ([2310.10012](https://arxiv.org/abs/2310.10012))"),
+    Entry("probe_noise", "NoiseProbe", ORACLE, SHARE, FORGETTING, RUN | LONG,
+          _PROBE + "drawn with more noise in every step than belongs there "
+          "([2505.17013](https://arxiv.org/abs/2505.17013), as the next three)"),
+    Entry("probe_completion", "CompletionProbe", ORACLE, SHARE, FORGETTING, RUN | LONG,
+          _PROBE + "where images to forget are noised to 0.7 of the timesteps and denoised again"),
+    Entry("probe_inpainting", "InpaintingProbe", ORACLE, SHARE, FORGETTING, RUN | LONG,
+          _PROBE + "where the upper half of images to forget is given and the rest is drawn"),
+    Entry("probe_guidance", "GuidanceProbe", ORACLE, SHARE, FORGETTING, RUN | LONG,
+          _PROBE + "drawn under the guidance of a small classifier of noisy images"),
     Entry("deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, RUN | LONG,
           "first look on the way (`evaluation.every`) whose samples hold nothing of the forgotten content (SISS's "
           "definition); absent if none, and where the base's samples hold nothing of it either"),

@@ -24,7 +24,17 @@ from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.metrics import Metric, Rows
-from unlearn_runner.evaluation.view import MISSING, Clock, Conditions, Group, RealSamples, Samples, View, positions
+from unlearn_runner.evaluation.view import (
+    MISSING,
+    Clock,
+    Conditions,
+    Group,
+    RealSamples,
+    Samples,
+    View,
+    evenly,
+    positions,
+)
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, References, Sampler, Seed
@@ -423,7 +433,7 @@ class Evaluator:
         sets = {"forget": self.data.forget_labels, "retain": self.retain_labels}
         if self.sampling.forget_only:
             del sets["retain"]
-        return {name: _evenly(labels, self.sampling.num_samples) for name, labels in sets.items() if labels}
+        return {name: evenly(labels, self.sampling.num_samples) for name, labels in sets.items() if labels}
 
     @cached_property
     def held_out(self) -> dict[str, bool]:
@@ -528,11 +538,6 @@ def _counted(key: str, samples: Samples) -> int | None:
         return len(samples.apart()[name])
     group = {"forget": samples.forget, "retain": samples.retain}.get(counted_of(key))
     return None if group is None else len(group.samples)
-
-
-def _evenly(labels: list[int], count: int) -> Int64[Tensor, "{count}"]:
-    """`count` labels, each as often as the others up to one, in ascending order."""
-    return torch.tensor(labels)[torch.arange(count) * len(labels) // count]
 
 
 def _in_proportion(labels: Int64[Tensor, "n"], wanted: Int64[Tensor, "m"]) -> Int64[Tensor, "k"]:

@@ -1,6 +1,6 @@
 """What a text-to-image model still draws under texts that no method has seen, and under none a person would write."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from typing import Annotated, Any, final
 
@@ -139,7 +139,7 @@ class Robustness(Metric):
     chance. It is never less than forget_rate. A generator of one step has no such loss and no score.
 
     `concept` may be several: then there are `num_restarts` starts for each of them, which descend the loss of its own
-    forget images, and pictures that are taken for any of them count.
+    forget images, and pictures that are taken for any of them count. It may be None: then there are no paraphrases.
     """
 
     version = 2
@@ -147,7 +147,7 @@ class Robustness(Metric):
 
     def __init__(
         self,
-        concept: Names,
+        concept: Names | None,
         templates: Sequence[str],
         num_restarts: Annotated[int, Gt(0), Le(1000)] = 3,
         num_steps: PositiveInt = 60,
@@ -159,7 +159,8 @@ class Robustness(Metric):
     ):
         if templates:  # there may be none, but none without the concept
             require_templates("evaluation.metrics.robustness.templates", templates)
-        self._concepts = tuple(map(str, listed("evaluation.metrics.robustness.concept", concept)))
+        named = () if concept is None else listed("evaluation.metrics.robustness.concept", concept)
+        self._concepts = tuple(map(str, named))
         self.paraphrases = prompts_for(self._concepts, templates)
         self.num_restarts, self.num_steps, self.batch_size = num_restarts, num_steps, batch_size
         self.learning_rate, self.num_samples, self.seed = learning_rate, num_samples, seed
@@ -170,12 +171,6 @@ class Robustness(Metric):
         descent, drawing = (
             make_generator(self.seed, f"robustness {of}", judge.device) for of in ("descent", "drawing")
         )
-
-        def shows(embedding: Float[Tensor, "1 s d"]) -> Bool[Tensor, "n"]:
-            cond = embedding.expand(self.num_samples, -1, -1)
-            images = model.sample(self.num_samples, cond, drawing, self.num_inference_steps)
-            pictures = to_uint8(images, "pictures under an embedding sought for the concept")
-            return is_to_forget(data.spec, judge(pictures).contents)
 
         with evaluating(model), frozen(model):
             forget, paraphrases, retain = self._conditions(model, data, judge.device)
@@ -190,8 +185,7 @@ class Robustness(Metric):
                 starts = [start for turn in turns for start in turn if start is not None]
                 tried += [self._sought(model, images, start, descent) for start in starts[: self.num_restarts]]
             tried += [*forget, *chain.from_iterable(paraphrases)]
-            best = max(tried, key=lambda embedding: int(shows(embedding).sum()))
-            return {"attack": shows(best)}
+            return {"attack": best_shows(view, tried, self.num_samples, self.num_inference_steps, drawing)}
 
     @torch.no_grad()
     def _conditions(
@@ -215,18 +209,12 @@ class Robustness(Metric):
         self, model: GenerativeModel, images: LabelledImages, start: Float[Tensor, "1 s d"], generator: torch.Generator
     ) -> Float[Tensor, "1 s d"]:
         """An embedding that explains these images better than the one to start at."""
-        device = generator.device
         with torch.inference_mode(False), torch.enable_grad():
             embedding = start.detach().clone().requires_grad_()
             optimizer = torch.optim.Adam([embedding], self.learning_rate)
             for _ in range(self.num_steps):
-                rows = torch.randint(len(images), (self.batch_size,), generator=generator, device=device)
-                x0 = to_unit_range(images.pixels[rows.cpu()].to(device))
-                t = torch.randint(model.num_train_timesteps, (self.batch_size,), generator=generator, device=device)
-                eps = torch.randn((self.batch_size, *model.sample_shape), generator=generator, device=device)
-                cond = embedding.expand(self.batch_size, -1, -1)
-                loss = denoising_loss(model, x0, cond, t, eps).mean()
-                (embedding.grad,) = torch.autograd.grad(loss / eps[0].numel(), [embedding])
+                cost = loss_under(model, images, self.batch_size, generator)
+                (embedding.grad,) = torch.autograd.grad(cost(embedding), [embedding])
                 optimizer.step()
         return embedding.detach()
 
@@ -236,6 +224,45 @@ class Robustness(Metric):
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {"attack": "embedding", **{name: part for name, part in vars(self).items() if name != "_concepts"}}
+
+
+def loss_under(
+    model: GenerativeModel, images: LabelledImages, batch_size: int, generator: torch.Generator
+) -> Callable[[Float[Tensor, "1 s d"]], Float[Tensor, ""]]:
+    """Of an embedding the denoising loss of a batch of these images under it, a mean over the entries of what is
+    denoised. Images, timesteps and noise are drawn now.
+    """
+    device = generator.device
+    rows = torch.randint(len(images), (batch_size,), generator=generator, device=device)
+    x0 = to_unit_range(images.pixels[rows.cpu()].to(device))
+    t = torch.randint(model.num_train_timesteps, (batch_size,), generator=generator, device=device)
+    eps = torch.randn((batch_size, *model.sample_shape), generator=generator, device=device)
+
+    def cost(embedding: Float[Tensor, "1 s d"]) -> Float[Tensor, ""]:
+        loss = denoising_loss(model, x0, embedding.expand(batch_size, -1, -1), t, eps).mean()
+        return loss / eps[0].numel()
+
+    return cost
+
+
+def best_shows(
+    view: View,
+    tried: Sequence[Float[Tensor, "1 s d"]],
+    num_samples: int,
+    num_inference_steps: int,
+    generator: torch.Generator,
+) -> Bool[Tensor, "n"]:
+    """In which pictures under an embedding the judge sees what was to be forgotten: under the one of those `tried`
+    that shows it most often, found on `num_samples` pictures of each; these are as many others.
+    """
+
+    def shows(embedding: Float[Tensor, "1 s d"]) -> Bool[Tensor, "n"]:
+        cond = embedding.expand(num_samples, -1, -1)
+        images = view.model.sample(num_samples, cond, generator, num_inference_steps)
+        pictures = to_uint8(images, "pictures under an embedding sought for the concept")
+        return is_to_forget(view.data.spec, view.judge(pictures).contents)
+
+    return shows(max(tried, key=lambda embedding: int(shows(embedding).sum())))
 
 
 class frozen:

@@ -143,6 +143,11 @@ def positions(labels: Int64[Tensor, "n"]) -> list[Int64[Tensor, "m"]]:
     return [torch.nonzero(labels == label).squeeze(1) for label in labels.unique()]
 
 
+def evenly(labels: Sequence[int], count: int) -> Int64[Tensor, "{count}"]:
+    """`count` labels, each as often as the others up to one, in their order."""
+    return torch.tensor(labels)[torch.arange(count) * len(labels) // count]
+
+
 class Clock:
     """`with clock(name):` adds the seconds inside to `seconds[name]`, but for those of another `with` within."""
 

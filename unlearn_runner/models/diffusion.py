@@ -27,9 +27,11 @@ from unlearn_runner.models.path import path_of
 from unlearn_runner.models.sampling import denoise, sampler_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+    from unlearn_runner.models.texts import Word
 
 FEATURES_LEVEL = 0.1  # t / T at which an image's features are read: low noise tells most of content (2112.03126, 3.2)
 
@@ -135,6 +137,16 @@ class Backbone(Part):
         """
         raise TypeError("it draws under class labels, not under texts")
 
+    def words(self) -> "list[Word]":
+        """Texts that are read as one token at the beginning of a prompt; if it has `prompts`."""
+        raise TypeError("it draws under class labels, not under texts")
+
+    def slopes(self, text: str, count: int, cost: "Callable[[Tensor], Tensor]") -> Float[Tensor, "{count} v"]:
+        """By how much, to first order, a cost of a text's embedding changes when each of its first `count` tokens is
+        exchanged for each of the vocabulary; if it has `prompts`.
+        """
+        raise TypeError("it draws under class labels, not under texts")
+
     def text_projections(self) -> list[nn.Module]:
         """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""
         return []
@@ -226,6 +238,16 @@ class Diffusion(DiffusionModel):
         end; if it has `prompts`.
         """
         return self.backbone.last_tokens(text)
+
+    def words(self) -> "list[Word]":
+        """Texts that are read as one token at the beginning of a prompt; if it has `prompts`."""
+        return self.backbone.words()
+
+    def slopes(self, text: str, count: int, cost: "Callable[[Tensor], Tensor]") -> Float[Tensor, "{count} v"]:
+        """By how much, to first order, a cost of a text's embedding [1, s, d] changes when each of its first `count`
+        tokens is exchanged for each of the vocabulary; if it has `prompts`.
+        """
+        return self.backbone.slopes(text, count, cost)
 
     def text_projections(self) -> list[nn.Module]:
         """The linear layers that read tokens, each with a `weight` [o, d]: of keys and of values."""

@@ -13,7 +13,7 @@ from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Backbone, Diffusion
 from unlearn_runner.models.latents import Latents
 from unlearn_runner.models.model import Condition
-from unlearn_runner.models.texts import Texts, keep_libraries_quiet
+from unlearn_runner.models.texts import Texts, Word, keep_libraries_quiet
 from unlearn_runner.spec import Labels
 
 if TYPE_CHECKING:
@@ -166,6 +166,12 @@ class Prompted(Backbone):
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
         return self.texts.last_tokens(text)
+
+    def words(self) -> list[Word]:
+        return self.texts.words()
+
+    def slopes(self, text: str, count: int, cost: Callable[[Tensor], Tensor]) -> Float[Tensor, "{count} v"]:
+        return self.texts.slopes(text, count, cost)
 
     def text_projections(self) -> list[nn.Module]:
         return [module for name, module in self.network.named_modules() if name.endswith(self._kind.text_projections)]

@@ -1,7 +1,8 @@
 """From noise to x0 on a model's path: by diffusers' samplers, or by the path's own step."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, final
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from unlearn_runner.models.model import Condition, DiffusionModel
-from unlearn_runner.models.path import Path
+from unlearn_runner.models.path import Gaussian, Path
 
 
 def sampling_scheduler(config: Mapping[str, Any], sampler: str, num_inference_steps: int, **more: Any) -> Any:
@@ -86,4 +87,34 @@ def denoise(
     for t in scheduler.timesteps:
         answer = model.guided(x, t.to(x.device).expand(len(x)), cond)
         x = scheduler.step(answer, t, x, generator=generator).prev_sample
+    return x
+
+
+def walk(
+    model: DiffusionModel,
+    x: Float[Tensor, "b l i j"],
+    times: Int64[Tensor, "times"],
+    cond: Shaped[Tensor, "b ..."] | Condition | None,
+    generator: torch.Generator,
+    noise: float = 1.0,
+    pull: Callable[[Tensor, Tensor], Tensor] | None = None,
+    hold: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Float[Tensor, "b l i j"]:
+    """The x0 that the path's ancestral steps (eta 1) make of x at the first of `times`: with ways to step in that
+    samplers have not. Over pixels the guess of x0 is cut to [-1, 1].
+
+    `noise`: the fresh noise of each step times this. `pull(x_t, t)`: the gradient of a log-density at x_t, which each
+    step follows as classifier guidance does (2105.05233, algorithm 1). `hold(x, t)`: what takes the place of x after
+    a step to t, which is -1 at the end.
+    """
+    clips = model.sample_shape == model.image_shape
+    for now, then in pairwise(times.tolist()):
+        t, t_next = (torch.full((len(x),), time, device=x.device) for time in (now, then))
+        mean, std = model.path.step(x, model.guided(x, t, cond), t, t_next, eta=1.0, clips=clips)
+        if pull is not None:
+            mean = mean + std.square() * pull(x, t)
+        fresh = torch.randn(x.shape, generator=generator, device=x.device)
+        x = Gaussian(mean, noise * std).sample(fresh)
+        if hold is not None:
+            x = hold(x, t_next)
     return x

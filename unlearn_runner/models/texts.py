@@ -3,10 +3,10 @@
 import copy
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float, Int64
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 END = "</w>"  # CLIP's mark of a word's last piece
+
+
+class Word(NamedTuple):
+    """A text that the first text encoder reads as one token."""
+
+    text: str
+    token: int
 
 
 @final
@@ -111,6 +118,44 @@ class Texts(Part):
             if len(same) > 1:
                 _say(f"these prompts are one condition to the text encoder: {', '.join(map(repr, sorted(same)))}")
         return rows
+
+    def words(self) -> list[Word]:
+        """What of the vocabulary, of letters and digits, is read as it is written at the beginning of a text."""
+        tokenizer = self.spellings()[0].tokenizer
+        texts = [tokenizer.decode([token]).replace(END, "").strip() for token in range(len(tokenizer))]
+        read = tokenizer([f"{text} a" for text in texts], truncation=False, padding=False, verbose=False).input_ids
+        (alone,) = {row[2] for row in tokenizer(["a a"], truncation=False, padding=False).input_ids}
+        special = set(tokenizer.all_special_ids)
+        return [
+            Word(text, token)
+            for token, (text, row) in enumerate(zip(texts, read, strict=True))
+            if token not in special and text.isalnum() and row[1:3] == [token, alone]
+        ]
+
+    def slopes(
+        self, text: str, count: int, cost: Callable[[Float[Tensor, "1 s d"]], Float[Tensor, ""]]
+    ) -> Float[Tensor, "{count} v"]:
+        """By how much, to first order, a cost of the packed text changes when each of its first `count` tokens is
+        exchanged for each of the first encoder's vocabulary, as that encoder reads them (HotFlip, 1712.06751).
+        """
+        encoder = next(iter(self.networks.values()))
+        table = encoder.get_input_embeddings()
+        found: list[Tensor] = []
+
+        def noted(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            found.append(output.detach().requires_grad_())
+            return found[0]
+
+        hook = table.register_forward_hook(noted)
+        try:
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(cost(self.embed([text]).float()), [found[0]])
+        finally:
+            hook.remove()
+        places = slice(1, 1 + count)  # after the start of the text
+        along = gradient[0, places]
+        weights = table.weight.detach()
+        return along @ weights.T - (along * found[0].detach()[0, places]).sum(1, keepdim=True)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
