@@ -41,7 +41,7 @@ def weights_identity(source: str | Path) -> str:
     that id, with the commit of the snapshot in the hub's cache if there is one (so ask when the model was built); of
     any other name, "auto" for one, that name.
     """
-    place = _model_in(Path(source).expanduser())
+    place = model_in(Path(source).expanduser())
     if place.is_file():
         return f"sha256:{_digest_of_file(place)}"
     if not place.is_dir():
@@ -72,10 +72,10 @@ def located(source: str, option: str) -> Path | str:
             ".save_pretrained(<folder>)."
         )
     found = folder_or_name(source, option)
-    return found if isinstance(found, str) else existing_folder(str(_model_in(found)), option)
+    return found if isinstance(found, str) else existing_folder(str(model_in(found)), option)
 
 
-def _model_in(folder: Path) -> Path:
+def model_in(folder: Path) -> Path:
     """The folder of weights in a run's folder; any other folder is one itself."""
     return folder / "model" if (folder / "summary.json").is_file() else folder
 

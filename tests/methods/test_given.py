@@ -1,19 +1,23 @@
 """A model that was unlearned elsewhere: what its folder holds is what is measured."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import weights_of
+from conftest import assert_same_bits, weights_of
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from pipelines import foreign, tiny
-from trainers import build_trainer, flat_state
+from safetensors.torch import load_file, save_file
+from trainers import build_trainer, flat_state, make
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.given import Given
 from unlearn_runner.methods.method import Setting
 from unlearn_runner.models.one_step import OneStep
+from unlearn_runner.models.patches import LORA
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.types import Batch, make_generator
 
@@ -127,6 +131,168 @@ def test_a_generator_keeps_its_timestep(tiny_network, tmp_path):
     OneStep(tiny_network(seed=1), 123).save(tmp_path)
     method = Given(Setting(tiny_network(), make_generator(0, "method")), str(tmp_path))
     assert method.model.timestep == 123
+
+
+def kohya(lora: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA of a UNet under the names of kohya's scripts; with an alpha of half the rank, and so twice the addition."""
+    found = {}
+    for name, value in lora.items():
+        layer, kind = re.fullmatch(r"unet\.(.*)\.lora(?:_|\.)(A|B|down|up)\.weight", name).groups()
+        layer = f"lora_unet_{layer.replace('.processor', '').replace('.', '_')}"
+        down = kind in ("A", "down")
+        found[f"{layer}.lora_{'down' if down else 'up'}.weight"] = value if down else 2 * value
+        found[f"{layer}.alpha"] = torch.tensor(value.shape[0] / 2) if down else found[f"{layer}.alpha"]
+    return found
+
+
+def lora_of(folder: Path) -> Path:
+    """A tiny model's LoRA, with additions that are not 0, in the folder of a run; the base is tiny(seed=0)."""
+    model = tiny(seed=0, trainable="lora")
+    model.freeze_for_unlearning()
+    g = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=g) * 0.1
+    model.save(folder)
+    return folder
+
+
+def part_of(tmp_path: Path, layout: str) -> Path:
+    """What another tool leaves, of tiny(seed=1) or, for LoRA, of a tuned tiny(seed=0)."""
+    other = tiny(seed=1).backbone
+    unet, encoder = dict(other.unet.state_dict()), dict(other.texts.text_encoder.state_dict())
+    crossing = {name: value for name, value in unet.items() if ".attn2.to_" in name}
+    place = tmp_path / layout
+    place.mkdir()
+    if layout in ("unet", "outer folder", "checkpoint-N"):
+        other.unet.save_pretrained(place if layout == "unet" else place / "unet")
+        if layout == "checkpoint-N":  # accelerate's, as SISS saves it
+            other.unet.save_pretrained(place / "unet_ema")
+            (place / "optimizer.bin").write_bytes(b"not read")
+    elif layout == "some weights":  # ESD, UCE
+        save_file(crossing, place / "esd.safetensors")
+        return place / "esd.safetensors"
+    elif layout == "checkpoint":
+        torch.save(
+            {"state_dict": {f"module.unet.{name}": value for name, value in unet.items()}, "step": 3}, place / "a.pt"
+        )
+        return place / "a.pt"
+    elif layout == "text encoder":  # AdvUnlearn
+        other.texts.text_encoder.save_pretrained(place)
+    elif layout == "text encoder's weights":
+        torch.save(
+            {f"text_model.{name.removeprefix('text_model.')}": value for name, value in encoder.items()}, place / "a.pt"
+        )
+        return place / "a.pt"
+    elif layout == "lora":
+        return lora_of(place) / "lora"
+    elif layout == "kohya":
+        save_file(kohya(load_file(lora_of(tmp_path / "run") / "lora" / LORA)), place / "kohya.safetensors")
+        return place / "kohya.safetensors"
+    return place
+
+
+PARTS = {
+    "unet": "unet", "outer folder": "unet", "checkpoint-N": "unet", "checkpoint": "unet", "some weights": "attn2.to_",
+    "text encoder": "text_encoder", "text encoder's weights": "text_encoder", "lora": "unet", "kohya": "unet",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", PARTS)
+def test_a_part_of_the_base_is_taken_and_the_rest_stays(tmp_path, caplog, layout):
+    base, other = tiny(seed=0), tiny(seed=1)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    base.freeze_for_unlearning()
+    source = part_of(tmp_path, layout)
+    method = Given(Setting(base, make_generator(0, "method")), str(source))
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items()), "nothing yet"
+    metrics = method.step(Batch(None, None, None, None, 0.5))
+    wanted = other.state_dict()
+    if layout in ("lora", "kohya"):
+        wanted = tiny(seed=0).state_dict()
+        fused = load_file(
+            (source.parent if layout == "lora" else tmp_path / "run") / "unet" / "diffusion_pytorch_model.safetensors"
+        )
+        wanted |= {f"backbone.unet.{name}": value for name, value in fused.items()}
+    moved = 0
+    for name, value in method.model.state_dict().items():
+        torch.testing.assert_close(value, wanted[name] if PARTS[layout] in name else before[name], msg=name)
+        moved += not torch.equal(value, before[name])
+    assert metrics["given/moved"] == moved > 0
+    assert f"{moved} tensors of the model are not what the base has" in caplog.text
+
+
+def test_a_part_resumes(composed, tmp_path):
+    """LoRA, which is added: once, though a resumed run has it in its weights already."""
+    tiny(seed=0).save(tmp_path / "base")
+    source = lora_of(tmp_path / "tuned") / "lora"
+    cfg = composed(
+        "method=given", f"method.weights={source}", f"model.weights={tmp_path / 'base'}", "model=sd15",
+        "dataset=sd_concepts", "dataset.image_size=16", "trainer.max_steps=1",
+    )  # fmt: skip
+    data = make(cfg["dataset"]).load()
+    given, resumed = (build_trainer(cfg, data, tmp_path / "given", base=tmp_path / "base") for _ in range(2))
+    given.step()
+    resumed.resume(open_checkpoint(given.save()))
+    assert_same_bits(flat_state(resumed), flat_state(given))
+
+
+def test_a_pixel_models_checkpoint(tiny_network, tmp_path):
+    tiny_network(seed=1).backbone.unet.save_pretrained(tmp_path / "checkpoint-100" / "unet")
+    base = tiny_network()
+    method = Given(Setting(base, make_generator(0, "method")), str(tmp_path / "checkpoint-100"))
+    method.step(Batch(None, None, None, None, 0.5))
+    assert_same_bits(dict(base.state_dict()), dict(tiny_network(seed=1).state_dict()))
+
+
+def test_damaged_parts_are_refused(tmp_path):
+    weights = dict(tiny(seed=1).backbone.unet.state_dict())
+    name = next(iter(weights))
+    lora = load_file(lora_of(tmp_path / "run") / "lora" / LORA)
+    key = next(iter(lora))
+    files = {
+        "unknown.safetensors": (
+            weights | {"extra": torch.ones(1)},
+            r"it holds extra, which is no weight of the base \(1 of",
+        ),
+        "shape.safetensors": ({name: torch.ones(2)}, r"in the shape \(2,\), and the base has it in"),
+        "whole.safetensors": ({name: weights[name].to(torch.int8)}, "as torch.int8; F64, F32, F16, BF16 are read"),
+        "none.safetensors": ({"text_projection.weight": torch.ones(1)}, "it holds no weight of the base"),
+        "lora.safetensors": (
+            lora | {key.replace("unet.", "unet.no."): lora[key].clone()},
+            "it adds to 57 layers, 56 of which fit the base",
+        ),
+        "other.safetensors": (
+            {name.replace("unet.", "unet.no."): value for name, value in lora.items()},
+            "it adds to 56 layers, 0 of which fit the base",
+        ),
+        "original.safetensors": (
+            {"model.diffusion_model.x": torch.ones(1)},
+            "names of Stable Diffusion's original code",
+        ),
+        "weights.npz": ({name: weights[name]}, "the name of a file of weights ends in .safetensors or one of .bin"),
+    }
+    for file, (content, wrong) in files.items():
+        save_file(content, tmp_path / file)
+        refused(tmp_path / file, wrong)
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "shape.safetensors").read_bytes()[:-3])
+    refused(tmp_path / "cut.safetensors", "incomplete|Error|header")
+    torch.save({"state_dict": weights, "code": print}, tmp_path / "code.pt")
+    refused(tmp_path / "code.pt", "it holds more than tensors, a pickle that could run code")
+    refused(tmp_path / "nowhere.safetensors", "there is no such file")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    refused(tmp_path / "list.ckpt", "it holds something else than tensors by name")
+    tiny_unet = tiny(seed=1, block_out_channels=[8, 16]).backbone.unet
+    tiny_unet.save_pretrained(tmp_path / "wider")
+    refused(tmp_path / "wider", "describes another network: block_out_channels")
+
+
+def refused(source: Path, wrong: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=rf"method\.weights={re.escape(str(source))}: expected .*; .*{wrong}"
+    ) as error:
+        Given(Setting(tiny(), make_generator(0, "method")), str(source))
+    assert "\n" not in str(error.value)
 
 
 def test_what_cannot_be_the_bases_is_refused(tiny_network, tmp_path):

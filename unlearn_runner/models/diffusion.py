@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.loading import BASES_ARCHITECTURE, fitting, load_weights, reading, reading_part, scheduler_in
 from unlearn_runner.models.model import (
     Condition,
@@ -29,6 +30,7 @@ from unlearn_runner.models.sampling import denoise, sampler_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from diffusers import DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
     from unlearn_runner.models.texts import Word
@@ -169,6 +171,13 @@ class Backbone(Part):
     def freeze_for_unlearning(self) -> None:
         """Take from training what unlearning shall not move."""
 
+    def pipeline(self, components: dict[str, Any]) -> "DiffusionPipeline":
+        """diffusers' pipeline of these parts.
+
+        Raises ConfigurationError if there is none that takes LoRA.
+        """
+        raise ConfigurationError("LoRA is read for text-to-image models only")
+
     @abstractmethod
     def save(self, components: dict[str, Any], folder: Path) -> None:
         """Write a folder that diffusers' pipeline of this backbone loads."""
@@ -197,7 +206,7 @@ class Diffusion(DiffusionModel):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Diffusion":
         """With an own backbone; networks beside it that are not trained are shared, for an autoencoder is 0.3 GB."""
-        for part in self._networks.values():
+        for part in self.networks.values():
             if part is not self.backbone.network and not any(weight.requires_grad for weight in part.parameters()):
                 memo[id(part)] = part
         twin = type(self).__new__(type(self))
@@ -377,12 +386,18 @@ class Diffusion(DiffusionModel):
         self.backbone.save(self.components, folder)
 
     @property
-    def _networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, nn.Module]:
+        """By their names in a pipeline's folder."""
         return {**self.codec.networks, **self.backbone.networks}
+
+    def pipeline(self, made_of: "Callable[[nn.Module], nn.Module]") -> "DiffusionPipeline":
+        """diffusers' pipeline of what `made_of` makes of each network, and of the other parts as they are."""
+        parts = {name: made_of(part) if isinstance(part, nn.Module) else part for name, part in self.components.items()}
+        return self.backbone.pipeline(parts)
 
     def fits(self, source: str | Path, option: str = "model.weights") -> Path:
         with reading(option, source, BASES_ARCHITECTURE):
-            folder = fitting(self._networks, source, option)
+            folder = fitting(self.networks, source, option)
             with reading_part("scheduler"):
                 path_of(scheduler_in(folder, self.backbone.flows), self.backbone.places(self.sample_shape))
             for part in (self.codec, self.backbone):
@@ -391,7 +406,7 @@ class Diffusion(DiffusionModel):
 
     def load(self, source: str | Path, option: str = "model.weights") -> None:
         folder = self.fits(source, option)
-        load_weights(self._networks, folder)
+        load_weights(self.networks, folder)
         for part in (self.codec, self.backbone):
             part.take(folder)
         self._take_schedule(scheduler_in(folder, self.backbone.flows))

@@ -184,11 +184,16 @@ def fitting(networks: Mapping[str, nn.Module], source: str | Path, option: str) 
     architecture that its config describes.
     """
     folder = fetched(located(str(source), option), weights=True)
+    check_architecture(networks, folder)
+    check_weights(networks, folder)
+    return folder
+
+
+def check_architecture(networks: Mapping[str, nn.Module], folder: Path) -> None:
+    """Raise ConfigurationError if a config in a folder describes another network than the one of that part."""
     for name, network in networks.items():
         with reading_part(name):
             _require_architecture(network, part_of(folder, name))
-    check_weights(networks, folder)
-    return folder
 
 
 def load_weights(networks: Mapping[str, nn.Module], folder: Path) -> None:
@@ -211,7 +216,7 @@ def _tensors_of(network: nn.Module, folder: Path) -> dict[str, tuple[Stored, str
     own = {name: value for name, value in network.state_dict().items() if ".lora_" not in name}
     found = {}
     for name, value in own.items():
-        spelt = next((spelling for spelling in _spellings(name.replace(".base_layer", "")) if spelling in there), None)
+        spelt = next((spelling for spelling in spellings(name.replace(".base_layer", "")) if spelling in there), None)
         if spelt is not None:
             found[name] = (there[spelt], spelt)
             file, shape, dtype = there[spelt]
@@ -236,7 +241,7 @@ def _tensors_of(network: nn.Module, folder: Path) -> dict[str, tuple[Stored, str
     return found
 
 
-def _spellings(name: str) -> Iterator[str]:
+def spellings(name: str) -> Iterator[str]:
     """Names that older versions of the libraries have saved a tensor under."""
     for old in (name, PREFIX + name, name.removeprefix(PREFIX)):
         yield old

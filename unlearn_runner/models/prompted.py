@@ -17,7 +17,7 @@ from unlearn_runner.models.texts import Texts, Word, keep_libraries_quiet
 from unlearn_runner.spec import Labels
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 
@@ -252,7 +252,6 @@ class Prompted(Backbone):
         LoRA alone lies beside it in lora/, for the pipeline's `load_lora_weights`.
         """
         keep_libraries_quiet()
-        pipeline = self.texts.pipeline()
         if self._has_lora():
             from diffusers.utils import convert_state_dict_to_diffusers
             from peft import get_peft_model_state_dict
@@ -260,8 +259,13 @@ class Prompted(Backbone):
             alone = get_peft_model_state_dict(self.network)
             if self._kind.part == "unet":  # the names that tools know a UNet's by
                 alone = convert_state_dict_to_diffusers(alone)
-            pipeline.save_lora_weights(str(Path(folder, "lora")), **{f"{self._kind.part}_lora_layers": alone})
-        pipeline(**components, **self.texts.pipeline_options).save_pretrained(folder, safe_serialization=True)
+            kind = self.texts.pipeline()
+            kind.save_lora_weights(str(Path(folder, "lora")), **{f"{self._kind.part}_lora_layers": alone})
+        self.pipeline(components).save_pretrained(folder, safe_serialization=True)
+
+    def pipeline(self, components: dict[str, Any]) -> "DiffusionPipeline":
+        keep_libraries_quiet()
+        return self.texts.pipeline()(**components, **self.texts.pipeline_options)
 
     def require(self, folder: Path) -> None:
         self.texts.require(folder)
