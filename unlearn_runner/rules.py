@@ -19,7 +19,7 @@ from unlearn_runner import catalogue, recognition
 from unlearn_runner.constructors import constant_of, constructor_of, makes
 from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
 from unlearn_runner.spec import Labels, require_templates, spec_of
-from unlearn_runner.weights import located, weights_identity
+from unlearn_runner.weights import file_or_located, located, weights_identity
 
 # 1. About the arguments of one constructor
 
@@ -572,13 +572,17 @@ def _timesteps(cfg: Mapping[str, Any]) -> int | None:
 
 FOLDERS = ("dataset.forget_dir", "dataset.retain_dir")
 FOLDERS_OR_NAMES = ("dataset.source", "dataset.garment_source", "method.policy")
-WEIGHTS = ("model.weights", "method.weights")
 WORDS = ("auto", "embedded", "base")  # that are no folder
 
 
 def _folders(cfg: Mapping[str, Any]) -> None:
     """Folders that are not there."""
-    for options, require in ((FOLDERS, existing_folder), (FOLDERS_OR_NAMES, folder_or_name), (WEIGHTS, located)):
+    for options, require in (
+        (FOLDERS, existing_folder),
+        (FOLDERS_OR_NAMES, folder_or_name),
+        (("model.weights",), located),
+        (("method.weights",), file_or_located),
+    ):
         for option in options:
             group, name = option.split(".")
             value = cfg[group].get(name)

@@ -20,6 +20,7 @@ NETWORKS = (  # of a pipeline; one alone lies at the top
 PARTS = (*NETWORKS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 STEMS = ("diffusion_pytorch_model", "model")
 CONFIGS = (".json", ".txt")
+LORA = "pytorch_lora_weights.safetensors"  # as diffusers writes it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FILE = re.compile(  # <stem>[.<variant>][-<shard>-of-<shards>][.<variant>].safetensors
     r"(?P<stem>diffusion_pytorch_model|model)(?P<a>\.\w+)??(-(?P<shard>\d+)-of-(?P<shards>\d+))?(?P<b>\.\w+)??\.safetensors"
@@ -52,7 +53,8 @@ def weights_identity(source: str | Path) -> str:
         folder = place / part
         if folder.is_dir():
             configs = (file for file in folder.iterdir() if file.suffix in CONFIGS and file.is_file())
-            for file in sorted({*configs, *_chosen(folder)}):
+            additions = [file] if (file := folder / LORA).is_file() else []
+            for file in sorted({*configs, *additions, *_chosen(folder)}):
                 if not file.name.startswith("."):
                     digest.update(f"{file.relative_to(place)} {_digest_of_file(file)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
@@ -73,6 +75,16 @@ def located(source: str, option: str) -> Path | str:
         )
     found = folder_or_name(source, option)
     return found if isinstance(found, str) else existing_folder(str(model_in(found)), option)
+
+
+def file_or_located(source: str, option: str) -> Path | str:
+    """The same, or a file of weights, which may be a part of a model's."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".safetensors", *PICKLES) and not path.is_dir():
+        raise ConfigurationError(f"{option}={source}: there is no such file.")
+    return located(source, option)
 
 
 def model_in(folder: Path) -> Path:

@@ -17,9 +17,9 @@ from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.given import Given
 from unlearn_runner.methods.method import Setting
 from unlearn_runner.models.one_step import OneStep
-from unlearn_runner.models.patches import LORA
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.types import Batch, make_generator
+from unlearn_runner.weights import LORA, weights_identity
 
 
 def scores(folder) -> dict[str, float]:
@@ -237,6 +237,15 @@ def test_a_part_resumes(composed, tmp_path):
     assert_same_bits(flat_state(resumed), flat_state(given))
 
 
+def test_identities_of_parts(tmp_path):
+    """A run with other weights is another run: of each layout some byte of the weights counts."""
+    found = {layout: weights_identity(part_of(tmp_path, layout)) for layout in PARTS if layout != "outer folder"}
+    assert len(set(found.values())) == len(found)
+    lora = tmp_path / "lora" / "lora" / LORA
+    save_file({name: value * 2 for name, value in load_file(lora).items()}, lora)
+    assert weights_identity(lora.parent) != found["lora"]
+
+
 def test_a_pixel_models_checkpoint(tiny_network, tmp_path):
     tiny_network(seed=1).backbone.unet.save_pretrained(tmp_path / "checkpoint-100" / "unet")
     base = tiny_network()
@@ -279,7 +288,8 @@ def test_damaged_parts_are_refused(tmp_path):
     refused(tmp_path / "cut.safetensors", "incomplete|Error|header")
     torch.save({"state_dict": weights, "code": print}, tmp_path / "code.pt")
     refused(tmp_path / "code.pt", "it holds more than tensors, a pickle that could run code")
-    refused(tmp_path / "nowhere.safetensors", "there is no such file")
+    with pytest.raises(ConfigurationError, match=r"method\.weights=nowhere\.safetensors: there is no such file"):
+        Given(Setting(tiny(), make_generator(0, "method")), "nowhere.safetensors")
     torch.save([1, 2], tmp_path / "list.ckpt")
     refused(tmp_path / "list.ckpt", "it holds something else than tensors by name")
     tiny_unet = tiny(seed=1, block_out_channels=[8, 16]).backbone.unet

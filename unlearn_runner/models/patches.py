@@ -26,13 +26,12 @@ from unlearn_runner.models.loading import (
     reading,
     spellings,
 )
-from unlearn_runner.weights import PICKLES, model_in
+from unlearn_runner.weights import LORA, PICKLES, file_or_located
 
 EXPECTED = (
     "a model of the base's architecture, or a part of one: a network's folder, a .safetensors, .pt or .bin file of "
     "weights under diffusers' names, or LoRA"
 )
-LORA = "pytorch_lora_weights.safetensors"  # as diffusers writes it
 LORA_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")  # kohya's, PEFT's, diffusers' former name
 WRAPPERS = ("module.", "_orig_mod.")  # before names, of torch's DataParallel and compile
 INSIDE = ("state_dict", "model", "unet", "weights")  # of a file whose one entry is the weights
@@ -53,15 +52,12 @@ def patch_of(model: Any, source: str, option: str) -> Patch | None:
     """
     if not isinstance(model, Diffusion):
         return None
-    place = Path(source).expanduser()
+    place = Path(file_or_located(source, option))
     with reading(option, source, EXPECTED):
         if place.is_file():
             return _of_file(model, place)
         if not place.is_dir():
-            if place.suffix in (".safetensors", *PICKLES):
-                raise ConfigurationError("there is no such file")
             return None
-        place = model_in(place)
         if (place / "model_index.json").is_file() or (place / "scheduler_config.json").is_file():
             return None  # a pipeline, or a pixel model whose files lie side by side
         if (place / LORA).is_file():

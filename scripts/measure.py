@@ -1,0 +1,139 @@
+"""What other tools have unlearned, measured alike: by samples, probes and attacks, beside the base, in one table.
+
+    python scripts/measure.py esd.safetensors uce.safetensors lora/ text_encoder/ \\
+        --base <folder or hub id of the pipeline that was unlearned> --concept "Van Gogh" --retain Monet Picasso
+
+Each is what `method=given` reads: a whole pipeline, one network's folder, a file with some weights, LoRA
+(docs/models.md). What has to be kept is named by --retain. The base draws the pictures of all these concepts, which are
+learnt from and compared with, and CLIP says what is on a picture. Overrides of train.py may follow, and win:
+
+    evaluation.num_samples=500 hardware=single_gpu judge=file dataset.source=<folder of pictures>
+    "evaluation.oracle=[<folder>]"        # models that never saw the concept, for comparison
+
+This only composes commands: --dry-run prints them."""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from unlearn_runner.cli import as_override
+from unlearn_runner.errors import ConfigurationError, known_cause
+
+ROOT = Path(__file__).resolve().parents[1]
+FLUX_SIZE = 1024  # pixels; its pipeline's folder does not say
+
+
+class Command(NamedTuple):
+    """One measurement."""
+
+    label: str
+    folder: Path
+    line: str  # as one types it
+
+
+def commands(
+    weights: Sequence[str], base: str, concepts: Sequence[str], retain: Sequence[str], out: Path, more: Sequence[str]
+) -> list[Command]:
+    """A command for each of the `weights`. Raises ConfigurationError if the base is a pipeline that is not known."""
+    model, size = kind_of(base, more)
+    shared = {
+        "method": "given",
+        "model": model,
+        "model.weights": base,
+        "dataset": "sd_concepts",
+        "dataset.source": "base",
+        "evaluation": "probes",
+        "judge": "clip",
+    }
+    lists = {"dataset.concept": concepts, "dataset.retain_concepts": retain}
+    found = []
+    for label, source in zip(labels_of(weights), weights, strict=True):
+        folder = out / label
+        own = {"method.weights": source, "label": label, "hydra.run.dir": str(folder)}
+        words = [
+            *(as_override(key, value) for key, value in (shared | own).items()),
+            f"dataset.image_size={size}",
+            *(shlex.quote(f"{key}=[{','.join(map(quoted, names))}]") for key, names in lists.items()),
+            *map(shlex.quote, more),
+        ]
+        found.append(Command(label, folder, f"{shlex.quote(sys.executable)} {ROOT / 'train.py'} {' '.join(words)}"))
+    return found
+
+
+def kind_of(base: str, more: Sequence[str]) -> tuple[str, int]:
+    """The group `model` of a pipeline, and pixels a side of what it draws; of a hub id as the overrides say."""
+    from unlearn_runner.models.pipelines import MODELS
+
+    index = Path(base).expanduser() / "model_index.json"
+    told = dict(part.split("=", 1) for part in more)
+    if not index.is_file():
+        if not {"model", "dataset.image_size"} <= told.keys():
+            raise ConfigurationError(
+                f"--base {base}: there is no such folder with a model_index.json; of a hub id say what it is with "
+                f"model=<{', '.join(MODELS.values())}> and dataset.image_size=<pixels>."
+            )
+        return told["model"], int(told["dataset.image_size"])
+    kind = json.loads(index.read_text()).get("_class_name")
+    if kind not in MODELS or MODELS[kind] == "dit":
+        known = ", ".join(name for name, model in MODELS.items() if model != "dit")
+        raise ConfigurationError(f"--base {base}: expected a text-to-image pipeline ({known}), got a {kind}.")
+    return MODELS[kind], size_of(index.parent)
+
+
+def size_of(folder: Path) -> int:
+    """Pixels a side that a pipeline draws if nobody says otherwise."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    network = next(file for part in ("unet", "transformer") if (file := folder / part / "config.json").is_file())
+    side = json.loads(network.read_text()).get("sample_size")
+    return FLUX_SIZE if side is None else side * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def labels_of(weights: Sequence[str]) -> list[str]:
+    """A row's name for each, from its file's or folder's, each another."""
+    names = [Path(source.rstrip("/")).name for source in weights]
+    names = [name.removesuffix(Path(name).suffix) if Path(name).suffix in SUFFIXES else name for name in names]
+    return [f"{name}_{number + 1}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def quoted(name: str) -> str:
+    """As an element of a list in an override."""
+    return as_override("x", name).removeprefix("x=") if name.isalnum() else "'" + name.replace("'", "\\'") + "'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="+", help="what was unlearned; overrides of train.py may stand anywhere")
+    parser.add_argument("--base", required=True, help="folder or hub id of the pipeline that was unlearned")
+    parser.add_argument("--concept", required=True, nargs="+", help="what was to be forgotten, as in a prompt")
+    parser.add_argument("--retain", required=True, nargs="+", help="concepts that were to be kept")
+    parser.add_argument("--out", type=Path, default=Path("outputs/measured"), help="folder of the runs")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    typed = sys.argv[1:] if arguments is None else arguments
+    more = [part for part in typed if "=" in part and not part.startswith("-")]
+    asked = parser.parse_args([part for part in typed if part not in more])
+    try:
+        found = commands(asked.weights, asked.base, asked.concept, asked.retain, asked.out, more)
+    except Exception as error:
+        if (known := known_cause(error)) is None:
+            raise
+        print(known, file=sys.stderr)
+        return 2
+    for command in found:
+        print(command.line, flush=True)
+        if not asked.dry_run and (code := subprocess.run(command.line, shell=True).returncode):
+            return code
+    compare = f"{shlex.quote(sys.executable)} {ROOT / 'scripts' / 'compare.py'} {shlex.quote(str(asked.out))} --all"
+    print(compare, flush=True)
+    return 0 if asked.dry_run else subprocess.run(compare, shell=True).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
