@@ -79,6 +79,11 @@ _APART = ("where several contents are to be forgotten, the same rate of the samp
           "pictures under the texts, of one of them. A sample under one that shows another one to forget counts; "
           "`per_class/accuracy/*` of its label says how often it shows this one")
 _TIMESTEP = "where the attack finds a difference"
+_NEAR = (
+    "`retain_accuracy` of the labels whose content is most like what is to be forgotten, by the probability that the "
+    "judge gives it on their real images, and of all others, with `evaluation=full`, `small` or `probes`; "
+    "`evaluation.metrics.neighbours.near=[<label>, ...]` says which are near"
+)
 _PROBE = "share of pictures that are taken for what was to be forgotten, with `evaluation=probes`, "
 _REACHED = "what it took to the first look with a `forget_rate` of at most `evaluation.threshold`; absent if none"
 _THERE = "the model's scores there, with `evaluation.at_threshold`"
@@ -98,6 +103,8 @@ ENTRIES = (
           "`nothing_rate` make up 1. Absent where the judge cannot abstain"),
     Entry("retain_accuracy", "Rates", HIGH, SHARE, RETENTION, RUN | LONG | SHORT | PLOT,
           "share of samples under the other labels taken for what their label names"),
+    Entry("retain_accuracy_near", "Neighbours", HIGH, SHARE, RETENTION, LONG, _NEAR),
+    Entry("retain_accuracy_far", "Neighbours", HIGH, SHARE, RETENTION, LONG, _NEAR),
     Entry("outliers_forget", "Outliers", ORACLE, SHARE, FORGETTING, LONG,
           "share of samples under the forget condition that are outliers of all real retained images, by an outlier "
           "detector in which no classifier has a say: rubble has 1, real images 0.05. High for the base where what is "

@@ -56,7 +56,9 @@ def test_mistakes(base, tmp_path, capsys):
 
 
 def test_a_file_is_measured_by_every_probe(base, tmp_path):
-    weights = {name: value * 0.5 for name, value in tiny(num_tokens=40).backbone.unet.state_dict().items() if ".attn2." in name}
+    weights = {
+        name: value * 0.5 for name, value in tiny(num_tokens=40).backbone.unet.state_dict().items() if ".attn2." in name
+    }
     save_file(weights, tmp_path / "esd.safetensors")
     done = subprocess.run(
         [
