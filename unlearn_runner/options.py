@@ -30,7 +30,8 @@ ImageSize: TypeAlias = Annotated[int, Ge(8), Le(4096)]  # pixels a side
 Width: TypeAlias = Annotated[int, Gt(0), Le(2**14)]  # channels or features of a layer
 Channels: TypeAlias = Annotated[Sequence[Width], MinLen(1)]  # of a network's levels
 Trainable: TypeAlias = Literal["full", "cross_attention", "cross_attention_kv", "not_cross_attention", "lora"]
-TUNING = ("trainable", "lora_rank", "gradient_checkpointing", "frozen_dtype")  # of a network: leave its base as it is
+# of a network, what leaves its base as it is
+TUNING = ("trainable", "lora_rank", "gradient_checkpointing", "frozen_dtype", "texts_on_cpu")
 FrozenType: TypeAlias = Literal["float32", "bfloat16"]  # of weights that stay as they are
 GuidanceScale: TypeAlias = Annotated[float, Ge(1), Le(1000)]  # 1 is none
 NumTokens: TypeAlias = Annotated[int, Ge(3), Le(1024)]  # of a text, its start and end among them

@@ -22,8 +22,8 @@ def built(request, tmp_path_factory):
     build, make = KINDS[request.param]
     folder = make(tmp_path_factory.mktemp(request.param))
 
-    def of(frozen_dtype, trainable="lora"):
-        options = {"gradient_checkpointing": False, "frozen_dtype": frozen_dtype}
+    def of(frozen_dtype, trainable="lora", **more):
+        options = {"gradient_checkpointing": False, "frozen_dtype": frozen_dtype, **more}
         model = build(SHAPE, PROMPTS, 0, str(folder), trainable, **options)
         model.freeze_for_unlearning()
         model.load(folder)
@@ -70,3 +70,16 @@ def test_a_step_moves_the_additions_alone_and_the_rest_is_saved(built, tmp_path)
     saved = DiffusionPipeline.from_pretrained(tmp_path)
     network = getattr(saved, "transformer", None) or saved.unet
     assert all(weight.isfinite().all() for weight in network.parameters())
+
+
+def test_text_encoders_stay_where_they_are(built):
+    """The network goes elsewhere alone, and is asked under the same conditions there."""
+    model, staying = built("bfloat16"), built("bfloat16", texts_on_cpu=True)
+    assert torch.equal(staying.embed(PROMPTS), model.embed(PROMPTS))
+    cond = model.embeddings(torch.tensor([0, 1]))
+    assert torch.equal(staying.embeddings(torch.tensor([0, 1])), cond)
+    for of, device in ((staying, "cpu"), (model, "meta")):
+        of.to("meta")
+        assert {weight.device.type for weight in of.backbone.texts.parameters()} == {device}
+        assert {weight.device.type for weight in of.backbone.network.parameters()} == {"meta"}
+    assert staying.embed(PROMPTS).device.type == "meta", "the network's"

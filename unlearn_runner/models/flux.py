@@ -91,6 +91,7 @@ def build_flux(
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
     frozen_dtype: FrozenType = "float32",
+    texts_on_cpu: bool = False,
     embedded_guidance: NonNegativeFloat = 3.5,
     t5_tokens: Annotated[int, Ge(1), Le(512)] = 512,
 ) -> Diffusion:
@@ -106,7 +107,7 @@ def build_flux(
     guidance = float(embedded_guidance) if found.network.config.guidance_embeds else None
     texts = ClipAndT5(list(found.tokenizers.values()), list(found.encoders.values()), guidance, t5_tokens)
     parts = Parts(found.vae, texts, found.network, found.scheduler)
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu)
     return fitting_dataset(parts, weights, image_shape, label_names, 1.0, tuning, seed)
 
 

@@ -109,12 +109,15 @@ class Tuning(NamedTuple):
     `frozen_dtype`: "bfloat16" keeps what stays as it is in half the memory: the text encoders, which then compute in
     it, and the matrices and kernels of the network that are not trained, which lose nothing where it computes in
     bfloat16 anyway (`hardware.mixed_precision`).
+
+    `texts_on_cpu`: the text encoders stay on the CPU: the conditions of a run are embedded once.
     """
 
     trainable: str = "full"
     lora_rank: int = 4
     gradient_checkpointing: bool = False  # of the network: less memory for a second pass forward
     frozen_dtype: str = "float32"
+    texts_on_cpu: bool = False
 
 
 @final
@@ -162,7 +165,7 @@ class Prompted(Backbone):
         return len(self.prompts)
 
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        return self.texts.embed(prompts).float()
+        return self.texts.embed(prompts).to(self.network.device, torch.float32)
 
     def last_tokens(self, text: str) -> list[tuple[int, int]]:
         return self.texts.last_tokens(text)
@@ -171,7 +174,8 @@ class Prompted(Backbone):
         return self.texts.words()
 
     def slopes(self, text: str, count: int, cost: Callable[[Tensor], Tensor]) -> Float[Tensor, "{count} v"]:
-        return self.texts.slopes(text, count, cost)
+        device = self.network.device
+        return self.texts.slopes(text, count, lambda packed: cost(packed.to(device))).to(device)
 
     def text_projections(self) -> list[nn.Module]:
         return [module for name, module in self.network.named_modules() if name.endswith(self._kind.text_projections)]
@@ -189,7 +193,8 @@ class Prompted(Backbone):
 
     def _embedded(self) -> Float[Tensor, "n s d"]:
         """Of all prompts, and of what guidance leads away from, whose number is -1."""
-        return torch.cat([self.texts.embed(self.prompts), self.texts.empty()]).float()
+        found = torch.cat([self.texts.embed(self.prompts), self.texts.empty()])
+        return found.to(self.network.device, torch.float32)
 
     def conditions(self, cond: Shaped[Tensor, "b ..."]) -> Condition:
         return self.texts.condition(self.embeddings(cond))
@@ -205,7 +210,7 @@ class Prompted(Backbone):
     def freeze_for_unlearning(self) -> None:
         """All but what `tuning` names; LoRA's additions are made here."""
         self.texts.requires_grad_(False).eval()
-        trainable, lora_rank, gradient_checkpointing, frozen_dtype = self.tuning
+        trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu = self.tuning
         self.network.requires_grad_(trainable == "full")
         if trainable not in ("full", "lora"):
             for name, weight in self.network.named_parameters():
@@ -231,6 +236,8 @@ class Prompted(Backbone):
             for module in self.network.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
                     module.weight.data = module.weight.data.to(torch.bfloat16)
+        if texts_on_cpu:
+            self.texts.stay()
 
     @property
     def networks(self) -> dict[str, nn.Module]:

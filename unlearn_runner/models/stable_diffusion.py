@@ -52,6 +52,7 @@ def build_stable_diffusion(
     lora_rank: Width = 4,
     gradient_checkpointing: bool = False,
     frozen_dtype: FrozenType = "float32",
+    texts_on_cpu: bool = False,
     guidance_scale: GuidanceScale = 7.5,
     prediction_type: PredictionType = "epsilon",
     block_out_channels: Channels = (32, 64),
@@ -119,7 +120,7 @@ def build_stable_diffusion(
     else:
         parts = _parts_of(weights, PLAIN, tuple(image_shape))
         rules.prediction_of_weights(weights, prediction_type, parts.scheduler.config.prediction_type)
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu)
     return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
 
@@ -132,6 +133,7 @@ def build_sdxl(
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
     frozen_dtype: FrozenType = "float32",
+    texts_on_cpu: bool = False,
     guidance_scale: GuidanceScale = 5.0,
 ) -> Diffusion:
     """SDXL that draws under the prompts `label_names`, its base model alone; the refiner is not needed.
@@ -141,7 +143,7 @@ def build_sdxl(
     """
     rules.prompts_for_texts(bool(label_names))
     parts = _parts_of(weights, XL, tuple(image_shape))
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu)
     return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
 

@@ -114,6 +114,7 @@ def build_sd3(
     lora_rank: Width = 4,
     gradient_checkpointing: bool = True,
     frozen_dtype: FrozenType = "float32",
+    texts_on_cpu: bool = False,
     guidance_scale: GuidanceScale = 7.0,
     t5: bool = True,
     t5_tokens: Annotated[int, Ge(0), Le(512)] = 256,
@@ -164,7 +165,7 @@ def build_sd3(
             t5_tokens,
         )
         parts = Parts(found.vae, texts, found.network, found.scheduler)
-    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype)
+    tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu)
     model = fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
     most = parts.network.config.pos_embed_max_size * parts.network.config.patch_size
     if max(model.sample_shape[1:]) > most:

@@ -59,11 +59,20 @@ class Texts(Part):
     """
 
     t5_tokens = 0  # of one text that a T5 reads, which has no bound of its own
+    stays = False  # where it is, in the precision that it has, wherever the model goes
     _spellings: list[Spelling] | None = None  # made at first use, and anew with other tokenizers
 
     def train(self, mode: bool = True) -> "Texts":
         """Without dropout always, which T5 has: a prompt is one condition, whoever asks for it and when."""
         return super().train(False)
+
+    def stay(self) -> None:
+        """On the CPU, whatever device the model is moved to from now on."""
+        self.to("cpu")
+        self.stays = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Texts":
+        return self if self.stays else super()._apply(fn, recurse)
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
