@@ -219,6 +219,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
             data = drawn_by(network, parts.dataset, parts.hardware.device)
         for note in data.notes:
             console.print(note, soft_wrap=True)
+        record.inventory(data.inventory)
         judge = trained_judge_of(parts, data, cache_dir, console)
 
         # 3. Measure, unlearn, measure.

@@ -359,6 +359,7 @@ OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
     "data.mnist_trousers.MnistTrousers": (amount_of_garments,),
     "data.hub_classes.HubClasses": (known_colour,),
     "data.sd_concepts.SDConcepts": (known_colour,),
+    "data.request.Request": (known_colour,),
     "data.image_folder.ImageFolder": (known_colour, two_folders),
 }  # fmt: skip
 
@@ -425,7 +426,8 @@ def objective_without_ascent(objective: str) -> None:
 def prompts_for_texts(prompts: bool) -> None:
     if not prompts:
         raise ConfigurationError(
-            "model: Stable Diffusion draws under prompts, and the dataset has none; take dataset=sd_concepts."
+            "model: Stable Diffusion draws under prompts, and the dataset has none; take dataset=sd_concepts, or "
+            "dataset=request with dataset.captions=auto."
         )
 
 
@@ -570,7 +572,7 @@ def _timesteps(cfg: Mapping[str, Any]) -> int | None:
     return network.get("num_train_timesteps", 1000 if _draws_texts(network) else None)
 
 
-FOLDERS = ("dataset.forget_dir", "dataset.retain_dir")
+FOLDERS = ("dataset.forget_dir", "dataset.retain_dir", "dataset.never_seen")
 FOLDERS_OR_NAMES = ("dataset.source", "dataset.garment_source", "method.policy")
 WORDS = ("auto", "embedded", "base")  # that are no folder
 
@@ -627,8 +629,9 @@ def _draws_texts(network: Mapping[str, Any]) -> bool:
 def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     network, dataset, method, trainer = cfg["model"]["network"], cfg["dataset"], cfg["method"], cfg["trainer"]
     recipe, weights, clip = cfg["model"]["pretraining"], cfg["model"]["weights"], cfg["clip"]["network"]
-    prompted = "concept" in dataset
-    labelled = prompted or dataset.get("conditional", "forget_dir" not in dataset)
+    prompted = "concept" in dataset or dataset.get("captions") is not None
+    of_files = "forget_dir" in dataset or "captions" in dataset  # which have no classes
+    labelled = prompted or dataset.get("conditional", not of_files)
     draws_texts = _draws_texts(network)
     if draws_texts:
         prompts_for_texts(prompted)

@@ -52,6 +52,7 @@ class ForgetRetain:
     resident: bool = True
     forget_alike: LabelledImages | None = None  # more of the forgotten content, for the classifier's eyes only
     notes: tuple[str, ...] = ()  # for the user: what was found and not read, and what was decided about what was read
+    inventory: tuple[dict[str, str | None], ...] = ()  # what became of each file, where a dataset accounts for them
     sized_by: str = "dataset"  # the options, with their values, on which it depends how many images there are
 
     def as_trained(self, pixels: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "n c h w"]:

@@ -1,6 +1,5 @@
 """Your own images: one folder to forget, one to keep."""
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Literal, final
 import torch
 
 from unlearn_runner import rules
-from unlearn_runner.cache import cached, write_json
 from unlearn_runner.data.forget_retain import (
     Dataset,
     ForgetRetain,
@@ -17,15 +15,14 @@ from unlearn_runner.data.forget_retain import (
     test_rows,
 )
 from unlearn_runner.data.images import (
-    DECODING,
     PIL_MODES,
     Decoder,
-    Unreadable,
     common_mode,
     counted,
     find_images,
     gathered,
     printable,
+    read_files,
     require_apart,
 )
 from unlearn_runner.errors import ConfigurationError
@@ -112,28 +109,6 @@ class ImageFolder(Dataset):
         return ForgetRetain(self.spec, **parts, resident=self.resident, notes=(*self.notes, *notes))
 
     def _decode(self, name: str, files: list[Path], decoder: Decoder) -> LabelledImages:
-        pixels = decoder.files(files) if self.resident or not files else self._memory_mapped(files, decoder)
+        pixels = read_files(files, decoder, None if self.resident else self.cache_dir)
         zeros = torch.zeros(len(files), dtype=torch.int64)
         return LabelledImages(pixels, zeros, zeros + CONTENTS.index(name))
-
-    def _memory_mapped(self, files: list[Path], decoder: Decoder) -> torch.Tensor:
-        shape = (len(files), *self.spec.image_shape)
-
-        def decode(folder: Path) -> None:
-            once = Decoder(decoder.image_shape, decoder.background)
-            once.files(files, into=folder / "pixels.uint8")
-            write_json(folder / "seen.json", once.seen)
-
-        stamps, unreadable = [], Unreadable()
-        for file in files:
-            with unreadable.named(printable(file)):
-                stat = file.stat()
-                stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
-        unreadable.refuse()
-        key = {"files": stamps, "shape": shape, "background": decoder.background, "decoding": DECODING}
-        folder = cached(self.cache_dir, "images", key, decode)
-        decoder.seen.update(json.loads((folder / "seen.json").read_text()))
-        flat = torch.from_file(
-            str(folder / "pixels.uint8"), shared=False, size=torch.Size(shape).numel(), dtype=torch.uint8
-        )
-        return flat.view(shape)

@@ -6,13 +6,14 @@ The one place where an image is decoded, wherever it comes from.
 import functools
 import hashlib
 import io
+import json
 import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar, final
+from typing import Literal, NamedTuple, TypeVar, final
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
+from unlearn_runner.cache import cached, write_json
 from unlearn_runner.errors import ConfigurationError, existing_folder, first_line, folders_named, normal_form
 
 # Each is recognised by its first bytes, and reading it runs no other program (as PIL does for EPS).
@@ -45,10 +47,13 @@ HIDDEN, UNREAD = "hidden file{s}", "file{s} in formats not read here"
 
 
 class Found(NamedTuple):
-    """The image files below a folder, sorted by path, and a sentence on what else lies there and is not read."""
+    """The image files below a folder, sorted by path, what else lies there and is not read, by why, and a sentence on
+    it.
+    """
 
     files: list[Path]
     notes: list[str]
+    unread: dict[str, list[Path]]
 
 
 def find_images(folder: str, option: str) -> Found:
@@ -91,14 +96,24 @@ def find_images(folder: str, option: str) -> Found:
                 files.append(path)  # or a broken link, which has its sentence when it is opened
             else:
                 left["pipe{s}, socket{s} or device{s}"].append(path)
-    parts = [f"{counted(len(paths), what)} ({examples(what, paths)})" for what, paths in sorted(left.items())]
-    notes = [f"{option}={folder}: {counted(len(files), 'image{s}')}, besides {'; '.join(parts)}."] if parts else []
     if not files:
+        parts = named_with_counts(left)
         raise ConfigurationError(
             f"{option}={folder}: no images in it; expected files ending in {', '.join(sorted(suffixes()))}"
-            + (f"; found {'; '.join(parts)}." if parts else ".")
+            + (f"; found {parts}." if parts else ".")
         )
-    return Found(sorted(files, key=lambda path: ([normal_form(part) for part in path.parts], path.parts)), notes)
+    files.sort(key=lambda path: ([normal_form(part) for part in path.parts], path.parts))
+    return Found(files, note_of_unread(f"{option}={folder}", len(files), left), dict(left))
+
+
+def note_of_unread(where: str, count: int, unread: dict[str, list[Path]]) -> list[str]:
+    """A sentence on what lies beside so many images and is not read, if there is something."""
+    parts = named_with_counts(unread)
+    return [f"{where}: {counted(count, 'image{s}')}, besides {parts}."] if parts else []
+
+
+def named_with_counts(unread: dict[str, list[Path]]) -> str:
+    return "; ".join(f"{counted(len(paths), what)} ({examples(what, paths)})" for what, paths in sorted(unread.items()))
 
 
 def counted(n: int, what: str) -> str:
@@ -306,13 +321,16 @@ def in_eight_bits(image: Image.Image, clear: int | None = None) -> Image.Image:
 class Decoder:
     """Images of any size and mode as pixels of one shape: as seen, cropped to the middle square, resized.
 
-    `background` is the colour, by a name of CSS or #rrggbb, that shows through where an image is transparent. `seen`
-    counts the images for which something had to be decided, for `notes`.
+    `background` is the colour, by a name of CSS or #rrggbb, that shows through where an image is transparent. `fit`:
+    "crop" to the middle square, or "pad" to a square with the background. `seen` counts the images for which something
+    had to be decided, for `notes`.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], background: str = "white"):
+    def __init__(
+        self, image_shape: tuple[int, int, int], background: str = "white", fit: Literal["crop", "pad"] = "crop"
+    ):
         self.image_shape = image_shape
-        self.background = background
+        self.background, self.fit = background, fit
         self.seen: Counter[str] = Counter()
 
     @without_warnings()
@@ -337,7 +355,8 @@ class Decoder:
                     if image.mode != PIL_MODES[channels]:
                         image = image.convert(PIL_MODES[channels])
                     if image.size != (width, height):
-                        image = centre_square(image).resize((width, height))
+                        square = centre_square(image) if self.fit == "crop" else padded(image, self.background)
+                        image = square.resize((width, height))
                     array[row] = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
                 self.seen.update(remarks)
         unreadable.refuse()
@@ -363,16 +382,54 @@ def centre_square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def padded(image: Image.Image, background: str) -> Image.Image:
+    """The image in the middle of the smallest square around it."""
+    side = max(image.size)
+    colour = ImageColor.getcolor(background, image.mode)
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def read_files(files: list[Path], decoder: Decoder, cache_dir: Path | None = None) -> UInt8[Tensor, "n c h w"]:
+    """The pixels of files; with a `cache_dir` decoded once into a file there and read from it, memory-mapped."""
+    if cache_dir is None or not files:
+        return decoder.files(files)
+    shape = (len(files), *decoder.image_shape)
+
+    def decode(folder: Path) -> None:
+        once = Decoder(decoder.image_shape, decoder.background, decoder.fit)
+        once.files(files, into=folder / "pixels.uint8")
+        write_json(folder / "seen.json", once.seen)
+
+    stamps, unreadable = [], Unreadable()
+    for file in files:
+        with unreadable.named(printable(file)):
+            stat = file.stat()
+            stamps.append((os.path.realpath(file), stat.st_size, stat.st_mtime_ns))
+    unreadable.refuse()
+    key = {"files": stamps, "shape": shape, "background": decoder.background, "decoding": DECODING}
+    key |= {} if decoder.fit == "crop" else {"fit": decoder.fit}
+    folder = cached(cache_dir, "images", key, decode)
+    decoder.seen.update(json.loads((folder / "seen.json").read_text()))
+    flat = torch.from_file(
+        str(folder / "pixels.uint8"), shared=False, size=torch.Size(shape).numel(), dtype=torch.uint8
+    )
+    return flat.view(shape)
+
+
+def digests(parts: Iterable[tuple[list[Path], Tensor]]) -> Iterator[tuple[bytes, Path]]:
+    """Of the pixels of each file."""
+    for files, pixels in parts:
+        for file, image in zip(files, pixels.numpy(), strict=True):
+            yield hashlib.blake2b(image.tobytes(), digest_size=16).digest(), file
+
+
 def require_apart(
     forget: Iterable[tuple[list[Path], UInt8[Tensor, "_ c h w"]]],
     retain: Iterable[tuple[list[Path], UInt8[Tensor, "_ c h w"]]],
 ) -> None:
     """Raise ConfigurationError if an image to forget is also to be kept, under whatever name and in whatever format."""
-
-    def digests(parts: Iterable[tuple[list[Path], Tensor]]) -> Iterator[tuple[bytes, Path]]:
-        for files, pixels in parts:
-            for file, image in zip(files, pixels.numpy(), strict=True):
-                yield hashlib.blake2b(image.tobytes(), digest_size=16).digest(), file
 
     wanted = dict(digests(forget))
     both = [(wanted[digest], file) for digest, file in digests(retain) if digest in wanted]

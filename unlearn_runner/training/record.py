@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 
 from rich.console import Console
 
+from unlearn_runner.cache import fingerprint
 from unlearn_runner.catalogue import In, keys, title, what_z_says, z_of
 from unlearn_runner.cli import as_override, command_again
 from unlearn_runner.errors import Interrupted, NonFiniteError, first_line, writing
@@ -159,6 +160,13 @@ class Record:
             more["not_finite"] = list(self.not_finite)
         provenance = {"environment": environment(), "evaluation": self.provenance}
         folder.write_summary(status, metrics, **more, provenance=provenance)
+
+    def inventory(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """What became of each file of the data, as data.jsonl; its digest is in the summary."""
+        if rows:
+            self.provenance["files_digest"] = fingerprint(list(rows))
+            if self.folder is not None:
+                self.folder.write_inventory(rows)
 
     def line(self, step: int, values: dict[str, float]) -> dict[str, float]:
         """A line of what is finite, which is returned."""

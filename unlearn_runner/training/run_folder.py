@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
@@ -202,6 +202,11 @@ class RunFolder:
                     titled = beside_rows(grid, titles)
                 titled.save(temporary, "PNG")
         return path
+
+    def write_inventory(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """data.jsonl: a line for each file of the data."""
+        with atomic(self.path / "data.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
     def write_summary(self, status: str, metrics: dict[str, float], **more: Any) -> None:
         """summary.json: status, metrics, provenance."""
