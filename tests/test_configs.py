@@ -228,7 +228,8 @@ def test_dataset_options_compose(composed, dataset, tmp_path):
     for name in ("forget", "retain"):
         (tmp_path / name).mkdir()
     folders = [f"dataset.{name}_dir={tmp_path / name}" for name in ("forget", "retain")]
-    more = folders if dataset == "image_folder" else ["model=sd15"] if of_the_base(dataset) else []
+    own = {"image_folder": folders, "request": [f"dataset.source={tmp_path}", "dataset.forget=forget"]}
+    more = own.get(dataset, ["model=sd15"] if of_the_base(dataset) else [])
     cfg = composed(f"dataset={dataset}", *more)
     assert cfg["dataset"]["_target_"].startswith("unlearn_runner.data.")
 

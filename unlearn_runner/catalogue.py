@@ -164,6 +164,13 @@ ENTRIES = (
           _PROBE + "where the upper half of images to forget is given and the rest is drawn"),
     Entry("probe_guidance", "GuidanceProbe", ORACLE, SHARE, FORGETTING, RUN | LONG,
           _PROBE + "drawn under the guidance of a small classifier of noisy images"),
+    Entry("copy_rate", "Copies", LOW, SHARE, FORGETTING, RUN | LONG | SHORT,
+          "share of samples under the forget condition that are a copy of an image to forget: nearer to it than all "
+          "but 5 % of images that no model has seen are, with `evaluation=instances`"),
+    Entry("closer_to_forget", "Copies", 0.5, SHARE, FORGETTING, RUN | LONG,
+          "share of them that is nearer to an image to forget than to as many that no model has seen: 0.5 where it "
+          "knows neither"),
+    Entry("per_image/copy_rate/*", "Copies", LOW, SHARE, None, NOTHING, "copies of one of the images to forget"),
     Entry("deletion_steps", "RunRecorder", LOW, POSITIVE, FORGETTING, RUN | LONG,
           "first look on the way (`evaluation.every`) whose samples hold nothing of the forgotten content (SISS's "
           "definition); absent if none, and where the base's samples hold nothing of it either"),

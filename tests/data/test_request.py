@@ -65,7 +65,7 @@ def test_what_a_request_may_name(source, tmp_path):
 def test_every_file_has_a_fate(source, tmp_path):
     made = request(source, "ann", tmp_path)
     data = made.load()
-    assert (len(data.forget), len(data.retain), len(data.forget_test), len(data.retain_test)) == (4, 6, 0, 2)
+    assert (len(data.forget), len(data.retain), len(data.forget_test), len(data.retain_test)) == (4, 6, 2, 2)
     assert data.spec.label_names is None and data.spec.content_names == ("retain", "forget")
     assert data.forget.contents.tolist() == [1] * 4 and data.retain.contents.tolist() == [0] * 6
     fates = {row["file"]: row for row in data.inventory}

@@ -66,9 +66,9 @@ class Request(Dataset):
     the hub's: metadata.jsonl or metadata.csv with a `file_name` for each of the files beside and below it.
 
     Args:
-        never_seen: folder of images like those of the source that the base has not learnt from. With them the forgotten
-            ones are compared. None: the share `test_fraction` of the images to keep is held out instead, which is right
-            where the base is trained here.
+        never_seen: folder of images like those of the source that the base has not learnt from, with which the
+            forgotten ones are compared. None: the share `test_fraction` of the images to keep is held out and stands
+            for them, which is right where the base is trained here.
         captions: None: the model is unconditional. Else images are learnt under prompts: a column of the metadata;
             "txt": a text file of the image's name beside it; "auto": the column text, caption or prompt, or else txt.
         duplicates: what is done about images to keep that are, byte for byte or pixel for pixel, images to forget:
@@ -255,9 +255,10 @@ class Request(Dataset):
             if not more:
                 break
             moved |= more  # and everything is read again, without them
+        unseen = "held out" if self.never_seen is None else "never seen"
         forget, retain, never, held_out = (
             self._labelled(files.get(name, []), pixels.get(name), content)
-            for name, content in (("forget", -1), ("retain", 0), ("never seen", -1), ("held out", 0))
+            for name, content in (("forget", -1), ("retain", 0), (unseen, -1), ("held out", 0))
         )
         pairs = near_duplicates(pixels["forget"], pixels["retain"])
         notes = [
