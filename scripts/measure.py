@@ -13,7 +13,6 @@ learnt from and compared with, and CLIP says what is on a picture. Overrides of 
 This only composes commands: --dry-run prints them."""
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -21,11 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unlearn_runner.cli import as_override
+from unlearn_runner.api import kind_of, of_concepts, option
 from unlearn_runner.errors import ConfigurationError, known_cause
+from unlearn_runner.models.pipelines import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
-FLUX_SIZE = 1024  # pixels; its pipeline's folder does not say
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 class Command(NamedTuple):
@@ -40,57 +40,19 @@ def commands(
     weights: Sequence[str], base: str, concepts: Sequence[str], retain: Sequence[str], out: Path, more: Sequence[str]
 ) -> list[Command]:
     """A command for each of the `weights`. Raises ConfigurationError if the base is a pipeline that is not known."""
-    model, size = kind_of(base, more)
-    shared = {
-        "method": "given",
-        "model": model,
-        "model.weights": base,
-        "dataset": "sd_concepts",
-        "dataset.source": "base",
-        "evaluation": "probes",
-        "judge": "clip",
-    }
-    lists = {"dataset.concept": concepts, "dataset.retain_concepts": retain}
+    model, size = kind_of(base, dict(part.split("=", 1) for part in more))
+    if model not in MODELS.values():
+        raise ConfigurationError(f"--base {base}: expected a text-to-image pipeline, got one that draws no texts.")
+    shared = [f"model={model}", option("model.weights", base), f"dataset.image_size={size}"]
+    shared += [*of_concepts(concepts, retain), "evaluation=probes", "judge=clip"]
     found = []
     for label, source in zip(labels_of(weights), weights, strict=True):
         folder = out / label
         own = {"method.weights": source, "label": label, "hydra.run.dir": str(folder)}
-        words = [
-            *(as_override(key, value) for key, value in (shared | own).items()),
-            f"dataset.image_size={size}",
-            *(shlex.quote(f"{key}=[{','.join(map(quoted, names))}]") for key, names in lists.items()),
-            *map(shlex.quote, more),
-        ]
-        found.append(Command(label, folder, f"{shlex.quote(sys.executable)} {ROOT / 'train.py'} {' '.join(words)}"))
+        words = ["method=given", *(option(key, value) for key, value in own.items()), *shared, *more]
+        line = shlex.join([sys.executable, str(ROOT / "train.py"), *words])
+        found.append(Command(label, folder, line))
     return found
-
-
-def kind_of(base: str, more: Sequence[str]) -> tuple[str, int]:
-    """The group `model` of a pipeline, and pixels a side of what it draws; of a hub id as the overrides say."""
-    from unlearn_runner.models.pipelines import MODELS
-
-    index = Path(base).expanduser() / "model_index.json"
-    told = dict(part.split("=", 1) for part in more)
-    if not index.is_file():
-        if not {"model", "dataset.image_size"} <= told.keys():
-            raise ConfigurationError(
-                f"--base {base}: there is no such folder with a model_index.json; of a hub id say what it is with "
-                f"model=<{', '.join(MODELS.values())}> and dataset.image_size=<pixels>."
-            )
-        return told["model"], int(told["dataset.image_size"])
-    kind = json.loads(index.read_text()).get("_class_name")
-    if kind not in MODELS or MODELS[kind] == "dit":
-        known = ", ".join(name for name, model in MODELS.items() if model != "dit")
-        raise ConfigurationError(f"--base {base}: expected a text-to-image pipeline ({known}), got a {kind}.")
-    return MODELS[kind], size_of(index.parent)
-
-
-def size_of(folder: Path) -> int:
-    """Pixels a side that a pipeline draws if nobody says otherwise."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    network = next(file for part in ("unet", "transformer") if (file := folder / part / "config.json").is_file())
-    side = json.loads(network.read_text()).get("sample_size")
-    return FLUX_SIZE if side is None else side * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def labels_of(weights: Sequence[str]) -> list[str]:
@@ -98,14 +60,6 @@ def labels_of(weights: Sequence[str]) -> list[str]:
     names = [Path(source.rstrip("/")).name for source in weights]
     names = [name.removesuffix(Path(name).suffix) if Path(name).suffix in SUFFIXES else name for name in names]
     return [f"{name}_{number + 1}" if names.count(name) > 1 else name for number, name in enumerate(names)]
-
-
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
-
-def quoted(name: str) -> str:
-    """As an element of a list in an override."""
-    return as_override("x", name).removeprefix("x=") if name.isalnum() else "'" + name.replace("'", "\\'") + "'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,9 +33,10 @@ def test_commands(base, tmp_path):
     words = shlex.split(found[0].line)
     assert words[:2] == [sys.executable, str(ROOT / "train.py")]
     assert {
-        "method=given", "method.weights=esd.safetensors", "model=sd15", f"model.weights={base}", "evaluation=probes",
+        "method=given", "method.weights='esd.safetensors'", "model=sd15", f"model.weights='{base}'",
+        "evaluation=probes",
         "dataset.source=base", "dataset.image_size=16", "dataset.concept=['Van Gogh','it\\'s']",
-        "dataset.retain_concepts=[Monet]", "judge=clip", "label=esd", "seed=3",
+        "dataset.retain_concepts=['Monet']", "judge=clip", "label='esd'", "seed=3",
     } <= set(words)  # fmt: skip
     assert words[-1] == "seed=3", "what is said by hand wins"
 
@@ -45,9 +46,14 @@ def test_mistakes(base, tmp_path, capsys):
     assert measure.main(["a.safetensors", "--base", str(tmp_path / "no"), *asked]) == 2
     assert "of a hub id say what it is with model=<sd15, sdxl" in capsys.readouterr().err
     index = base / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "DDPMPipeline"}))
-    with pytest.raises(ConfigurationError, match=r"expected a text-to-image pipeline .*, got a DDPMPipeline"):
-        measure.kind_of(str(base), [])
+    content = json.loads(index.read_text())
+    for kind, sentence in (
+        ("DDPMPipeline", "expected a text-to-image pipeline"),
+        ("Other", "expected a pipeline .*, got a Other"),
+    ):
+        index.write_text(json.dumps(content | {"_class_name": kind}))
+        with pytest.raises(ConfigurationError, match=sentence):
+            measure.commands(["a"], str(base), ["x"], ["y"], tmp_path, [])
     with pytest.raises(SystemExit):
         measure.main(["seed=1", "--base", str(base), *asked])
     hub = ["model=sdxl", "dataset.image_size=1024"]
