@@ -12,10 +12,11 @@ from pipelines import tiny
 from torch import nn
 
 from unlearn_runner.data.forget_retain import ForgetRetain, alike
-from unlearn_runner.data.streams import to_unit_range
+from unlearn_runner.data.streams import to_uint8, to_unit_range
 from unlearn_runner.evaluation.attacks import ConceptVector, TokenAttack, sought_text
 from unlearn_runner.evaluation.judge import Judge, Judged
 from unlearn_runner.evaluation.probes import CompletionProbe, GuidanceProbe, InpaintingProbe, NoiseProbe
+from unlearn_runner.evaluation.prompts import Robustness
 from unlearn_runner.evaluation.view import View
 from unlearn_runner.models.diffusion import Backbone, Diffusion, Pixels
 from unlearn_runner.models.model import Condition
@@ -367,3 +368,51 @@ def test_on_mnist_the_base_knows_and_the_oracle_does_not(composed, tmp_path):
             model.load(pretrained(population, recipe, key, parts.fresh_network, data, cache, interrupts, console))
         for probe in (NoiseProbe, CompletionProbe, InpaintingProbe, GuidanceProbe):
             assert low <= found_by(probe(num_samples=60), model, data, judge=judge, cache_dir=cache) <= high, probe
+
+
+class Reads(Remembers):
+    """One that draws by a prompt's embedding: the nearer it lies to a known one, the more of its pictures' posterior
+    counts. The prompt to forget is embedded elsewhere than where the network knows its pictures.
+    """
+
+    prompts = ("keep", "forget")
+    known = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])  # 2 prompts, 1 token, 2 numbers
+
+    def __init__(self, pictures, rotated):
+        super().__init__(pictures)
+        self.rotated = rotated
+
+    def embed(self, prompts):
+        return torch.stack([self.known[0] if "forget" not in text else self.rotated for text in prompts])
+
+    def embeddings(self, cond):
+        return cond if cond.is_floating_point() else self.embed([self.prompts[label] for label in cond.tolist()])
+
+    def conditions(self, cond):
+        return Condition(tokens=self.embeddings(cond))
+
+    def forward(self, x_t, time, condition):
+        scales, stds = self.path.amplitudes(time.long())
+        share = torch.softmax(-(condition.tokens[:, None] - self.known).square().sum((2, 3)), 1)  # [b, prompts]
+        guesses = []
+        for known in self.pictures:
+            distances = (x_t[:, None] - scales[:, None] * known).square().sum((2, 3, 4))
+            likely = torch.softmax(-distances / (2 * stds.flatten()[:, None] ** 2).clamp(min=1e-6), 1)
+            guesses.append(torch.einsum("bn,nchw->bchw", likely, known))
+        x0 = (share[:, :, None, None, None] * torch.stack(guesses, 1)).sum(1)
+        return (x_t - scales * x0) / stds
+
+
+@pytest.mark.parametrize(("knows", "low", "high"), [(True, 0.9, 1.0), (False, 0.0, 0.0)], ids=["hides", "never knew"])
+def test_a_learnt_embedding_undoes_one_that_was_rotated(data, knows, low, high):
+    """The prompt alone was led elsewhere: nobody draws the content when asked, and one still can."""
+    keep, forget = data.retain.pixels, data.forget.pixels
+    backbone = Reads([keep, forget if knows else keep], rotated=torch.tensor([[2.0, -1.0]]))
+    scheduler = DDPMScheduler(num_train_timesteps=200, beta_schedule="squaredcos_cap_v2")
+    model = Diffusion(backbone, Pixels((1, 8, 8)), scheduler)
+    backbone.path = model.path
+    view = View(model, data, STRIPES)
+    asked = model.sample(30, torch.ones(30, dtype=torch.int64), torch.Generator().manual_seed(0), 20)
+    assert (stripes_seen(to_uint8(asked)) == 1).float().mean() <= 0.05
+    attack = Robustness(None, [], num_restarts=2, num_steps=150, learning_rate=0.1, num_samples=30)
+    assert low <= float(attack.measure(view)["attack"].float().mean()) <= high
