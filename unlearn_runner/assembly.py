@@ -211,7 +211,9 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
             return pretrained(population, recipe, key, fresh, data, cache_dir, interrupts, console)
 
         weights = cfg["model"]["weights"]
-        network.load(trained("all", pretraining.seed) if weights == "auto" else weights)
+        base = trained("all", pretraining.seed) if weights == "auto" else weights
+        network.load(base)
+        record.identity["base"] = _digest_of(base)
         require_usable(network, "the base", f"model.weights={weights}")
         for _ in own_oracles(parts):  # those that cannot be used are found now, and read again at the end
             continue

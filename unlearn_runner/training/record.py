@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from unlearn_runner.training.progress import ProgressBar, comparison_table
 from unlearn_runner.training.provenance import environment, peak_memory_gb
 from unlearn_runner.training.run_folder import RunFolder
 from unlearn_runner.training.signals import Interrupts
+from unlearn_runner.weights import weights_identity
 
 HEADLINES = keys(In.RUN)
 DIAGNOSTICS = ("lambda/value", "grad_variance/", "weights/")
@@ -81,6 +83,7 @@ class Record:
         self.intervals: dict[str, list[float]] = {}
         self.compared: list[Oracle] = []
         self.provenance: dict[str, Any] = {}
+        self.identity: dict[str, str] = {"started": now()}  # of what was done: dates, and digests of weights
         self.not_finite: dict[str, None] = {}  # keys of what was left out, in the order of their first time
         self.failures: list[Exception] = []  # of what is attempted
 
@@ -158,6 +161,7 @@ class Record:
             ]
         if self.not_finite:
             more["not_finite"] = list(self.not_finite)
+        more["identity"] = {**self.identity, "finished": now()}
         provenance = {"environment": environment(), "evaluation": self.provenance}
         folder.write_summary(status, metrics, **more, provenance=provenance)
 
@@ -221,6 +225,7 @@ class Record:
         """The model that ships."""
         if self.folder is not None:
             self.folder.save_model(model.save)
+            self.identity["result"] = weights_identity(self.path / "model")
 
     def averages(self, step: int, since: int) -> None:
         """What the lines after a step say on average, and lambda's picture."""
@@ -304,3 +309,8 @@ def means_of(lines: list[dict[str, Any]]) -> dict[str, float]:
             if key.startswith(DIAGNOSTICS):
                 logged.setdefault(f"mean/{key}", []).append(value)
     return {key: mean(values) for key, values in logged.items()}
+
+
+def now() -> str:
+    """The time, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
