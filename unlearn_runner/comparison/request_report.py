@@ -28,6 +28,13 @@ SHOWN = (  # scores, in this order
     *("restored_rate", "nothing_rate", "precision_forget", "retain_accuracy", "fid_retain"),
 )
 OF_SAMPLES = ("forget_rate", "restored_rate", "nothing_rate", "copy_rate", "closer_to_forget", "precision_forget")
+ABOUT = {  # where the catalogue's sentence refers to another key's
+    "fid_retain": "Fréchet distance between features of samples under the other labels and of real images with them",
+    "closer_to_forget": "share of samples under the forget condition that is nearer to an image to forget than to as many "
+    "that no model has seen: 0.5 where it knows neither",
+    "restored_rate": "share of samples under the forget condition that shows what is to be drawn there instead",
+    "nothing_rate": "share of samples under the forget condition that is like no real image of anything",
+}
 CACHED = {"images": "decoded images", "bases": "a base trained on it", "oracles": "a model trained without it"}
 LARGEST_PICTURE = 800_000  # bytes of one grid in the page
 MOST_FILES = 200  # named in the page; data.jsonl has all
@@ -70,7 +77,9 @@ def report(folder: Path, asked: Asked = Asked()) -> dict[str, Any]:  # noqa: B00
     """All that the page says, as JSON has it."""
     summary, config, rows = read(folder)
     metrics, provenance = summary["metrics"], summary["provenance"]
-    identity = summary.get("identity", {})
+    identity = dict.fromkeys(("base", "result", "started", "finished")) | summary.get(
+        "identity", {}
+    )  # older runs: none
     return {
         "request": asked._asdict(),
         "run": str(folder.resolve()),
@@ -81,7 +90,7 @@ def report(folder: Path, asked: Asked = Asked()) -> dict[str, Any]:  # noqa: B00
             "steps": config["trainer"]["max_steps"],
             "seconds": metrics.get("cost/seconds"),
         },
-        "model": config["model"]["weights"],
+        "model": "trained by the run" if config["model"]["weights"] == "auto" else config["model"]["weights"],
         "dataset": config["dataset"].get("source") or config["choices"]["dataset"],
         "files": {
             "counts": dict(Counter(row["fate"] for row in rows)),
@@ -116,7 +125,7 @@ def _scores(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "interval": interval,
             "oracle": metrics.get(f"oracle/{key}"),
             "real": metrics.get(f"floor/{key}"),
-            "about": next((text for name, text in about.items() if fnmatchcase(key, name)), ""),
+            "about": ABOUT.get(key) or next((text for name, text in about.items() if fnmatchcase(key, name)), ""),
             "in_words": in_words(key, after, n, interval) if key in OF_SAMPLES and n else None,
         }
 
