@@ -30,8 +30,8 @@ SHOWN = (  # scores, in this order
 OF_SAMPLES = ("forget_rate", "restored_rate", "nothing_rate", "copy_rate", "closer_to_forget", "precision_forget")
 ABOUT = {  # where the catalogue's sentence refers to another key's
     "fid_retain": "Fréchet distance between features of samples under the other labels and of real images with them",
-    "closer_to_forget": "share of samples under the forget condition that is nearer to an image to forget than to as many "
-    "that no model has seen: 0.5 where it knows neither",
+    "closer_to_forget": "share of samples under the forget condition that is nearer to an image to forget than to as "
+    "many that no model has seen: 0.5 where it knows neither",
     "restored_rate": "share of samples under the forget condition that shows what is to be drawn there instead",
     "nothing_rate": "share of samples under the forget condition that is like no real image of anything",
 }
