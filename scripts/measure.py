@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,9 +58,20 @@ def commands(
 
 def labels_of(weights: Sequence[str]) -> list[str]:
     """A row's name for each, from its file's or folder's, each another."""
-    names = [Path(source.rstrip("/")).name for source in weights]
+    names = [Path(source).resolve().name for source in weights]
     names = [name.removesuffix(Path(name).suffix) if Path(name).suffix in SUFFIXES else name for name in names]
-    return [f"{name}_{number + 1}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(2))
+        found.append(name if name not in found else next(other for other in numbered if other not in [*names, *found]))
+    return found
+
+
+def is_override(word: str, before: str) -> bool:
+    """Whether a word is an option of train.py, and no file, and not what an option of this script is given."""
+    key = word.partition("=")[0].lstrip("+~")
+    named = "=" in word and all(part.isidentifier() for part in key.replace("@", ".").replace("/", ".").split("."))
+    return named and before not in ("--base", "--out") and not Path(word).exists()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/measured"), help="folder of the runs")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     typed = sys.argv[1:] if arguments is None else arguments
-    more = [part for part in typed if "=" in part and not part.startswith("-")]
-    asked = parser.parse_args([part for part in typed if part not in more])
+    more = [word for before, word in pairwise(["", *typed]) if is_override(word, before)]
+    asked = parser.parse_args([word for word in typed if word not in more])
     try:
         found = commands(asked.weights, asked.base, asked.concept, asked.retain, asked.out, more)
     except Exception as error:

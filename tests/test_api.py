@@ -85,18 +85,85 @@ def test_measure_and_compare(pipe, overrides, tmp_path):
     assert table.loc["esd", "probe_noise"] == pytest.approx(found.scores["eval/probe_noise"])
 
 
+@pytest.mark.parametrize(
+    ("picture", "sentence"),
+    [
+        (np.full((4, 4), 3.0), r"its values must lie in \[0, 1\], got 3.0 to 3.0"),
+        (np.full((4, 4), 300), r"its values must lie in \[0, 255\]"),
+        (np.zeros((2, 4, 4)), r"got the shape \(2, 4, 4\)"),
+        (np.zeros((0, 4)), r"got the shape \(0, 4\)"),
+        (np.zeros((1, 1, 4, 4)), r"got the shape \(1, 1, 4, 4\)"),
+        (None, "keep\\[1\\] is no picture"),
+        ("nowhere.png", "No such file"),
+        (".", "Is a directory|directory"),
+    ],
+    ids=str,
+)
+def test_what_is_no_picture(pipe, picture, sentence):
+    with pytest.raises(ConfigurationError, match=sentence) as error:
+        ur.forget(pipe, images=[np.zeros((8, 8))], keep=[np.ones((8, 8)), picture])
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_become_what_they_are(tmp_path):
+    """Whole numbers are levels of 255, floats shares of it; a file stays what it is, with how it is to be turned."""
+    levels = np.array([[0, 1], [128, 255]])
+    turned = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    same = (
+        levels,
+        levels.astype(np.uint8),
+        levels / 255,
+        torch.tensor(levels / 255, dtype=torch.float64, requires_grad=True),
+    )
+    for number, picture in enumerate(same):
+        with Image.open(ur.api._written(picture, tmp_path / str(number), "x")) as written:
+            assert np.array_equal(np.asarray(written), levels), number
+    coarse = torch.tensor([[0.0, 1.0]]).to(torch.bfloat16)
+    with Image.open(ur.api._written(coarse[None].expand(3, 1, 2), tmp_path / "colour", "x")) as written:
+        assert np.asarray(written).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    copied = ur.api._written(tmp_path / "turned.jpg", tmp_path / "file", "x")
+    assert copied.read_bytes() == (tmp_path / "turned.jpg").read_bytes()
+
+
 def test_mistakes(pipe, tmp_path):
-    keep = {"keep": ["a dog"]}
+    keep, blank = {"keep": ["a dog"]}, np.zeros((8, 8))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.png").write_bytes(b"mine")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    concept = {"concept": "x", **keep}
     for call, sentence in (
         (lambda: ur.forget(pipe, **keep), "give either concept=... or images=..."),
-        (lambda: ur.forget(3, concept="x", **keep), "expected a pipeline of diffusers', .*, got a int"),
-        (lambda: ur.forget("org/name", concept="x", **keep), "of a hub id say what it is with model=<sd15"),
-        (lambda: ur.forget(pipe, images=[np.full((4, 4), 3.0)], keep=[np.zeros((4, 4))]), r"must lie in \[0, 1\]"),
+        (lambda: ur.forget(3, **concept), "expected a pipeline of diffusers', .*, got a int"),
+        (lambda: ur.forget("org/name", **concept), "of a hub id say what it is with model=<sd15"),
+        (
+            lambda: ur.forget("a/b", **concept, overrides=["model=sd15", "dataset.image_size=big"]),
+            "whole number, got 'big'",
+        ),
+        (lambda: ur.forget(tmp_path / "broken", **concept), "this is no whole pipeline .there is neither unet/"),
         (lambda: ur.forget(pipe, concept="x", keep=["x"], overrides=DEBUG), "retain_concepts must be"),
+        (lambda: ur.forget(pipe, **concept, method="nope"), "method=nope: there is no such option"),
+        (lambda: ur.forget(pipe, **concept, overrides=["nonsense.x=1"]), "nonsense"),
+        (lambda: ur.forget(pipe, **concept, overrides="trainer.max_steps=-1"), "trainer.max_steps must be"),
+        (lambda: ur.forget(pipe, **concept, folder=tmp_path / "full"), "is there already; give a new one"),
+        (
+            lambda: ur.forget(pipe, images=[], keep=[blank]),
+            "images must be a folder or a list of pictures, got an empty",
+        ),
+        (lambda: ur.forget(pipe, images=Image.fromarray(np.uint8(blank)), keep=[blank]), "got a Image"),
+        (
+            lambda: ur.forget(pipe, images=[(blank, "a")], keep=[blank]),
+            "some pictures have a caption and some none",
+        ),
         (lambda: ur.compare([ur.api.Result(None, {}, None)]), "a result without a folder"),
-        (lambda: ur.compare([tmp_path]), "there is no finished run"),
+        (lambda: ur.compare([]), "give one or more runs"),
+        (lambda: ur.compare(str(tmp_path)), "there is no finished run"),
     ):
         with pytest.raises(ConfigurationError, match=sentence):
             call()
+    assert (tmp_path / "full" / "a.png").read_bytes() == b"mine"
     with pytest.raises(AttributeError, match="no attribute 'forgot'"):
         ur.forgot  # noqa: B018

@@ -8,6 +8,7 @@ Everything goes through the same configuration, checks and code as a command; `o
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.errors import KNOWN, ConfigurationError, first_line
 from unlearn_runner.trust import CONF, literal
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ class Result(NamedTuple):
 def forget(
     pipe: Any,
     *,
-    keep: Sequence[Any] | str | Path,
+    keep: Any,
     concept: str | Sequence[str] | None = None,
-    images: Sequence[Any] | str | Path | None = None,
+    images: Any = None,
     method: str = "posterior",
     steps: int | None = None,
     overrides: Sequence[str] = (),
@@ -62,6 +63,8 @@ def forget(
     """
     if (concept is None) == (images is None):
         raise ConfigurationError("forget: give either concept=... or images=...")
+    overrides = _listed(overrides)
+    _require_new(folder)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         source = _on_disk(pipe, scratch)
@@ -85,6 +88,8 @@ def measure(
     made from. `pipe` may also be a part of the base: a network's folder, a file with some weights, LoRA
     (docs/models.md).
     """
+    overrides = _listed(overrides)
+    _require_new(folder)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         source = _on_disk(base, scratch / "base")
@@ -94,9 +99,9 @@ def measure(
         return Result(None, _scores(ran), None if folder is None else ran)
 
 
-def compare(runs: Sequence[Any], metrics: Sequence[str] = ()) -> "pandas.DataFrame":
-    """A row for each label of some runs (folders, or results of `forget` and `measure` that have one), means over seeds
-    of the metrics that `scripts/compare.py` shows, or of these.
+def compare(runs: Any, metrics: Sequence[str] = ()) -> "pandas.DataFrame":
+    """A row for each label of some runs, means over seeds of the metrics that `scripts/compare.py` shows, or of these.
+    `runs` is one or several: folders, also with runs in them, or results of `forget` and `measure` that have one.
     """
     import pandas
 
@@ -105,7 +110,9 @@ def compare(runs: Sequence[Any], metrics: Sequence[str] = ()) -> "pandas.DataFra
     from unlearn_runner.comparison.runs import read_runs
     from unlearn_runner.comparison.statistics import TESTS
 
-    folders = [run.folder if isinstance(run, Result) else Path(run) for run in runs]
+    folders = [run.folder if isinstance(run, Result) else Path(run) for run in _listed(runs)]
+    if not folders:
+        raise ConfigurationError("compare: give one or more runs.")
     if None in folders:
         raise ConfigurationError("compare: a result without a folder; give forget(..., folder=...) one to be kept.")
     found = read_runs(folders)
@@ -155,47 +162,87 @@ def of_concepts(concept: str | Sequence[str], keep: str | Sequence[str]) -> list
 
 def _of_images(images: Any, keep: Any, source: str, scratch: Path) -> list[str]:
     """A request; pictures in memory are written to files."""
-    folders, captioned = {}, False
-    for name, given in (("forget", images), ("keep", keep)):
+    folders, captioned = {}, set()
+    for name, given in (("images", images), ("keep", keep)):
         if isinstance(given, str | Path):
             folders[name] = str(given)
             continue
+        if not isinstance(given, Sequence) or not len(given):
+            kind = "an empty list" if isinstance(given, Sequence) else f"a {type(given).__name__}"
+            raise ConfigurationError(f"{name} must be a folder or a list of pictures, got {kind}.")
         folder = scratch / "pictures" / name
         folder.mkdir(parents=True)
         for number, one in enumerate(given):
-            picture, caption = one if isinstance(one, tuple) else (one, None)
-            file = folder / f"{number:06}.png"
-            _write(picture, file)
+            picture, caption = one if isinstance(one, tuple | list) and len(one) == 2 else (one, None)
+            captioned.add(caption is not None)
+            file = _written(picture, folder / f"{number:06}", f"{name}[{number}]")
             if caption is not None:
-                captioned = True
                 file.with_suffix(".txt").write_text(str(caption), encoding="utf-8")
         folders[name] = str(folder)
-    words = [option("dataset.source", folders["keep"]), option("dataset.forget", folders["forget"])]
-    words += ["dataset.captions=txt"] if captioned else []
+    if len(captioned) > 1:
+        raise ConfigurationError("some pictures have a caption and some none; give (picture, caption) of each.")
+    words = [option("dataset.source", folders["keep"]), option("dataset.forget", folders["images"])]
+    words += ["dataset.captions=txt"] if captioned == {True} else []
     unet = Path(source) / "unet" / "config.json"
     grey = unet.is_file() and not (Path(source) / "vae").is_dir() and json.loads(unet.read_text())["in_channels"] == 1
     return ["dataset=request", f"dataset.mode={'L' if grey else 'RGB'}", *words, "evaluation=instances"]
 
 
-def _write(picture: Any, file: Path) -> None:
-    """A picture as a PNG."""
-    import numpy as np
+def _written(picture: Any, stem: Path, name: str) -> Path:
+    """A picture as a file: one that is a file already as it is, all others as a PNG.
+
+    Raises ConfigurationError, which calls it by its name, if it is none.
+    """
     from PIL import Image
 
-    if isinstance(picture, str | Path):
-        with Image.open(picture) as opened:
-            opened.save(file)
-        return
-    if not isinstance(picture, Image.Image):
-        array = np.asarray(picture)
-        array = array.transpose(1, 2, 0) if array.ndim == 3 and array.shape[0] in (1, 3) else array
-        if array.dtype != np.uint8:
-            low, high = float(array.min()), float(array.max())
-            if not (low >= 0 and high <= 1):
-                raise ConfigurationError(f"a picture of floats must lie in [0, 1], got one from {low:g} to {high:g}.")
-            array = np.rint(array * 255).astype(np.uint8)
-        picture = Image.fromarray(array.squeeze())
-    picture.save(file)
+    try:
+        if isinstance(picture, str | Path):
+            file = stem.with_suffix(Path(picture).suffix)
+            shutil.copy(picture, file)
+            return file
+        if not isinstance(picture, Image.Image):
+            picture = Image.fromarray(_as_bytes(picture))
+        if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+            picture = picture.convert("RGB")
+        picture.save(stem.with_suffix(".png"))
+        return stem.with_suffix(".png")
+    except Exception as error:
+        raise ConfigurationError(f"{name} is no picture ({first_line(error).rstrip('.')}).") from error
+
+
+def _as_bytes(picture: Any) -> Any:
+    """An array or tensor, [h, w], [c, h, w] or [h, w, c] of 1 or 3 channels, as PIL takes it."""
+    import numpy as np
+
+    if hasattr(picture, "detach"):  # a tensor
+        picture = picture.detach().cpu()
+        picture = picture.float() if picture.is_floating_point() else picture
+    array = np.asarray(picture)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim not in (2, 3) or not array.size or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        raise ValueError(f"expected [h, w], [c, h, w] or [h, w, c] of 1 or 3 channels, got the shape {array.shape}")
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"expected numbers, got {array.dtype}")
+    most = 1 if array.dtype.kind == "f" else 255
+    if not (array.min() >= 0 and array.max() <= most):
+        raise ValueError(f"its values must lie in [0, {most}], got {array.min()} to {array.max()}")
+    scale = 255 if array.dtype.kind == "f" else 1
+    levels = np.rint(array * scale).astype(np.uint8)
+    return levels[..., 0] if levels.ndim == 3 and levels.shape[2] == 1 else levels
+
+
+def _listed(given: Any) -> list[Any]:
+    """One or several as a list."""
+    return [given] if isinstance(given, str | Path | Result) else list(given)
+
+
+def _require_new(folder: str | Path | None) -> None:
+    """Raise ConfigurationError if a folder for a run holds something."""
+    if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
+        raise ConfigurationError(f"folder={folder} is there already; give a new one for the run.")
 
 
 def option(key: str, value: str) -> str:
@@ -228,16 +275,25 @@ def kind_of(source: str, told: Mapping[str, str]) -> tuple[str, int]:
                 f"{source}: there is no such folder with a model_index.json; of a hub id say what it is with "
                 f"model=<{', '.join(known.values())}> and dataset.image_size=<pixels>."
             )
+        if not told["dataset.image_size"].isdecimal():
+            raise ConfigurationError(f"dataset.image_size must be a whole number, got '{told['dataset.image_size']}'.")
         return told["model"], int(told["dataset.image_size"])
-    kind = json.loads(index.read_text()).get("_class_name")
+    try:
+        kind = json.loads(index.read_text()).get("_class_name")
+        size = size_of(index.parent)
+    except (OSError, ValueError, LookupError, AttributeError, StopIteration) as error:
+        raise ConfigurationError(f"{source}: this is no whole pipeline ({first_line(error)}).") from error
     if kind not in known:
         raise ConfigurationError(f"{source}: expected a pipeline ({', '.join(known)}), got a {kind}.")
-    return known[kind], size_of(index.parent)
+    return known[kind], size
 
 
 def size_of(folder: Path) -> int:
     """Pixels a side that a pipeline draws if nobody says otherwise."""
-    network = next(file for part in ("unet", "transformer") if (file := folder / part / "config.json").is_file())
+    parts = [file for part in ("unet", "transformer") if (file := folder / part / "config.json").is_file()]
+    if not parts:
+        raise LookupError("there is neither unet/ nor transformer/ in it")
+    network = parts[0]
     side = json.loads(network.read_text()).get("sample_size")
     if side is None:
         return FLUX_SIZE
@@ -256,13 +312,20 @@ def _run(overrides: Sequence[str], folder: Path) -> Path:
     from omegaconf import OmegaConf
 
     from unlearn_runner import assembly
-    from unlearn_runner.cli import configuration
+    from unlearn_runner.cli import configuration, sentence_of
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["logger=jsonl", *overrides], return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    folder.mkdir(parents=True, exist_ok=True)
-    return assembly.unlearn(configuration(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])), folder)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("train", ["logger=jsonl", *overrides], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        checked = configuration(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        return assembly.unlearn(checked, folder)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None or isinstance(error, KNOWN):
+            raise
+        raise ConfigurationError(sentence) from error
 
 
 def _scores(folder: Path) -> dict[str, float]:

@@ -127,14 +127,14 @@ def failure_on_record() -> Iterator[None]:
     except (KeyboardInterrupt, Exception) as error:
         hydra = HydraConfig.get()
         if hydra.mode == RunMode.MULTIRUN:
-            why = _mistake(error) or "".join(traceback.format_exception(error))
+            why = sentence_of(error) or "".join(traceback.format_exception(error))
             line = {"sweep": os.environ[SWEEP], "job": str(hydra.job.num), "overrides": list(hydra.overrides.task)}
             folder = Path(hydra.sweep.dir)
             with suppress(OSError):  # the job's own failure is what counts
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / FAILURES, "a", encoding="utf-8") as file:
                     file.write(json.dumps({**line, "error": why}, allow_nan=False) + "\n")
-        elif _mistake(error) is not None:
+        elif sentence_of(error) is not None:
             raise _Through from error
         known = known_cause(error)
         if known is not None and known is not error:  # a job's exception loses its cause on the way to the launcher
@@ -179,7 +179,7 @@ def one_sentence() -> Iterator[None]:
     except (KeyboardInterrupt, Exception, _Through) as error:
         if isinstance(error, _Through):
             error = error.__cause__
-        mistake = _mistake(error)
+        mistake = sentence_of(error)
         if full or mistake is None:
             raise error
         with suppress(OSError):  # a terminal that was closed
@@ -189,7 +189,7 @@ def one_sentence() -> Iterator[None]:
         TYPED.clear()
 
 
-def _mistake(error: BaseException) -> str | None:
+def sentence_of(error: BaseException) -> str | None:
     """The sentence for the user; None for what only a traceback can explain."""
     if (known := known_cause(error)) is not None:
         return str(known)

@@ -17,8 +17,8 @@ from PIL import ImageColor
 
 from unlearn_runner import catalogue, recognition
 from unlearn_runner.constructors import constant_of, constructor_of, makes
-from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, no_checkpoint
-from unlearn_runner.spec import Labels, require_templates, spec_of
+from unlearn_runner.errors import ConfigurationError, existing_folder, folder_or_name, near, no_checkpoint
+from unlearn_runner.spec import DataSpec, Labels, require_templates, spec_of
 from unlearn_runner.weights import file_or_located, located, weights_identity
 
 # 1. About the arguments of one constructor
@@ -514,7 +514,7 @@ def check(cfg: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
         _labels(cfg["method"], spec.labels)
     if timesteps is not None and "noise" in cfg["method"]:
         _noise(cfg["method"]["noise"], cfg["model"]["network"], timesteps)
-    _evaluation(cfg, None if spec is None else spec.label_names)
+    _evaluation(cfg, spec)
     _objective(cfg)
 
 
@@ -824,7 +824,8 @@ def multiples(value: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
-def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
+def _evaluation(cfg: Mapping[str, Any], spec: DataSpec | None) -> None:
+    labels = None if spec is None else spec.label_names
     evaluation, clip, features = cfg["evaluation"], cfg["clip"]["network"], features_of(cfg["judge"])
     extractor = cfg["judge"].get("extractor")
     of_judge = "classifier" if extractor is None else extractor.get("name", evaluation["features"])
@@ -850,6 +851,8 @@ def _evaluation(cfg: Mapping[str, Any], labels: Sequence[str] | None) -> None:
                 )
             if _name(node) in ("Paraphrases", "Robustness") and node["templates"]:
                 require_templates(f"{path}.metrics.{name}.templates", node["templates"])
+            if _name(node) == "Neighbours" and spec is not None:
+                near_conditions(node["near"], spec)
             least, why = least_samples(_name(node), node, features)
             classes = len(labels) if node.get("per_class") and labels is not None else None
             enough_samples(f"{path}.metrics.{name}", least, why, look["sampling"]["num_samples"], classes)
@@ -886,6 +889,18 @@ def least_samples(metric: str, node: Mapping[str, Any], features: int) -> tuple[
     if metric == "IS":
         return node["splits"], "its splits"
     return 0, ""
+
+
+def near_conditions(wanted: Sequence[str | int] | None, spec: DataSpec) -> None:
+    """Whether each is the name of a condition that is kept."""
+    labels = spec.labels
+    kept = () if labels is None else tuple(labels.names[label] for label in labels.retain)
+    for name in wanted or ():
+        if str(name) not in kept:
+            raise ConfigurationError(
+                f"evaluation.metrics.neighbours.near names '{name}', which is no label to keep"
+                f"{near(str(name), kept) or (': ' + ', '.join(kept[:20]) if kept else '')}."
+            )
 
 
 def enough_samples(path: str, least: int, why: str, count: int, num_labels: int | None) -> None:

@@ -140,6 +140,8 @@ def _limits_in_words(limits: Sequence[Any], value: Any) -> list[str]:
             high = limit
         elif isinstance(limit, (annotated_types.MinLen, annotated_types.Len)) and limit.min_length:
             words.append("that is not empty" if limit.min_length == 1 else f"of at least {limit.min_length}")
+        elif isinstance(limit, annotated_types.MultipleOf):
+            words.append(f"that is a multiple of {limit.multiple_of}")
         elif isinstance(limit, annotated_types.Predicate):
             words.append(getattr(limit.func, "__doc__", "") or "")
     least, strict_low = (None, False) if low is None else _bound(low)

@@ -265,6 +265,93 @@ def test_mistakes_in_metadata_and_lists(source, tmp_path):
         request(source, "ann/000.png", tmp_path)
 
 
+def test_metadata_of_several_rows_is_taken_together(source, tmp_path):
+    rows = [("ann/00.png", {"gone": True}), ("ann/01.png", {"gone": 1}), ("ann/00.png", {"note": "x"})]
+    text = "".join(json.dumps({"file_name": name, **more}) + "\n" for name, more in rows)
+    (source / "metadata.jsonl").write_text(text)
+    (source / "metadata.csv").write_text("\ufefffile_name,gone\nothers/deep/04.png,1.0\nothers/deep/05.png,0.0\n")
+    assert names(request(source, "column:gone", tmp_path), "forget") == [
+        "ann/00.png",
+        "ann/01.png",
+        "others/deep/04.png",
+    ]
+    for line, sentence in (
+        ('{"file_name": "ann/00.png", "gone": false}', "that 'gone' is 'False', and another row that it is 'True'"),
+        (
+            '{"file_name": "ann/02.png", "gone": "maybe"}',
+            "the column must say true or false, and of ann/02.png .* 'maybe'",
+        ),
+    ):
+        (source / "metadata.jsonl").write_text(text + line + "\n")
+        with pytest.raises(ConfigurationError, match=sentence):
+            request(source, "column:gone", tmp_path)
+    (source / "metadata.jsonl").unlink()
+    (source / "metadata.csv").write_text("file_name,gone\nann/00.png,1,extra\n")
+    with pytest.raises(ConfigurationError, match=r"row 1 of .* has more cells than the table has columns"):
+        request(source, "column:gone", tmp_path)
+
+
+def test_lists_as_people_write_them(source, tmp_path):
+    (source / "ann" / "00.png").rename(source / "#5 ann.png")
+    digest = file_digest(source / "ann" / "01.png")
+    (tmp_path / "list.txt").write_text(f"\ufeff#5 ann.png\n# a comment\n{digest.upper()}  somewhere/01.png\n")
+    assert names(request(source, str(tmp_path / "list.txt"), tmp_path), "forget") == ["#5 ann.png", "ann/01.png"]
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    with pytest.raises(ConfigurationError, match=r"the list .*list\.txt names nothing"):
+        request(source, str(tmp_path / "list.txt"), tmp_path)
+    (source / "ann" / "01.txt").write_text("ann at sea")
+    with pytest.raises(ConfigurationError, match="is the caption of an image"):
+        request(source, "ann/01.txt", tmp_path)
+
+
+def test_what_is_never_seen_is_not_learnt_from(source, tmp_path):
+    for duplicates in ("refuse", "forget"):
+        for place in ("others", "ann"):
+            with pytest.raises(
+                ConfigurationError, match=r"dataset\.never_seen=.* that the model learns from, byte for byte"
+            ):
+                request(source, "ann", tmp_path, never_seen=str(source / place), duplicates=duplicates).load()
+    (tmp_path / "never").mkdir()
+    Image.open(source / "others" / "deep" / "05.png").save(tmp_path / "never" / "5.bmp")
+    with pytest.raises(ConfigurationError, match="that the model learns from, pixel for pixel"):
+        request(source, "ann", tmp_path, never_seen=str(tmp_path / "never")).load()
+
+
+def test_what_is_never_seen_has_its_own_caption(source, tmp_path):
+    with_captions(source, "txt")
+    (tmp_path / "never").mkdir()
+    for number, caption in ((50, "somebody"), (51, "nobody here")):
+        picture(number).save(tmp_path / "never" / f"{number}.png")
+        (tmp_path / "never" / f"{number}.txt").write_text(caption)
+    data = request(source, "ann", tmp_path, captions="txt", never_seen=str(tmp_path / "never")).load()
+    spec = data.spec
+    assert [spec.label_names[label] for label in data.forget_test.labels.tolist()] == ["somebody", "nobody here"]
+    assert spec.absent_labels == (spec.label_names.index("nobody here"),), "no condition to draw under"
+    assert "nobody here" not in {spec.label_names[label] for label in (*spec.labels.retain, *spec.labels.forget)}
+    (tmp_path / "never" / "51.txt").unlink()
+    with pytest.raises(ConfigurationError, match="1 image without a caption"):
+        request(source, "ann", tmp_path, captions="txt", never_seen=str(tmp_path / "never"))
+
+
+def test_copies_in_other_formats_are_not_parted_either(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        picture(number).save(folder / f"{number:02}.png")
+        picture(number).save(folder / f"{number:02}.bmp")
+    data = request(folder, ["00.png", "00.bmp"], tmp_path, test_fraction=0.3).load()
+    held_out, kept = ({image.numpy().tobytes() for image in part.pixels} for part in (data.retain_test, data.retain))
+    assert not held_out & kept
+
+
+@pytest.mark.parametrize("caption", [["a", "b"], {"a": 1}, True])
+def test_captions_are_texts(source, tmp_path, caption):
+    rows = [{"file_name": str(file.relative_to(source)), "text": caption} for file in sorted(source.rglob("??.png"))]
+    (source / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigurationError, match="must be a text, got"):
+        request(source, "ann", tmp_path, captions="text")
+
+
 def test_a_run(source, run):
     folder = run(
         "dataset=request", f"dataset.source={source}", "dataset.forget=ann", "dataset.image_size=16", "method=siss"

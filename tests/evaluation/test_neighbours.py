@@ -50,7 +50,7 @@ def test_all_near_leaves_none_far():
 
 def test_a_name_that_is_no_condition(tiny_network):
     data = Digits(forget_class=7).load()
-    with pytest.raises(ConfigurationError, match=r"neighbours\.near names 'ten', which is no condition"):
+    with pytest.raises(ConfigurationError, match=r"neighbours\.near names 'ten', which is no label to keep"):
         Neighbours(near=["ten"]).measure(View(tiny_network(), data))
 
 

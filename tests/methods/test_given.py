@@ -259,6 +259,7 @@ def test_damaged_parts_are_refused(tmp_path):
     name = next(iter(weights))
     lora = load_file(lora_of(tmp_path / "run") / "lora" / LORA)
     key = next(iter(lora))
+    pair = [name for name in lora if name.partition(".lora")[0] == key.partition(".lora")[0]]
     files = {
         "unknown.safetensors": (
             weights | {"extra": torch.ones(1)},
@@ -268,7 +269,7 @@ def test_damaged_parts_are_refused(tmp_path):
         "whole.safetensors": ({name: weights[name].to(torch.int8)}, "as torch.int8; F64, F32, F16, BF16 are read"),
         "none.safetensors": ({"text_projection.weight": torch.ones(1)}, "it holds no weight of the base"),
         "lora.safetensors": (
-            lora | {key.replace("unet.", "unet.no."): lora[key].clone()},
+            lora | {name.replace("unet.", "unet.no."): lora[name].clone() for name in pair},
             "it adds to 57 layers, 56 of which fit the base",
         ),
         "other.safetensors": (
@@ -286,6 +287,27 @@ def test_damaged_parts_are_refused(tmp_path):
         refused(tmp_path / file, wrong)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "shape.safetensors").read_bytes()[:-3])
     refused(tmp_path / "cut.safetensors", "incomplete|Error|header")
+    half = {name: value for name, value in lora.items() if not name.endswith((".up.weight", "lora_B.weight"))}
+    save_file(half | {key: lora[key]}, tmp_path / "half.safetensors")
+    refused(tmp_path / "half.safetensors", "half of an addition is missing")
+    save_file({name: torch.full_like(weights[name], torch.nan)}, tmp_path / "nan.safetensors")
+    refused(tmp_path / "nan.safetensors", f"it holds values in {name} that are not finite numbers")
+    save_file({name: weights[name], f"unet.{name}": weights[name] + 1}, tmp_path / "twice.safetensors")
+    refused(tmp_path / "twice.safetensors", "it holds one weight under several names")
+    torch.save({"unet": weights, "text_encoder": weights}, tmp_path / "two.pt")
+    refused(tmp_path / "two.pt", r"it holds several sets of weights \(unet, text_encoder\)")
+    torch.save({"state_dict": weights, "ema": weights}, tmp_path / "ema.pt")
+    refused(tmp_path / "ema.pt", r"it holds several sets of weights \(state_dict, ema\)")
+    torch.save({}, tmp_path / "nothing.pt")
+    refused(tmp_path / "nothing.pt", "it holds no tensor")
+    (tmp_path / "empty.pt").touch()
+    refused(tmp_path / "empty.pt", "it is empty")
+    (tmp_path / "folder").mkdir()
+    save_file({name: weights[name]}, tmp_path / "folder" / "esd.safetensors")
+    refused(tmp_path / "folder", "a folder with files of weights; give one of them, as .*esd")
+    both = lora_of(tmp_path / "again") / "lora"
+    tiny(seed=1).backbone.unet.save_pretrained(both / "unet")
+    refused(both, "it holds pytorch_lora_weights.safetensors and unet/: give the one that counts alone")
     torch.save({"state_dict": weights, "code": print}, tmp_path / "code.pt")
     refused(tmp_path / "code.pt", "it holds more than tensors, a pickle that could run code")
     with pytest.raises(ConfigurationError, match=r"method\.weights=nowhere\.safetensors: there is no such file"):

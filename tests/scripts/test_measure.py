@@ -29,7 +29,7 @@ def test_commands(base, tmp_path):
         tmp_path / "out",
         ["seed=3"],
     )
-    assert [command.label for command in found] == ["esd", "lora_2", "lora_3"]
+    assert [command.label for command in found] == ["esd", "lora", "lora_2"]
     words = shlex.split(found[0].line)
     assert words[:2] == [sys.executable, str(ROOT / "train.py")]
     assert {
@@ -39,6 +39,21 @@ def test_commands(base, tmp_path):
         "dataset.retain_concepts=['Monet']", "judge=clip", "label='esd'", "seed=3",
     } <= set(words)  # fmt: skip
     assert words[-1] == "seed=3", "what is said by hand wins"
+
+
+def test_rows_have_names_of_their_own(tmp_path):
+    asked = ["p1/a_2.safetensors", "p1/a.safetensors", "p2/a.safetensors", "p3/a.pt", str(tmp_path)]
+    assert measure.labels_of(asked) == ["a_2", "a", "a_3", "a_4", tmp_path.name]
+
+
+def test_what_is_an_override(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.safetensors").touch()
+    assert measure.is_override("evaluation.num_samples=5", "--concept")
+    assert measure.is_override("+evaluation/relearning=adamw", "")
+    assert not measure.is_override("a=b.safetensors", ""), "a file"
+    assert not measure.is_override("out=1", "--out")
+    assert not measure.is_override("x = y", "--concept"), "a concept"
 
 
 def test_mistakes(base, tmp_path, capsys):

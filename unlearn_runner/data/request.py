@@ -40,7 +40,7 @@ RESTORED = ("retain", "retain under a prompt to forget", "forget")  # where imag
 METADATA = ("metadata.jsonl", "metadata.csv")  # as the hub's image folders have it
 CAPTIONS = ("text", "caption", "prompt")  # columns that hold them, for captions=auto
 COLUMN = "column:"  # before the name of a column that says what is to be forgotten
-HASH = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
+HASH = re.compile(r"(?:sha256:)?([0-9a-fA-F]{64})(?:\s.*)?")  # what sha256sum prints, too
 NEAR = 3  # of the 64 bits of two images' hashes that may differ, for a remark
 MOST_NEAR = 1000  # pairs that are written down
 MOST_BYTES = 2**20  # of a list or a caption
@@ -98,13 +98,16 @@ class Request(Dataset):
         found = find_images(source, "dataset.source")
         self.roots = [place.resolve() for place in folders_named(Path(source).expanduser())]
         self._at = {os.path.realpath(file): file for file in found.files}
+        never = find_images(never_seen, "dataset.never_seen") if never_seen is not None else None
         rows = metadata_of(found.unread.get(UNREAD, []), self._at)
+        if never is not None:
+            rows |= metadata_of(never.unread.get(UNREAD, []), {os.path.realpath(file): file for file in never.files})
         wanted = set(self._named(listed("dataset.forget", forget), found.files, rows))
         elsewhere = sorted(wanted - set(found.files))
         self.files = {
             "forget": [file for file in found.files if file in wanted] + elsewhere,
             "retain": [file for file in found.files if file not in wanted],
-            "never seen": [] if never_seen is None else find_images(never_seen, "dataset.never_seen").files,
+            "never seen": [] if never is None else never.files,
         }
         self.never_seen, self.test_fraction, self.seed = never_seen, test_fraction, seed
         if not self.files["retain"]:
@@ -137,11 +140,11 @@ class Request(Dataset):
                 if not hashes:
                     for file in files:
                         hashes.setdefault(file_digest(file), []).append(file)
-                if found[1] not in hashes:
+                if found[1].lower() not in hashes:
                     raise ConfigurationError(
                         f"dataset.forget names the hash {item}, which no image of dataset.source={self.source} has."
                     )
-                yield from hashes[found[1]]
+                yield from hashes[found[1].lower()]
                 continue
             if normal_form(item) in names:
                 yield names[normal_form(item)]
@@ -157,13 +160,22 @@ class Request(Dataset):
                 inside = sorted(os.path.realpath(file) for file in find_images(str(place), "dataset.forget").files)
                 yield from (self._at.get(file, Path(file)) for file in inside)
             elif place.suffix.lower() == ".txt":
-                lines = [line.strip() for line in text_of(place, "dataset.forget").splitlines()]
-                lines = [line for line in lines if line and not line.startswith("#")]
-                if nested := [line for line in lines if line.lower().endswith(".txt")]:
-                    raise ConfigurationError(f"dataset.forget: the list {item} names another list, '{nested[0]}'.")
-                yield from self._named(lines, files, rows)
+                yield from self._named(self._lines(place, names), files, rows)
             else:
                 yield self._at.get(os.path.realpath(place), place)
+
+    def _lines(self, file: Path, names: Mapping[str, Path]) -> list[str]:
+        """What a list names; a line that begins with # is a comment, unless a file is called so."""
+        where = f"dataset.forget: the list {printable(file)}"
+        if any(image.with_suffix(".txt").resolve() == file.resolve() for image in names.values()):
+            raise ConfigurationError(f"{where} is the caption of an image, by its name; call the list otherwise.")
+        lines = [line.strip() for line in text_of(file, "dataset.forget").splitlines()]
+        lines = [line for line in lines if line and (not line.startswith("#") or normal_form(line) in names)]
+        if not lines:
+            raise ConfigurationError(f"{where} names nothing.")
+        if nested := [line for line in lines if line.lower().endswith(".txt")]:
+            raise ConfigurationError(f"{where} names another list, '{nested[0]}'.")
+        return lines
 
     def _in_column(self, name: str, rows: Mapping[Path, "Row"]) -> list[Path]:
         columns = sorted({column for row in rows.values() for column in row})
@@ -172,7 +184,13 @@ class Request(Dataset):
                 f"dataset.forget={COLUMN}{name}: there is no such column in a metadata.jsonl or metadata.csv of "
                 f"dataset.source={self.source}{near(name, columns) or f', only {columns}' if columns else ''}."
             )
-        chosen = [file for file, row in rows.items() if is_true(row.get(name))]
+        said = {file: truth(row.get(name)) for file, row in rows.items()}
+        if unclear := [file for file, value in said.items() if value is None]:
+            raise ConfigurationError(
+                f"dataset.forget={COLUMN}{name}: the column must say true or false, and of {self._name(unclear[0])} it "
+                f"says '{rows[unclear[0]][name]}'."
+            )
+        chosen = [file for file, value in said.items() if value and file in self._at.values()]
         if not chosen:
             raise ConfigurationError(f"dataset.forget={COLUMN}{name}: the column says true of no image.")
         return chosen
@@ -198,9 +216,13 @@ class Request(Dataset):
                 read.add(beside)
             else:
                 caption = None
-            if text := " ".join(str(caption or "").split()):
+            if isinstance(caption, bool) or not isinstance(caption, str | int | float | None):
+                raise ConfigurationError(
+                    f"dataset.captions={asked}: the caption of {printable(file)} must be a text, got {caption}."
+                )
+            if text := " ".join(str("" if caption is None else caption).split()):
                 found[file] = normal_form(text)
-        without = [file for name in ("forget", "retain") for file in self.files[name] if file not in found]
+        without = [file for files in self.files.values() for file in files if file not in found]
         if without:
             where = "in a text file beside it" if column == "txt" else f"in the column '{column}'"
             raise ConfigurationError(
@@ -222,17 +244,19 @@ class Request(Dataset):
         )
         if not self.captions:
             return spec, {}
-        of = {name: {self.captions[file] for file in self.files[name]} for name in ("forget", "retain")}
-        prompts = tuple(dict.fromkeys(self.captions[file] for name in of for file in self.files[name]))
+        of = {name: {self.captions[file] for file in files} for name, files in self.files.items()}
+        prompts = tuple(dict.fromkeys(self.captions[file] for files in self.files.values() for file in files))
         if len(prompts) > MOST_PROMPTS:
             raise ConfigurationError(
                 f"dataset.captions: {len(prompts)} different captions, and a run can embed {MOST_PROMPTS}; give fewer "
                 "images, or captions that several share."
             )
-        labels = {file: prompts.index(self.captions[file]) for name in of for file in self.files[name]}
+        place = {prompt: number for number, prompt in enumerate(prompts)}
+        labels = {file: place[self.captions[file]] for files in self.files.values() for file in files}
         shared = bool(of["forget"] & of["retain"])  # then something is to come back under the forgotten prompts
         contents = tuple(int(prompt in of["forget"]) for prompt in prompts)
-        spec = spec._replace(label_names=prompts, label_contents=contents)
+        others = tuple(place[prompt] for prompt in prompts if prompt not in of["forget"] | of["retain"])
+        spec = spec._replace(label_names=prompts, label_contents=contents, absent_labels=others)
         if shared:
             spec = spec._replace(content_names=RESTORED, forget_contents=(2,), restored_content=1)
         return spec, labels
@@ -243,18 +267,28 @@ class Request(Dataset):
         """Raises ConfigurationError for images that cannot be read, or that stand on both sides."""
         files = {name: list(of) for name, of in self.files.items()}
         hashes = self._hashes(files)
-        moved = self._moved(files, lambda name: [hashes[file] for file in files[name]], "byte for byte")
+        moved = self._moved(files, {name: [hashes[file] for file in of] for name, of in files.items()}, "byte for byte")
         if self.never_seen is None:
             files["held out"] = self._held_out(files["retain"], hashes)
-            files["retain"] = [file for file in files["retain"] if file not in set(files["held out"])]
-        while True:
+            apart = set(files["held out"])
+            files["retain"] = [file for file in files["retain"] if file not in apart]
+        while True:  # read again, where pixels show that some stand on the wrong side
             decoders = {name: Decoder(self.spec.image_shape, self.background, self.fit) for name in files}
             pixels = {name: read_files(files[name], decoders[name], self.cache_dir) for name in files}
-            own = {name: [digest for digest, _ in digests([(files[name], pixels[name])])] for name in files}
-            more = self._moved(files, lambda name, own=own: own[name], "pixel for pixel")
-            if not more:
+            keys = {name: [digest for digest, _ in digests([(files[name], pixels[name])])] for name in files}
+            learnt = set(keys["retain"])
+            back = [
+                file
+                for file, key in zip(files.get("held out", []), keys.get("held out", []), strict=True)
+                if key in learnt
+            ]
+            more = self._moved(files, keys, "pixel for pixel")
+            moved |= more
+            files["retain"] += [file for file in back if file not in more]
+            if back:
+                files["held out"] = [file for file in files["held out"] if file not in set(back)]
+            if not more and not back:
                 break
-            moved |= more  # and everything is read again, without them
         unseen = "held out" if self.never_seen is None else "never seen"
         forget, retain, never, held_out = (
             self._labelled(files.get(name, []), pixels.get(name), content)
@@ -281,14 +315,23 @@ class Request(Dataset):
         unreadable.refuse()
         return found
 
-    def _moved(self, files: dict[str, list[Path]], keys_of: Any, alike: str) -> dict[Path, str]:
-        """Images to keep, or never seen, that are images to forget, by which they are: to forget now, too."""
-        wanted = dict(zip(keys_of("forget"), files["forget"], strict=True))
+    def _moved(self, files: dict[str, list[Path]], keys: Mapping[str, list[Any]], alike: str) -> dict[Path, str]:
+        """Images to keep that are images to forget by their `keys`, and why: to forget now, too.
+
+        Raises ConfigurationError if that is to be refused, or if an image that is learnt from is called never seen.
+        """
+        wanted = dict(zip(keys["forget"], files["forget"], strict=True))
+        learnt = wanted | dict(zip(keys["retain"], files["retain"], strict=True))
+        never = zip(files["never seen"], keys["never seen"], strict=True)
+        if both := [(file, learnt[key]) for file, key in never if key in learnt]:
+            raise ConfigurationError(
+                f"dataset.never_seen={self.never_seen}: {counted(len(both), 'image{s}')} that the model learns from, "
+                f"{alike} ({self._name(both[0][0])} = {self._name(both[0][1])}); take them out of it."
+            )
         found = {
             file: f"{alike} the same as {self._name(wanted[key])}"
-            for name in files
-            if name != "forget"
-            for file, key in zip(files[name], keys_of(name), strict=True)
+            for name in ("retain", "held out")
+            for file, key in zip(files.get(name, []), keys.get(name, []), strict=True)
             if key in wanted
         }
         if found and self.duplicates == "refuse":
@@ -297,8 +340,8 @@ class Request(Dataset):
                 f"{counted(len(found), 'image{s}')} to forget found among those to keep, {alike} ({pairs}"
                 f"{', ...' if len(found) > 3 else ''}); name both in dataset.forget, or take dataset.duplicates=forget."
             )
-        for name in files:
-            if name != "forget":
+        for name in ("retain", "held out"):
+            if name in files:
                 files[name] = [file for file in files[name] if file not in found]
         files["forget"] += list(found)
         if not files["retain"]:
@@ -376,16 +419,17 @@ Row = dict[str, Any]
 
 
 def metadata_of(files: Iterable[Path], images: Mapping[str, Path]) -> dict[Path, Row]:
-    """What the metadata among some files says of each image; `images` are by their real paths.
+    """What the metadata among some files says of each image; `images` are by their real paths. Several rows about one
+    image are taken together.
 
-    Raises ConfigurationError if one is damaged, or names a file that is not there.
+    Raises ConfigurationError if one is damaged, contradicts another, or names a file that is not there.
     """
     found: dict[Path, Row] = {}
     for file in (file for file in files if file.name in METADATA):
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
             if file.suffix == ".csv":
-                rows = list(csv.DictReader(io.StringIO(text), strict=True))
+                rows = list(csv.DictReader(io.StringIO(text), restkey="", strict=True))
             else:
                 rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         except (OSError, ValueError, csv.Error, RecursionError) as error:
@@ -395,10 +439,19 @@ def metadata_of(files: Iterable[Path], images: Mapping[str, Path]) -> dict[Path,
             where = f"dataset.source: row {number} of {printable(file)}"
             if not isinstance(name, str) or not name:
                 raise ConfigurationError(f"{where} has no file_name, which says whose row it is.")
+            if "" in row:
+                raise ConfigurationError(f"{where} has more cells than the table has columns; quote what has a comma.")
             image = images.get(os.path.realpath(file.parent / name))
             if image is None:
                 raise ConfigurationError(f"{where} is about {printable(Path(name))}, and there is no such image.")
-            found[image] = {key: value for key, value in row.items() if key != "file_name"}
+            own = {key: value for key, value in row.items() if key != "file_name" and value is not None}
+            known = found.setdefault(image, {})
+            if other := [key for key in own if key in known and known[key] != own[key]]:
+                raise ConfigurationError(
+                    f"{where} says of {printable(Path(name))} that '{other[0]}' is '{own[other[0]]}', and another row "
+                    f"that it is '{known[other[0]]}'."
+                )
+            known |= own
     return found
 
 
@@ -407,14 +460,17 @@ def text_of(file: Path, option: str) -> str:
     try:
         if file.stat().st_size > MOST_BYTES:
             raise ValueError(f"it has more than {MOST_BYTES} bytes")
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{option}: {printable(file)} cannot be read ({error}); mend it.") from error
 
 
-def is_true(value: Any) -> bool:
-    """What a column says: true, 1, "true", "yes"; anything else is false."""
-    return value is True or value == 1 or str(value).strip().lower() in ("true", "1", "yes")
+def truth(value: Any) -> bool | None:
+    """What a column says: true or false in one of the usual ways, nothing being false; None where that is not clear."""
+    said = str("" if value is None else value).strip().lower()
+    if said in ("true", "1", "1.0", "yes", "y", "t", "x"):
+        return True
+    return False if said in ("false", "0", "0.0", "no", "n", "f", "", "nan", "none", "null") else None
 
 
 def near_duplicates(

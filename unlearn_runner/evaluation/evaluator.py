@@ -124,13 +124,11 @@ def require_enough_samples(
     """Raise ConfigurationError if a group will have fewer samples than a metric of distances can do with; `path` is
     where the metrics are in the configuration.
     """
-    why = f"its min_samples, and more than {num_features} features"
     for name, metric in metrics.items():
         if metric is not None:
-            classes = num_labels if metric.per_class else None
-            rules.enough_samples(
-                f"{path}.metrics.{name}", metric.least(num_features), why, sampling.num_samples, classes
-            )
+            classes, least = num_labels if metric.per_class else None, metric.least(num_features)
+            why = "one of each" if least == 1 else f"its min_samples, and more than {num_features} features"
+            rules.enough_samples(f"{path}.metrics.{name}", least, why, sampling.num_samples, classes)
 
 
 def require_references(metrics: dict[str, Metric | None], sampling: Sampling, data: ForgetRetain) -> None:

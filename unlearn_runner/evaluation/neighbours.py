@@ -5,8 +5,9 @@ from typing import Any, final
 
 import torch
 
+from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import contents_of_labels
-from unlearn_runner.errors import ConfigurationError, near
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.metrics import Metric, Rows, share
 from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import GenerativeModel
@@ -27,15 +28,13 @@ class Neighbours(Metric):
 
     def __init__(self, count: PositiveInt = 2, near: Sequence[str] | None = None):
         self.count, self.near = count, None if near is None else tuple(map(str, near))
+        if self.near == ():
+            raise ConfigurationError(
+                "evaluation.metrics.neighbours.near must name one or more labels to keep, got an empty list."
+            )
 
     def measure(self, view: View) -> Rows:
-        names = view.data.spec.label_names or ()
-        for name in self.near or ():
-            if name not in names:
-                raise ConfigurationError(
-                    f"evaluation.metrics.neighbours.near names '{name}', which is no condition of this dataset"
-                    f"{near(name, names) or ': ' + ', '.join(names)}."
-                )
+        rules.near_conditions(self.near, view.data.spec)
         return {}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:

@@ -28,7 +28,6 @@ from unlearn_runner.models.sampling import walk
 from unlearn_runner.options import (
     BatchSize,
     LearningRate,
-    NonNegativeFloat,
     NumInferenceSteps,
     NumSamples,
     OpenUnitInterval,
@@ -76,8 +75,12 @@ class Probe(Metric):
         return dict(vars(self))
 
     def _shows(self, view: View, images: Float[Tensor, "n c h w"]) -> Bool[Tensor, "n"]:
-        """In which pictures the judge sees what was to be forgotten."""
-        return is_to_forget(view.data.spec, view.judge(to_uint8(images, f"pictures of {self.key}")).contents)
+        """In which pictures the judge sees what was to be forgotten. A strong probe may leave some that are not finite:
+        these show nothing.
+        """
+        finite = images.isfinite().flatten(1).all(1)
+        pictures = to_uint8(torch.where(finite[:, None, None, None], images, 0.0))
+        return is_to_forget(view.data.spec, view.judge(pictures).contents) & finite.cpu()
 
     def _walked(
         self,
@@ -185,8 +188,8 @@ class CompletionProbe(Probe):
 
 @final
 class InpaintingProbe(Probe):
-    """probe_inpainting: the upper `share` of an image to forget is given, the network draws the rest (2505.17013): in
-    every step the given part is the image's, at that step's noise.
+    """probe_inpainting: the upper `share` of an image to forget is given, at least a row and not all, and the network
+    draws the rest (2505.17013): in every step the given part is the image's, at that step's noise.
     """
 
     key = "probe_inpainting"
@@ -205,7 +208,8 @@ class InpaintingProbe(Probe):
     def draw(self, view: View, generator: torch.Generator) -> Float[Tensor, "n c h w"]:
         model = view.model
         x0, cond = self._real(view)
-        given = torch.arange(x0.shape[2], device=x0.device)[:, None] < round(self.share * x0.shape[2])
+        rows = min(max(1, round(self.share * x0.shape[2])), x0.shape[2] - 1)
+        given = torch.arange(x0.shape[2], device=x0.device)[:, None] < rows
 
         def hold(rows: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
             def held(x: Tensor, t: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ class GuidanceProbe(Probe):
 
     def __init__(
         self,
-        scale: NonNegativeFloat = 3.0,
+        scale: Annotated[float, Ge(0), Le(1000)] = 3.0,
         max_steps: PositiveInt = 300,
         learning_rate: LearningRate = 2e-3,
         width: Annotated[int, Ge(8), Le(512), MultipleOf(4)] = 16,

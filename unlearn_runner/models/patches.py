@@ -33,6 +33,7 @@ EXPECTED = (
     "weights under diffusers' names, or LoRA"
 )
 LORA_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight")  # kohya's, PEFT's, diffusers' former name
+LORA_UP = (".lora_up.weight", ".lora_B.weight", ".lora.up.weight")
 WRAPPERS = ("module.", "_orig_mod.")  # before names, of torch's DataParallel and compile
 INSIDE = ("state_dict", "model", "unet", "weights")  # of a file whose one entry is the weights
 ORIGINAL = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")  # Stable Diffusion's first code
@@ -60,11 +61,16 @@ def patch_of(model: Any, source: str, option: str) -> Patch | None:
             return None
         if (place / "model_index.json").is_file() or (place / "scheduler_config.json").is_file():
             return None  # a pipeline, or a pixel model whose files lie side by side
-        if (place / LORA).is_file():
-            return _of_file(model, place / LORA)
         networks = {name: network for name, network in model.networks.items() if (place / name).is_dir()}
+        if (place / LORA).is_file():
+            if networks:
+                raise ConfigurationError(f"it holds {LORA} and {'/, '.join(networks)}/: give the one that counts alone")
+            return _of_file(model, place / LORA)
         whole = networks.keys() == model.networks.keys() and (place / "scheduler").is_dir()
         networks = networks or _named_by_config(model, place)
+        files = sorted(place.glob("*.safetensors"))
+        if not networks and files and not (place / "config.json").is_file():
+            raise ConfigurationError(f"it is a folder with files of weights; give one of them, as {files[0]}")
         return None if whole or not networks else _of_folder(networks, place)
 
 
@@ -89,6 +95,11 @@ def _of_folder(networks: Mapping[str, nn.Module], place: Path) -> Patch:
 
 def _of_file(model: Diffusion, file: Path) -> Patch:
     tensors = _read(file)
+    if not tensors:
+        raise ConfigurationError("it holds no tensor")
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ConfigurationError(f"it holds values in {name} that are not finite numbers")
     if any(name.endswith(LORA_DOWN) for name in tensors):
         return _of_lora(model, tensors)
     if any(name.startswith(ORIGINAL) for name in tensors):
@@ -115,6 +126,9 @@ def _of_file(model: Diffusion, file: Path) -> Patch:
             raise ConfigurationError(f"it holds {name} in the shape {shape}, and the base has it in {wanted}")
         if not tensors[name].is_floating_point():
             raise ConfigurationError(f"it holds {name} as {tensors[name].dtype}; {', '.join(DTYPES)} are read")
+    if len(set(found.values())) < len(found):
+        twice = [name for name, place in found.items() if list(found.values()).count(place) > 1]
+        raise ConfigurationError(f"it holds one weight under several names ({', '.join(twice[:2])})")
     counts = {part: sum(place[0] == part for place in found.values()) for part in model.networks}
 
     def apply() -> None:
@@ -135,11 +149,17 @@ def _read(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     if file.suffix not in PICKLES:
         raise ConfigurationError(f"the name of a file of weights ends in .safetensors or one of {', '.join(PICKLES)}")
+    if not file.stat().st_size:
+        raise ConfigurationError("it is empty")
     found = torch.load(file, map_location="cpu", weights_only=True)
-    while isinstance(found, Mapping) and len(inner := [found[name] for name in INSIDE if name in found]) == 1:
-        if not isinstance(inner[0], Mapping):
+    while isinstance(found, Mapping):  # steps and losses may stand beside the weights, other weights may not
+        inner = {name: part for name, part in found.items() if isinstance(part, Mapping) and part}
+        inner = {name: part for name, part in inner.items() if all(isinstance(own, Tensor) for own in part.values())}
+        if len(inner) > 1:
+            raise ConfigurationError(f"it holds several sets of weights ({', '.join(map(str, inner))}); save one alone")
+        if not inner or not set(inner) <= set(INSIDE):
             break
-        found = inner[0]
+        (found,) = inner.values()
     if not isinstance(found, Mapping) or not all(isinstance(part, Tensor) for part in found.values()):
         raise ConfigurationError("it holds something else than tensors by name")
     return dict(found)
@@ -174,6 +194,8 @@ def _places(model: Diffusion) -> dict[str, tuple[str, str]]:
 def _of_lora(model: Diffusion, tensors: dict[str, Tensor]) -> Patch:
     """By diffusers' own loaders, on copies: what they make of the weights is what is taken over."""
     layers = sum(name.endswith(LORA_DOWN) for name in tensors)
+    if layers != sum(name.endswith(LORA_UP) for name in tensors):
+        raise ConfigurationError("half of an addition is missing: each layer has a matrix down and one up")
 
     def fused() -> dict[str, nn.Module]:
         pipeline = model.pipeline(lambda network: copy.deepcopy(network))
