@@ -1,4 +1,4 @@
-"""Imports run one way: assembly -> drivers -> training -> methods, evaluation -> models, data -> the rest."""
+"""Imports run one way: api -> assembly -> drivers -> training -> methods, evaluation -> models, data -> the rest."""
 
 import ast
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # comparison reads run folders and nothing else of the package but layer 0
 LAYERS = {
+    "api": 6,
     "assembly": 5,
     "drivers": 4,
     "training": 3,

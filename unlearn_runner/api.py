@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from unlearn_runner.errors import KNOWN, ConfigurationError, first_line
-from unlearn_runner.trust import CONF, literal
+from unlearn_runner.trust import literal
 
 if TYPE_CHECKING:
     import pandas
@@ -307,20 +307,13 @@ def size_of(folder: Path) -> int:
 
 def _run(overrides: Sequence[str], folder: Path) -> Path:
     """One run like a command's, in this process; returns its folder."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
     from unlearn_runner import assembly
-    from unlearn_runner.cli import configuration, sentence_of
+    from unlearn_runner.cli import composed, sentence_of
 
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", ["logger=jsonl", *overrides], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        checked = configuration(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+        cfg = composed(["logger=jsonl", *overrides])
         folder.mkdir(parents=True, exist_ok=True)
-        return assembly.unlearn(checked, folder)
+        return assembly.unlearn(cfg, folder)
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None or isinstance(error, KNOWN):

@@ -164,7 +164,7 @@ ENTRIES = (
           _PROBE + "where the upper half of images to forget is given and the rest is drawn"),
     Entry("probe_guidance", "GuidanceProbe", ORACLE, SHARE, FORGETTING, RUN | LONG,
           _PROBE + "drawn under the guidance of a small classifier of noisy images"),
-    Entry("copy_rate", "Copies", LOW, SHARE, FORGETTING, RUN | LONG | SHORT,
+    Entry("copy_rate", "Copies", LOW, SHARE, FORGETTING, RUN | LONG,
           "share of samples under the forget condition that are a copy of an image to forget: nearer to it than all "
           "but 5 % of images that no model has seen are, with `evaluation=instances`"),
     Entry("closer_to_forget", "Copies", 0.5, SHARE, FORGETTING, RUN | LONG,

@@ -9,12 +9,13 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, final
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -110,6 +111,16 @@ def configuration(cfg: DictConfig) -> dict[str, Any]:
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     found["security"] = {"allow": []}  # trust is not handed on with a run's folder
     return checked(found, allowed(cfg), CONF)
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The same of overrides as on the command line, where Hydra has not composed them: of a run on its own, which has
+    no command.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return configuration(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
 
 
 # 2. What a person sees when it cannot go on
