@@ -281,7 +281,7 @@ def kind_of(source: str, told: Mapping[str, str]) -> tuple[str, int]:
     try:
         kind = json.loads(index.read_text()).get("_class_name")
         size = size_of(index.parent)
-    except (OSError, ValueError, LookupError, AttributeError, StopIteration) as error:
+    except (OSError, ValueError, LookupError, AttributeError) as error:
         raise ConfigurationError(f"{source}: this is no whole pipeline ({first_line(error)}).") from error
     if kind not in known:
         raise ConfigurationError(f"{source}: expected a pipeline ({', '.join(known)}), got a {kind}.")

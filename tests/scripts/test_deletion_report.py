@@ -97,8 +97,8 @@ def test_what_has_nothing_to_report(tmp_path, capsys):
 
 
 def test_words():
-    assert in_words("copy_rate", 0.0, 1000, None) == "0 of 1,000 samples; at most 0.4% with 95 % confidence"
-    some = in_words("copy_rate", 0.5, 20, [0.3, 0.7])
+    assert in_words(0.0, 1000, None) == "0 of 1,000 samples; at most 0.4% with 95 % confidence"
+    some = in_words(0.5, 20, [0.3, 0.7])
     assert some == "10 of 20 samples; between 30.0% and 70.0% with 95 % confidence"
     assert (
         prose("share of `samples` that **lie** ([1904.06991](https://a.org/b))")

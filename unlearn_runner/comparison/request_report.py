@@ -126,11 +126,11 @@ def _scores(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "oracle": metrics.get(f"oracle/{key}"),
             "real": metrics.get(f"floor/{key}"),
             "about": ABOUT.get(key) or next((text for name, text in about.items() if fnmatchcase(key, name)), ""),
-            "in_words": in_words(key, after, n, interval) if key in OF_SAMPLES and n else None,
+            "in_words": in_words(after, n, interval) if key in OF_SAMPLES and n else None,
         }
 
 
-def in_words(key: str, share: float, n: int, interval: list[float] | None) -> str:
+def in_words(share: float, n: int, interval: list[float] | None) -> str:
     """A share of samples as a sentence: "0 of 1,000 samples; at most 0.4 % with 95 % confidence"."""
     count = round(share * n)
     low, high = interval or wilson(share, n)

@@ -15,15 +15,14 @@ from unlearn_runner.data.forget_retain import (
     test_rows,
 )
 from unlearn_runner.data.images import (
-    PIL_MODES,
     Decoder,
-    common_mode,
     counted,
     find_images,
     gathered,
     printable,
     read_files,
     require_apart,
+    stored_as,
 )
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
@@ -73,15 +72,14 @@ class ImageFolder(Dataset):
                 f"dataset.retain_dir={retain_dir}: {counted(len(both), 'image{s}')} of dataset.forget_dir found in it "
                 f"({printable(Path(min(both)))}); keep the folders apart."
             )
-        mode = common_mode(self.files["forget"] + self.files["retain"]) if mode == "auto" else mode
-        channels = {name: count for count, name in PIL_MODES.items()}[mode]
+        every = self.files["forget"] + self.files["retain"]
+        image_shape, self.resident = stored_as(every, mode, image_size, max_resident_gb)
         self.cache_dir = Path(cache_dir)
         self.test_fraction = test_fraction
         self.seed = seed
-        self.resident = sum(map(len, self.files.values())) * channels * image_size**2 <= max_resident_gb * 2**30
         self.spec = DataSpec(
             name="image_folder",
-            image_shape=(channels, image_size, image_size),
+            image_shape=image_shape,
             label_names=None,
             content_names=CONTENTS,
             forget_contents=(CONTENTS.index("forget"),),

@@ -222,6 +222,19 @@ def open_image(source: Path | bytes) -> Image.Image:
     return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=formats())
 
 
+def stored_as(
+    files: list[Path], mode: str, image_size: int, max_resident_gb: float
+) -> tuple[tuple[int, int, int], bool]:
+    """The shape [c, h, w] that the images of these files get, and whether all of them together fit into memory.
+
+    Raises ConfigurationError if `mode` is "auto" and some are grey, some coloured.
+    """
+    mode = common_mode(files) if mode == "auto" else mode
+    channels = {name: count for count, name in PIL_MODES.items()}[mode]
+    fit = len(files) * channels * image_size**2 <= max_resident_gb * 2**30
+    return (channels, image_size, image_size), fit
+
+
 @without_warnings()
 def common_mode(files: list[Path]) -> str:
     """ "L" if every image is grey, "RGB" if every one is coloured; only headers are read."""

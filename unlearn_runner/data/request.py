@@ -19,17 +19,16 @@ from unlearn_runner import rules
 from unlearn_runner.cache import file_digest
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.images import (
-    PIL_MODES,
     UNREAD,
     Decoder,
     Unreadable,
-    common_mode,
     counted,
     digests,
     find_images,
     note_of_unread,
     printable,
     read_files,
+    stored_as,
 )
 from unlearn_runner.errors import ConfigurationError, folders_named, near, normal_form
 from unlearn_runner.options import ImageSize, Names, NonNegativeFloat, OpenUnitInterval, Seed
@@ -120,11 +119,9 @@ class Request(Dataset):
         self.unread = {why: [file for file in files if file not in used] for why, files in found.unread.items()}
         self.unread = {why: files for why, files in self.unread.items() if files}
         every = [file for files in self.files.values() for file in files]
-        mode = common_mode(every) if mode == "auto" else mode
-        channels = {name: count for count, name in PIL_MODES.items()}[mode]
-        resident = len(every) * channels * image_size**2 <= max_resident_gb * 2**30
-        self.resident, self.cache_dir = resident, None if resident else Path(cache_dir)
-        self.spec, self.labels = self._spec((channels, image_size, image_size), horizontal_flip)
+        image_shape, self.resident = stored_as(every, mode, image_size, max_resident_gb)
+        self.cache_dir = None if self.resident else Path(cache_dir)
+        self.spec, self.labels = self._spec(image_shape, horizontal_flip)
 
     # 1. What is asked for
 
@@ -149,7 +146,7 @@ class Request(Dataset):
             if normal_form(item) in names:
                 yield names[normal_form(item)]
                 continue
-            places = [place for place in (*(root / item for root in self.roots), Path(item).expanduser())]
+            places = (*(root / item for root in self.roots), Path(item).expanduser())
             place = next((place for place in places if place.exists()), None)
             if place is None:
                 raise ConfigurationError(
@@ -190,7 +187,8 @@ class Request(Dataset):
                 f"dataset.forget={COLUMN}{name}: the column must say true or false, and of {self._name(unclear[0])} it "
                 f"says '{rows[unclear[0]][name]}'."
             )
-        chosen = [file for file, value in said.items() if value and file in self._at.values()]
+        own = set(self._at.values())
+        chosen = [file for file, value in said.items() if value and file in own]
         if not chosen:
             raise ConfigurationError(f"dataset.forget={COLUMN}{name}: the column says true of no image.")
         return chosen
@@ -291,8 +289,8 @@ class Request(Dataset):
                 break
         unseen = "held out" if self.never_seen is None else "never seen"
         forget, retain, never, held_out = (
-            self._labelled(files.get(name, []), pixels.get(name), content)
-            for name, content in (("forget", -1), ("retain", 0), (unseen, -1), ("held out", 0))
+            self._labelled(files.get(name, []), pixels.get(name), kept)
+            for name, kept in (("forget", False), ("retain", True), (unseen, False), ("held out", True))
         )
         pairs = near_duplicates(pixels["forget"], pixels["retain"])
         notes = [
@@ -360,12 +358,12 @@ class Request(Dataset):
                 found += kinds[place]
         return sorted(found)
 
-    def _labelled(self, files: list[Path], pixels: Tensor | None, content: int) -> LabelledImages:
-        """Images with their labels; `content` 0: what is kept, -1: what is to be forgotten, or like it."""
+    def _labelled(self, files: list[Path], pixels: Tensor | None, kept: bool) -> LabelledImages:
+        """Images with their labels: such as are kept, or such as are to be forgotten or like these."""
         if pixels is None:
             pixels = torch.empty((0, *self.spec.image_shape), dtype=torch.uint8)
         labels = torch.tensor([self.labels.get(file, 0) for file in files], dtype=torch.int64)
-        if content < 0:
+        if not kept:
             return LabelledImages(pixels, labels, torch.full_like(labels, self.spec.forget_contents[0]))
         asks = torch.tensor(self.spec.label_contents or (0,))
         return LabelledImages(pixels, labels, asks[labels] if self.spec.restored_content is not None else labels * 0)

@@ -8,9 +8,8 @@ from annotated_types import Gt, Le, MinLen
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner.data.forget_retain import is_to_forget
 from unlearn_runner.evaluation.metrics import Metric, Rows, share
-from unlearn_runner.evaluation.prompts import best_shows, frozen, loss_under
+from unlearn_runner.evaluation.prompts import at_least_drawn, best_shows, frozen, loss_under
 from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import GenerativeModel, evaluating
 from unlearn_runner.options import BatchSize, NumInferenceSteps, NumSamples, PositiveFloat, PositiveInt, Seed
@@ -108,8 +107,7 @@ class TokenAttack(Metric):
             return {"tokens": best_shows(view, tried, self.num_samples, self.num_inference_steps, drawing)}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
-        drawn = is_to_forget(samples.spec, samples.forget.samples.contents)
-        return {"attack_tokens": max(share(rows["tokens"]), share(drawn))}
+        return {"attack_tokens": at_least_drawn(samples, rows["tokens"])}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return dict(vars(self))

@@ -219,8 +219,7 @@ class Robustness(Metric):
         return embedding.detach()
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:
-        drawn = is_to_forget(samples.spec, samples.forget.samples.contents)
-        return {"attack_success": max(share(rows["attack"]), share(drawn))}
+        return {"attack_success": at_least_drawn(samples, rows["attack"])}
 
     def provenance(self, model: GenerativeModel) -> dict[str, Any]:
         return {"attack": "embedding", **{name: part for name, part in vars(self).items() if name != "_concepts"}}
@@ -263,6 +262,13 @@ def best_shows(
         return is_to_forget(view.data.spec, view.judge(pictures).contents)
 
     return shows(max(tried, key=lambda embedding: int(shows(embedding).sum())))
+
+
+def at_least_drawn(samples: Samples, shown: Bool[Tensor, "n"]) -> float:
+    """The share of pictures under an attack that show the concept; no less than that of the samples, which are an
+    attack, too.
+    """
+    return max(share(shown), share(is_to_forget(samples.spec, samples.forget.samples.contents)))
 
 
 class frozen:

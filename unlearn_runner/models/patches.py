@@ -6,6 +6,7 @@ What is not there stays the base's. A name that the base does not have is refuse
 import copy
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,16 +121,17 @@ def _of_file(model: Diffusion, file: Path) -> Patch:
             f"it holds {unknown[0]}, which is no weight of the base" if unknown else "it holds no weight of the base"
         )
         raise ConfigurationError(f"{first} ({len(unknown)} of its {len(tensors)} tensors are not)")
+    base = {part: network.state_dict() for part, network in model.networks.items()}
     for name, (part, own) in found.items():
-        shape, wanted = tuple(tensors[name].shape), tuple(model.networks[part].state_dict()[own].shape)
+        shape, wanted = tuple(tensors[name].shape), tuple(base[part][own].shape)
         if shape != wanted:
             raise ConfigurationError(f"it holds {name} in the shape {shape}, and the base has it in {wanted}")
         if not tensors[name].is_floating_point():
             raise ConfigurationError(f"it holds {name} as {tensors[name].dtype}; {', '.join(DTYPES)} are read")
-    if len(set(found.values())) < len(found):
-        twice = [name for name, place in found.items() if list(found.values()).count(place) > 1]
+    times = Counter(found.values())
+    if twice := [name for name, place in found.items() if times[place] > 1]:
         raise ConfigurationError(f"it holds one weight under several names ({', '.join(twice[:2])})")
-    counts = {part: sum(place[0] == part for place in found.values()) for part in model.networks}
+    counts = Counter(part for part, _ in found.values())
 
     def apply() -> None:
         own = {part: network.state_dict() for part, network in model.networks.items()}
@@ -198,7 +200,7 @@ def _of_lora(model: Diffusion, tensors: dict[str, Tensor]) -> Patch:
         raise ConfigurationError("half of an addition is missing: each layer has a matrix down and one up")
 
     def fused() -> dict[str, nn.Module]:
-        pipeline = model.pipeline(lambda network: copy.deepcopy(network))
+        pipeline = model.pipeline(copy.deepcopy)
         with _silent("diffusers"), suppress(ValueError, RuntimeError, KeyError):  # what fits is counted below
             pipeline.load_lora_weights(dict(tensors))
         networks = {name: getattr(pipeline, name) for name in model.networks}
@@ -233,6 +235,6 @@ def _silent(library: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _counted(model: Diffusion, counts: Mapping[str, int]) -> str:
+def _counted(model: Diffusion, counts: Counter[str]) -> str:
     sizes = {part: sum(1 for _ in _own_names(network)) for part, network in model.networks.items()}
-    return ", ".join(f"{count} of the {sizes[part]} tensors of {part}" for part, count in counts.items() if count)
+    return ", ".join(f"{counts[part]} of the {size} tensors of {part}" for part, size in sizes.items() if counts[part])
