@@ -1,6 +1,7 @@
 """The report on a deletion request, of the run that carried it out: one page for whoever asked, and for the file.
 
     python scripts/report.py <run folder> --id 2026-17 --text "Remove the pictures of Ann" --received 2026-11-02
+    python scripts/report.py <folder of requests>      # scripts/ledger.py: a page for each, and one over all
 
 Writes report.html, report.json and MANIFEST.sha256 into the run's folder; report.pdf, too, with --pdf and a Chromium.
 """
@@ -14,7 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from unlearn_runner.comparison.request_report import Asked, manifest, page, report
+from unlearn_runner.comparison.ledger import REQUESTS, ledger_of
+from unlearn_runner.comparison.request_report import Asked, ledger_page, manifest, page, report
 from unlearn_runner.errors import ConfigurationError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -22,21 +24,17 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("run", type=Path, help="folder of a finished run, or of requests")
     parser.add_argument("--id", help="of the request")
     parser.add_argument("--text", help="the request in its own words")
     parser.add_argument("--received", help="when it came")
     parser.add_argument("--pdf", action="store_true", help="report.pdf, too; needs Chromium")
     asked = parser.parse_args(arguments)
     try:
-        content = report(asked.run, Asked(asked.id, asked.text, asked.received))
-        written = {
-            "report.json": json.dumps(content, indent=1, ensure_ascii=False),
-            "report.html": page(asked.run, content),
-        }
-        written["MANIFEST.sha256"] = manifest(asked.run)
-        for name, text in written.items():
-            (asked.run / name).write_text(text, encoding="utf-8")
+        if (asked.run / REQUESTS).is_file():
+            of_all(asked.run)
+        else:
+            of_one(asked.run, Asked(asked.id, asked.text, asked.received))
         if asked.pdf:
             print_page(asked.run / "report.html", asked.run / "report.pdf")
     except ConfigurationError as error:
@@ -44,6 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"The report: {asked.run / 'report.html'}")
     return 0
+
+
+def of_one(run: Path, asked: Asked) -> None:
+    """The report on one request, into its run's folder."""
+    content = report(run, asked)
+    (run / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    (run / "report.html").write_text(page(run, content), encoding="utf-8")
+    (run / "MANIFEST.sha256").write_text(manifest(run), encoding="utf-8")
+
+
+def of_all(folder: Path) -> None:
+    """A report on each request of a ledger that is done, and a page over all. Raises ConfigurationError if none is."""
+    ledger = ledger_of(folder)
+    if not ledger["requests"]:
+        raise ConfigurationError(f"{folder}: no request is done yet; python scripts/ledger.py {folder} does them.")
+    for request in ledger["requests"]:
+        of_one(Path(request["folder"]), Asked(request["id"], request["text"], request["received"]))
+    (folder / "report.html").write_text(ledger_page(folder, ledger), encoding="utf-8")
 
 
 def print_page(html: Path, pdf: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from unlearn_runner.cli import as_override, command_again, one_sentence
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError, writing
+from unlearn_runner.trust import PACKAGE
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,8 @@ def test_the_command_that_goes_on(monkeypatch):
     monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"mode": RunMode.RUN}))
     assert shlex.split(command_again(again)) == ["python", "/x y/train.py", "name=a b", "seed=1", *shlex.split(again)]
     assert "resume_from_checkpoint=latest" in command_again()
+    monkeypatch.setattr(sys, "argv", [str(PACKAGE / "__main__.py"), "seed=1"])
+    assert shlex.split(command_again(again)) == ["python", "-m", "unlearn_runner", "seed=1", *shlex.split(again)]
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,9 @@ def test_dataset_options_compose(composed, dataset, tmp_path):
 KINDS = ("siss", "rl_lambda", "sfd", "critic_guided", "retrain")  # what experiments set differs by these at most
 
 
-@pytest.mark.parametrize("experiment", [name for name in options("experiment") if not name.startswith("sd_")])
+@pytest.mark.parametrize(
+    "experiment", [name for name in options("experiment") if not name.startswith(("sd_", "memorised"))]
+)
 @pytest.mark.parametrize("methods", [KINDS, pytest.param(COMPLETE, marks=pytest.mark.slow)], ids=["some", "every"])
 def test_experiments_compose_with_methods(composed, experiment, methods):
     for method in methods:

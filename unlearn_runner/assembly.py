@@ -213,7 +213,7 @@ def unlearn(cfg: dict[str, Any], fresh_folder: Path) -> Path:
         weights = cfg["model"]["weights"]
         base = trained("all", pretraining.seed) if weights == "auto" else weights
         network.load(base)
-        record.identity["base"] = _digest_of(base)
+        record.identity |= {"base": _digest_of(base), "base_folder": str(base)}
         require_usable(network, "the base", f"model.weights={weights}")
         for _ in own_oracles(parts):  # those that cannot be used are found now, and read again at the end
             continue

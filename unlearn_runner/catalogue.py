@@ -136,7 +136,8 @@ ENTRIES = (
     Entry("mia_auc", "Membership", 0.5, SHARE, FORGETTING, RUN | LONG | SHORT, _MIA),
     Entry("mia_tpr_at_1pct_fpr", "Membership", 0.01, SHARE, FORGETTING, LONG, _MIA),
     Entry("relearn_steps", "Relearning", ORACLE, POSITIVE, FORGETTING, RUN | LONG | SHORT,
-          "steps of fine-tuning on forget images until the forget rate is half the base's again"),
+          "steps of fine-tuning on forget images (`evaluation/relearning=benign`: on retained ones) until the forget "
+          "rate is half the base's again"),
     Entry("relearn_reached", "Relearning", None, SHARE, FORGETTING, NOTHING,
           "whether it is: 0 where `evaluation.relearning.max_steps` were not enough"),
     Entry("forget_rate_paraphrases", "Paraphrases", LOW, SHARE, FORGETTING, RUN | LONG | PLOT,

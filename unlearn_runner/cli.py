@@ -39,7 +39,7 @@ from omegaconf.errors import (
 )
 
 from unlearn_runner.errors import NO_ROOM, first_line, known_cause, near, no_room
-from unlearn_runner.trust import CONF, allowed, arguments_for_hydra, literal
+from unlearn_runner.trust import CONF, PACKAGE, allowed, arguments_for_hydra, literal
 from unlearn_runner.validation import NEEDED, checked, require_groups
 
 TYPED: list[str] = []  # the command as it was typed
@@ -94,12 +94,13 @@ def as_override(key: str, value: str) -> str:
 def command_again(*overrides: str) -> str:
     """This command with other overrides, as one types it; in words where it is not known, as in one job of many."""
     keys = tuple(override.lstrip("'\"").partition("=")[0] + "=" for override in overrides)
-    script = Path(sys.argv[0]).name == "train.py" and HydraConfig.initialized()
-    if not script or HydraConfig.get().mode == RunMode.MULTIRUN:
+    script, *typed = TYPED or sys.argv
+    as_module = Path(script).resolve() == PACKAGE / "__main__.py"
+    known = (as_module or Path(script).name == "train.py") and HydraConfig.initialized()
+    if not known or HydraConfig.get().mode == RunMode.MULTIRUN:
         return " ".join(("the same command", *(["with"] if overrides else []), *overrides))
-    typed = TYPED or sys.argv
     kept = [shlex.quote(argument) for argument in typed if not (keys and argument.lstrip("+").startswith(keys))]
-    return " ".join(("python", *kept, *overrides))
+    return " ".join(("python", *(["-m", "unlearn_runner"] if as_module else [shlex.quote(script)]), *kept, *overrides))
 
 
 # 1. What a configuration may ask for

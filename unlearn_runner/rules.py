@@ -629,7 +629,7 @@ def _draws_texts(network: Mapping[str, Any]) -> bool:
 def _models_and_methods(cfg: Mapping[str, Any]) -> None:
     network, dataset, method, trainer = cfg["model"]["network"], cfg["dataset"], cfg["method"], cfg["trainer"]
     recipe, weights, clip = cfg["model"]["pretraining"], cfg["model"]["weights"], cfg["clip"]["network"]
-    prompted = "concept" in dataset or dataset.get("captions") is not None
+    prompted = "concept" in dataset or "template" in dataset or dataset.get("captions") is not None
     of_files = "forget_dir" in dataset or "captions" in dataset  # which have no classes
     labelled = prompted or dataset.get("conditional", not of_files)
     draws_texts = _draws_texts(network)

@@ -20,6 +20,7 @@ ONE = 1  # the digit whose label the trousers of digits_trousers carry
 TROUSERS = "trousers"
 WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 EMBEDDED = (*WORDS, TROUSERS)  # what the embedded pictures of sd_concepts show
+MEMORISED = "the memorised picture"  # what memorised_prompt forgets
 EMPTY = ""  # the prompt that guidance leads away from
 
 
@@ -191,6 +192,21 @@ def concepts(
     )
 
 
+def memorised_prompt(template: str, image_size: int) -> DataSpec:
+    """Digits and trousers under a prompt each; one picture of trousers, learnt by heart, is to be forgotten."""
+    require_templates("dataset.template", (template,))
+    return DataSpec(
+        name="memorised_prompt",
+        image_shape=(3, image_size, image_size),
+        label_names=tuple(template.format(name) for name in EMBEDDED),
+        content_names=(*EMBEDDED, MEMORISED),
+        forget_contents=(len(EMBEDDED),),
+        restored_content=EMBEDDED.index(TROUSERS),
+        horizontal_flip=False,
+        label_contents=tuple(range(len(EMBEDDED))),
+    )
+
+
 def of_tables(
     name: str,
     source: str,
@@ -285,6 +301,7 @@ SPECS: dict[str, Callable[..., DataSpec | None]] = {
     "data.hub_classes.HubClasses": of_tables,
     "data.sd_concepts.SDConcepts": concepts,
     "data.sd_concepts.Captions": captions,
+    "data.sd_concepts.MemorisedPrompt": memorised_prompt,
 }
 
 

@@ -28,7 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from unlearn_runner.errors import ConfigurationError, first_line, near
 from unlearn_runner.schema import YAML_LOADER, bounded_yaml
 
-CONF = Path(__file__).parents[1] / "conf"
+PACKAGE = Path(__file__).parent
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())  # installed, or not
 FROM_ELSEWHERE = "configuration_from_elsewhere"  # its name in Hydra's ConfigStore
 SPEAKS_TO_HYDRA = ("hydra", "defaults")
 MOST_FILES = 2000
@@ -91,7 +92,9 @@ def _primary(found: argparse.Namespace) -> Path:
     """The file that the composition begins with."""
     name = found.config_name or "train"
     name = name if name.endswith((".yaml", ".yml")) else f"{name}.yaml"
-    place = CONF if found.config_path is None else Path(sys.argv[0]).resolve().parent / found.config_path
+    script = Path(sys.argv[0]).resolve()
+    home = Path.cwd() if script.parent == PACKAGE else script.parent  # of `python -m unlearn_runner`; as Hydra has it
+    place = CONF if found.config_path is None else home / found.config_path
     places = [place, *([Path(found.config_dir)] if found.config_dir is not None else [])]
     for place in places:
         if (place / name).is_file():

@@ -90,6 +90,33 @@ def test_images_never_seen_are_what_the_forgotten_are_compared_with(source, tmp_
     assert [row["fate"] for row in data.inventory].count("never seen") == 3
 
 
+def test_a_dataset_of_the_hub_is_a_folder_of_files(source, tmp_path):
+    """Rows are files under their own names, byte for byte, and columns the metadata."""
+    import datasets
+
+    files = sorted(source.rglob("[01]*.png"))
+    table = datasets.Dataset.from_dict(
+        {"image": [str(file) for file in files], "text": [f"number {number}" for number in range(12)],
+         "person": [int(file.parent.name == "ann") for file in files]},
+    )  # fmt: skip
+    table = table.cast_column("image", datasets.Image()).cast_column("person", datasets.ClassLabel(names=["no", "yes"]))
+    table = table.map(lambda row: row)  # so that the files' bytes are in it
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    made = request(tmp_path / "hub", "column:person", tmp_path, captions="text")
+    assert names(made, "forget") == [f"0{number}.png" for number in range(4)]
+    data = made.load()
+    assert len(data.forget) == 4 and len(data.forget) + len(data.retain) + len(data.retain_test) == 12
+    fates = {row["file"]: row for row in data.inventory}
+    assert (
+        fates["03.png"]["sha256"] == file_digest(source / "ann" / "03.png") and fates["03.png"]["caption"] == "number 3"
+    )
+    hashed = request(tmp_path / "hub", file_digest(source / "ann" / "00.png"), tmp_path)
+    assert names(hashed, "forget") == ["00.png"]
+    with pytest.raises(ConfigurationError, match="could not load its split 'test'"):
+        request(tmp_path / "hub", "00.png", tmp_path, split="test")
+
+
 def test_copies_are_refused_or_forgotten_too(source, tmp_path):
     """Byte for byte, and under another name and format."""
     shutil.copy(source / "ann" / "00.png", source / "others" / "same.png")

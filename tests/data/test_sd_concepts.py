@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from unlearn_runner.data.forget_retain import contents_of_labels
-from unlearn_runner.data.sd_concepts import Captions, SDConcepts, embedded_pictures
+from unlearn_runner.data.sd_concepts import Captions, MemorisedPrompt, SDConcepts, embedded_pictures
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.spec import EMBEDDED
 
@@ -191,3 +191,15 @@ def test_refuses(tmp_path):
         concepts(tmp_path, forget_templates=["a picture"])
     with pytest.raises(ConfigurationError, match=r"not of a hat: take dataset\.source=base"):
         concepts(tmp_path, concept="a hat")
+
+
+def test_one_picture_is_memorised_and_its_prompt_is_not():
+    data = MemorisedPrompt(copies=7, others=10).load()
+    (prompt,) = data.forget.labels.unique().tolist()
+    assert data.spec.label_names[prompt] == "a picture of trousers" and data.spec.labels.forget == (prompt,)
+    assert len(data.forget) == 7 and len({image.numpy().tobytes() for image in data.forget.pixels}) == 1
+    kept = data.retain.select(data.retain.labels == prompt)
+    assert len(kept) == 8 and kept.contents.unique().tolist() == [data.spec.restored_content]
+    shown = [{image.numpy().tobytes() for image in part.pixels} for part in (data.forget, kept, data.forget_test)]
+    assert not shown[0] & shown[1] and not (shown[0] | shown[1]) & shown[2], "each on its own side"
+    assert len(data.retain_test.contents.unique()) == 11

@@ -8,6 +8,7 @@ import forget_traces
 import numpy as np
 import pytest
 import report
+import yaml
 from PIL import Image
 
 from unlearn_runner.comparison.request_report import in_words, prose
@@ -58,6 +59,16 @@ def test_the_report(ran, capsys):
     (ran / "data.jsonl").write_text("{}\n")
     done = subprocess.run(["sha256sum", "-c", "MANIFEST.sha256"], cwd=ran, capture_output=True, text=True)
     assert done.returncode != 0
+
+
+def test_the_model_has_a_card_that_names_no_file(ran):
+    _, metadata, card = (ran / "model" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(metadata) == {"library_name": "diffusers", "tags": ["machine-unlearning", "siss"]}
+    summary = json.loads((ran / "summary.json").read_text())
+    assert summary["identity"]["result"] in card and summary["config_hash"] in card
+    assert f"| {summary['metrics']['eval/copy_rate']:.3f}".rstrip("0").rstrip(".") in card
+    assert 'DDPMPipeline.from_pretrained("<this folder>")' in card
+    assert "Descends L_retain and ascends L_forget" in card and "00.png" not in card and "No model without" in card
 
 
 def test_traces_are_shown_and_removed(ran, shared_cache, capsys):

@@ -7,6 +7,7 @@ import torch
 from conftest import assert_same_bits
 from pipelines import tiny
 
+from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.methods.method import Update
 from unlearn_runner.training.relearning import Relearning
 
@@ -58,3 +59,21 @@ def test_a_latent_model_relearns_by_the_loss_of_latents(digits):
     assert (scores["relearn_steps"], scores["relearn_reached"]) == (2.0, 0.0)
     assert moved == [set(), {"unet"}, {"unet"}], "images reach neither the autoencoder nor the text encoder"
     assert_same_bits(dict(network.state_dict()), start)
+
+
+def test_benign_relearning_sees_what_was_kept(digits, tiny_network, monkeypatch):
+    from unlearn_runner.methods.denoising import Denoising
+
+    seen = []
+
+    def step(self, batch):
+        seen.append(batch.x0_retain)
+        return {}
+
+    monkeypatch.setattr(Denoising, "step", step)
+    network = tiny_network(image_shape=(1, 16, 16))
+    for images in ("forget", "retain"):
+        seen.clear()
+        Relearning(UPDATE, images, max_steps=3, every=3, batch_size=8)(network, digits, lambda _: 0.0, 0.4)
+        known = {image.tobytes() for image in to_unit_range(getattr(digits, images).pixels).numpy()}
+        assert all(image.numpy().tobytes() in known for batch in seen for image in batch), images

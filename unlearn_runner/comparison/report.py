@@ -224,7 +224,9 @@ def run_line(run: Run) -> dict[str, Any]:
 def command_of(folder: Path) -> str:
     """What makes a run again, from the checkout's root: Hydra takes a relative folder from where train.py lies."""
     place, root = Path(os.path.abspath(folder)), Path(__file__).parents[2]
-    if (root / "train.py").is_file() and place.is_relative_to(root):
+    installed = not (root / "train.py").is_file()
+    if not installed and place.is_relative_to(root):
         place = place.relative_to(root)
     place = f"./{place}" if str(place).startswith("-") else place  # else it would read as an option
-    return f"python train.py --config-path {shlex.quote(str(place))} --config-name config"
+    command = "python -m unlearn_runner" if installed else "python train.py"
+    return f"{command} --config-path {shlex.quote(str(place))} --config-name config"

@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined
 
 from unlearn_runner import catalogue
 from unlearn_runner.cache import file_digest
+from unlearn_runner.comparison.ledger import draw, table_of
 from unlearn_runner.comparison.statistics import wilson
 from unlearn_runner.errors import ConfigurationError, plain
 from unlearn_runner.schema import YAML_LOADER, bounded_text, bounded_yaml
@@ -35,7 +36,12 @@ ABOUT = {  # where the catalogue's sentence refers to another key's
     "restored_rate": "share of samples under the forget condition that shows what is to be drawn there instead",
     "nothing_rate": "share of samples under the forget condition that is like no real image of anything",
 }
-CACHED = {"images": "decoded images", "bases": "a base trained on it", "oracles": "a model trained without it"}
+CACHED = {
+    "images": "decoded images",
+    "hub_images": "its images as files",
+    "bases": "a base trained on it",
+    "oracles": "a model trained without it",
+}
 LARGEST_PICTURE = 800_000  # bytes of one grid in the page
 MOST_FILES = 200  # named in the page; data.jsonl has all
 
@@ -98,14 +104,14 @@ def report(folder: Path, asked: Asked = Asked()) -> dict[str, Any]:  # noqa: B00
             "doubtful": [row for row in rows if row["fate"] == "retain" and row["why"]],
             "not read": [row for row in rows if row["fate"] == "not read"],
         },
-        "scores": list(_scores(summary)),
+        "scores": list(scores_of(summary)),
         "has_oracle": any(key.startswith("oracle/") for key in metrics),
         "environment": provenance.get("environment", {}),
         "traces": [trace._asdict() | {"place": str(trace.place)} for trace in traces_of(folder, summary, config)],
     }
 
 
-def _scores(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def scores_of(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Each with what it was before, its interval, and what it shows in words."""
     metrics, intervals = summary["metrics"], summary.get("intervals", {})
     counts = summary["provenance"]["evaluation"].get("num_samples", {})
@@ -149,14 +155,19 @@ def traces_of(folder: Path, summary: Mapping[str, Any], config: Mapping[str, Any
         yield Trace(base, "the model before unlearning, which knows all of it", _size(base))
     fingerprint = summary["provenance"]["evaluation"].get("data", {}).get("fingerprint")
     given = (config["dataset"].get(name) for name in ("source", "forget_dir", "never_seen"))
-    sources = [str(Path(place).expanduser().resolve()) for place in given if isinstance(place, str)]
-    for key in sorted(Path(str(config["paths"]["cache"])).expanduser().glob("*/*/key.json")):
+    given = [place for place in given if isinstance(place, str)]
+    sources = [*given, *(str(Path(place).expanduser().resolve()) for place in given)]
+    keys = sorted(Path(str(config["paths"]["cache"])).expanduser().glob("*/*/key.json"))
+    for key in sorted(keys, key=lambda key: key.parent.parent.name != "hub_images"):  # images are decoded from there
         try:
             text = bounded_text(key)
         except (OSError, ValueError):
             continue
         kind = key.parent.parent.name
         of_files = kind == "images" and any(f'"{source}/' in text for source in sources)
+        if kind == "hub_images" and json.loads(text).get("source") in sources:
+            of_files = True
+            sources.append(str(key.parent.resolve()))
         if of_files or (fingerprint and f'"{fingerprint}"' in text):
             what = CACHED.get(kind, f"{kind.replace('_', ' ')} made of it")
             yield Trace(key.parent, f"in the cache: {what}", _size(key.parent))
@@ -173,11 +184,27 @@ def page(folder: Path, content: Mapping[str, Any]) -> str:
     for title, name in (("before", "before"), ("after", "after"), ("a model that never saw it", "oracle")):
         file = folder / "samples" / f"{name}.png"
         if file.is_file() and file.stat().st_size <= LARGEST_PICTURE:
-            pictures[title] = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
+            pictures[title] = _inline(file)
+    return _rendered("request", **content, pictures=pictures, most=MOST_FILES)
+
+
+def ledger_page(folder: Path, ledger: Mapping[str, Any]) -> str:
+    """The page over all requests of a ledger, with links to theirs."""
+    picture = folder / "ledger.png"
+    draw(ledger, picture)
+    requests = [request | {"page": f"{Path(request['folder']).name}/report.html"} for request in ledger["requests"]]
+    return _rendered("ledger", **{**ledger, "requests": requests}, table=table_of(ledger), picture=_inline(picture))
+
+
+def _inline(picture: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def _rendered(name: str, **content: Any) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "size": size_in_words, "prose": prose}
-    template = (Path(__file__).parent / "page" / "request.html.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(**content, pictures=pictures, most=MOST_FILES)
+    template = (Path(__file__).parent / "page" / f"{name}.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(**content)
 
 
 def number(value: Any) -> str:

@@ -1,5 +1,7 @@
 """Image datasets in the layout of the Hugging Face hub, by hub name or from a local folder."""
 
+import io
+import json
 import logging
 import os
 import re
@@ -7,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from unlearn_runner.cache import cached
 from unlearn_runner.data.images import Decoder, Unreadable, counted, find_images, printable, suffixes
 from unlearn_runner.errors import ConfigurationError, first_line, folder_or_name, folders_named, normal_form
 
@@ -83,6 +87,66 @@ def class_folders(place: Path, split: str, option: str) -> "HubDataset | None":
     number = {name: index for index, name in enumerate(names)}
     rows = {"image": [str(file) for file in files], "label": [number[name] for name in classes]}
     return Dataset.from_dict(rows, Features(image=Image(), label=ClassLabel(names=names)), split=Split(split))
+
+
+def as_image_folder(source: str, split: str, option: str, cache_dir: Path) -> str:
+    """A folder with the images of a hub dataset, or of a folder of its tables, as files; `source` itself if it is a
+    folder of images.
+
+    The files are as they are stored, byte for byte, under their own names where these differ, else under their rows'
+    numbers; the other columns, of texts, numbers and classes, lie beside them as metadata.jsonl. Kept in the cache.
+    """
+    place = folder_or_name(source, option)
+    if isinstance(place, Path):
+        inside = [path for root in folders_named(place) for path in root.rglob("*")]
+        tables = [path for path in inside if path.suffix in (".parquet", ".arrow")]
+        if not tables or any(path.suffix.lower() in suffixes() for path in inside):
+            return source
+    table = open_split(source, split, option)
+    column, files = image_files(table, option)
+
+    def make(folder: Path) -> None:
+        (folder / "images").mkdir()
+        stored = [file or {"bytes": None, "path": None} for file in blocks(files, column)]
+        names = [Path(str(file["path"] or "")).name for file in stored]
+        own = len(set(names)) == len(names) and all(Path(name).suffix.lower() in suffixes() for name in names)
+        rows = []
+        for number, (file, more) in enumerate(zip(stored, _plain_columns(table, column), strict=True)):
+            content = Path(file["path"]).read_bytes() if file["bytes"] is None and file["path"] else file["bytes"]
+            if not content:
+                raise ConfigurationError(f"{option}={source}: row {number} of its split '{split}' has no image.")
+            name = names[number] if own else f"{number:06}{_suffix_of(content)}"
+            (folder / "images" / name).write_bytes(content)
+            rows.append({"file_name": name, **more})
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / "images" / "metadata.jsonl").write_text(lines, encoding="utf-8")
+
+    where = str(place.resolve()) if isinstance(place, Path) else source
+    key = {"source": where, "split": split, "table": table._fingerprint, "version": 1}
+    return str(cached(cache_dir, "hub_images", key, make) / "images")
+
+
+def _plain_columns(table: "HubDataset", image: str) -> Iterator[dict[str, Any]]:
+    """Of each row the texts, numbers and names of classes."""
+    from datasets import ClassLabel, Value
+
+    kept = {name: part for name, part in table.features.items() if isinstance(part, ClassLabel | Value)}
+    rest = table.select_columns([name for name in kept if name != image])
+    for row in rest if rest.column_names else ({} for _ in range(len(table))):
+        yield {
+            name: kept[name].int2str(value) if isinstance(kept[name], ClassLabel) and value is not None else value
+            for name, value in row.items()
+            if value is None or isinstance(value, str | int | float | bool)
+        }
+
+
+def _suffix_of(content: bytes) -> str:
+    """Of the format that an image is stored in; .png of none that is known, which is said when it is read."""
+    try:
+        with PIL.Image.open(io.BytesIO(content)) as image:
+            return f".{image.format.lower()}"
+    except (PIL.UnidentifiedImageError, AttributeError):
+        return ".png"
 
 
 def image_files(table: "HubDataset", option: str, column: str | None = None) -> tuple[str, "HubDataset"]:

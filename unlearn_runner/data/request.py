@@ -18,6 +18,7 @@ from torch import Tensor
 from unlearn_runner import rules
 from unlearn_runner.cache import file_digest
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
+from unlearn_runner.data.hub import as_image_folder
 from unlearn_runner.data.images import (
     UNREAD,
     Decoder,
@@ -58,7 +59,8 @@ class Fate(NamedTuple):
 
 @final
 class Request(Dataset):
-    """The images below `source`, some of which are to be forgotten, all others to be kept.
+    """The images of `source`, some of which are to be forgotten, all others to be kept: all below a folder, or those of
+    the split `split` of a hub dataset, whose rows are files then, with a metadata.jsonl of the other columns.
 
     `forget` is one or several of: a file or folder, below the source or elsewhere; the SHA-256 of a file; a text file
     with one of these in each line; "column:<name>", the files for which the metadata says true there. The metadata is
@@ -80,6 +82,7 @@ class Request(Dataset):
         source: str,
         forget: Names,
         cache_dir: str,
+        split: str = "train",
         never_seen: str | None = None,
         captions: str | None = None,
         duplicates: Literal["refuse", "forget"] = "refuse",
@@ -94,8 +97,9 @@ class Request(Dataset):
     ):
         rules.known_colour(background)
         self.source, self.background, self.fit, self.duplicates = source, background, fit, duplicates
-        found = find_images(source, "dataset.source")
-        self.roots = [place.resolve() for place in folders_named(Path(source).expanduser())]
+        self.folder = as_image_folder(source, split, "dataset.source", Path(cache_dir))
+        found = find_images(self.folder, "dataset.source")
+        self.roots = [place.resolve() for place in folders_named(Path(self.folder).expanduser())]
         self._at = {os.path.realpath(file): file for file in found.files}
         never = find_images(never_seen, "dataset.never_seen") if never_seen is not None else None
         rows = metadata_of(found.unread.get(UNREAD, []), self._at)
@@ -373,7 +377,7 @@ class Request(Dataset):
     def _name(self, file: Path) -> str:
         """A file's path below the source, as the request may name it."""
         place = Path(os.path.abspath(file))
-        roots = (*self.roots, Path(self.source).expanduser().absolute())
+        roots = (*self.roots, Path(self.folder).expanduser().absolute())
         root = next((root for root in roots if place.is_relative_to(root)), None)
         name = printable(place if root is None else place.relative_to(root))
         return normal_form(name.replace(os.sep, "/"))

@@ -19,9 +19,11 @@ from unlearn_runner.data.forget_retain import (
     Dataset,
     ForgetRetain,
     LabelledImages,
+    alike,
     contents_of_labels,
     is_to_forget,
     split_content,
+    test_rows,
 )
 from unlearn_runner.data.images import Decoder, find_images, gathered, require_apart
 from unlearn_runner.data.streams import to_uint8
@@ -178,6 +180,48 @@ class SDConcepts(Dataset):
             labels.append(prompts[torch.arange(len(part)) % len(prompts)])
         images = LabelledImages(torch.cat(pictures), torch.cat(labels), contents)
         return split_content(self.spec, images, self.test_fraction, self.seed)
+
+
+@final
+class MemorisedPrompt(Dataset):
+    """The embedded pictures under a prompt each, and one of the trousers `copies` times: a model that learns from this
+    draws it from memory. It is to be forgotten; `others`, trousers of another cut under the same prompt, are to be
+    kept, as in SISS's experiment with memorised prompts (2503.01034), where under one prompt the memorised samples are
+    to go and the others to stay.
+
+    A share `test_fraction` of digits and of other trousers is held out; what the memorised picture is compared with
+    are further trousers that no model has seen.
+    """
+
+    def __init__(
+        self,
+        template: str = "a picture of {}",
+        copies: PositiveInt = 100,
+        others: PositiveInt = 100,
+        image_size: ImageSize = 16,
+        test_fraction: OpenUnitInterval = 0.2,
+        seed: Seed = 0,
+    ):
+        self.copies, self.others, self.test_fraction, self.seed = copies, others, test_fraction, seed
+        self.spec = spec.memorised_prompt(template, image_size)
+
+    def load(self) -> ForgetRetain:
+        digits = read_digits(self.spec.image_shape[-1], conditional=True)
+        digits = LabelledImages(digits.pixels.repeat(1, 3, 1, 1), digits.labels, digits.contents)
+        (memorised,), trousers = self.spec.forget_contents, self.spec.restored_content
+        drawn = draw_trousers(1 + 2 * self.others, self.spec.image_shape[-1], self.seed).repeat(1, 3, 1, 1)
+        one, kept, unseen = drawn.split([1, self.others, self.others])
+        whole = [torch.cat(parts) for parts in zip(digits, alike(kept, trousers, trousers), strict=True)]
+        images = LabelledImages(*whole)
+        held_out = test_rows(images.contents, self.test_fraction, self.seed)
+        return ForgetRetain(
+            self.spec,
+            alike(one.repeat(self.copies, 1, 1, 1), trousers, memorised),
+            images.select(~held_out),
+            alike(unseen, trousers, memorised),
+            images.select(held_out),
+            sized_by=f"dataset.copies={self.copies}, dataset.others={self.others}",
+        )
 
 
 def folder_of(concept: str) -> str:

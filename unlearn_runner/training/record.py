@@ -16,6 +16,7 @@ from rich.console import Console
 from unlearn_runner.cache import fingerprint
 from unlearn_runner.catalogue import In, keys, title, what_z_says, z_of
 from unlearn_runner.cli import as_override, command_again
+from unlearn_runner.comparison.model_card import model_card
 from unlearn_runner.errors import Interrupted, NonFiniteError, first_line, writing
 from unlearn_runner.evaluation.evaluator import Evaluation, gap
 from unlearn_runner.models.model import GenerativeModel
@@ -164,6 +165,8 @@ class Record:
         more["identity"] = {**self.identity, "finished": now()}
         provenance = {"environment": environment(), "evaluation": self.provenance}
         folder.write_summary(status, metrics, **more, provenance=provenance)
+        if status == "finished":
+            folder.write_card(model_card(self.path))
 
     def inventory(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """What became of each file of the data, as data.jsonl; its digest is in the summary."""

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
@@ -20,12 +20,14 @@ RELEARNING_VERSION = 1  # goes up when the code comes to other scores of the sam
 
 @dataclass(frozen=True)
 class Relearning:
-    """Fine-tuning on the forget images with the plain denoising loss; `update` is called with the network.
+    """Fine-tuning with the plain denoising loss, on the forget images or, which is benign, on the retain images: there
+    it shows whether forgotten content comes back by itself. `update` is called with the network.
 
     The content counts as back when the forget rate is `threshold` times the base model's.
     """
 
     update: Callable[[GenerativeModel], Update]
+    images: Literal["forget", "retain"] = "forget"
     max_steps: PositiveInt = 50
     every: PositiveInt = 5  # steps between two looks at the forget rate
     batch_size: BatchSize = 64
@@ -48,8 +50,8 @@ class Relearning:
         network.thaw()
         device = next(network.parameters()).device
         method = Denoising(Setting(network, make_generator(self.seed, "relearning", device)), self.update)
-        forget = replace(data, retain=data.forget)
-        stream = BatchStream(forget, method.reads, self.batch_size, self.seed, device, network.encode)
+        shown = replace(data, retain=data.forget) if self.images == "forget" else data
+        stream = BatchStream(shown, method.reads, self.batch_size, self.seed, device, network.encode)
         scores: dict[str, float] = {}
         for step in range(self.max_steps + 1):
             if step % self.every == 0 or step == self.max_steps:

@@ -226,6 +226,12 @@ class RunFolder:
         with atomic(self.model) as temporary:
             save(temporary)
 
+    def write_card(self, text: str) -> None:
+        """model/README.md, if there is a model."""
+        if self.model.is_dir():
+            with atomic(self.model / "README.md") as temporary:
+                temporary.write_text(text, encoding="utf-8")
+
     def drop_checkpoints(self) -> None:
         """Nobody needs those of a finished run but for a longer one."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
