@@ -24,6 +24,8 @@ from typing import NamedTuple
 from unlearn_runner.api import kind_of, of_concepts, option
 from unlearn_runner.errors import ConfigurationError, known_cause
 from unlearn_runner.models.pipelines import MODELS
+from unlearn_runner.trust import CONF
+from unlearn_runner.validation import Configuration
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -70,7 +72,11 @@ def labels_of(weights: Sequence[str]) -> list[str]:
 def is_override(word: str, before: str) -> bool:
     """Whether a word is an option of train.py, and no file, and not what an option of this script is given."""
     key = word.partition("=")[0].lstrip("+~")
-    named = "=" in word and all(part.isidentifier() for part in key.replace("@", ".").replace("/", ".").split("."))
+    group = key.replace("@", ".").replace("/", ".").partition(".")[0]
+    named = "=" in word and group in {
+        *Configuration.__annotations__,
+        *(path.name for path in CONF.iterdir() if path.is_dir()),
+    }
     return named and before not in ("--base", "--out") and not Path(word).exists()
 
 

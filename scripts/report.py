@@ -7,7 +7,6 @@ Writes report.html, report.json and MANIFEST.sha256 into the run's folder; repor
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unlearn_runner.comparison.ledger import REQUESTS, ledger_of
-from unlearn_runner.comparison.request_report import Asked, ledger_page, manifest, page, report
+from unlearn_runner.comparison.request_report import Asked, ledger_page, write_report
 from unlearn_runner.errors import ConfigurationError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (asked.run / REQUESTS).is_file():
             of_all(asked.run)
         else:
-            of_one(asked.run, Asked(asked.id, asked.text, asked.received))
+            write_report(asked.run, Asked(asked.id, asked.text, asked.received))
         if asked.pdf:
             print_page(asked.run / "report.html", asked.run / "report.pdf")
     except ConfigurationError as error:
@@ -44,21 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def of_one(run: Path, asked: Asked) -> None:
-    """The report on one request, into its run's folder."""
-    content = report(run, asked)
-    (run / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    (run / "report.html").write_text(page(run, content), encoding="utf-8")
-    (run / "MANIFEST.sha256").write_text(manifest(run), encoding="utf-8")
-
-
 def of_all(folder: Path) -> None:
     """A report on each request of a ledger that is done, and a page over all. Raises ConfigurationError if none is."""
     ledger = ledger_of(folder)
     if not ledger["requests"]:
         raise ConfigurationError(f"{folder}: no request is done yet; python scripts/ledger.py {folder} does them.")
     for request in ledger["requests"]:
-        of_one(Path(request["folder"]), Asked(request["id"], request["text"], request["received"]))
+        write_report(Path(request["folder"]), Asked(request["id"], request["text"], request["received"]))
     (folder / "report.html").write_text(ledger_page(folder, ledger), encoding="utf-8")
 
 

@@ -1,8 +1,11 @@
 """From Python: the same runs as by command, with pipelines and pictures in memory."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
 from pipelines import tiny
@@ -167,3 +170,17 @@ def test_mistakes(pipe, tmp_path):
     assert (tmp_path / "full" / "a.png").read_bytes() == b"mine"
     with pytest.raises(AttributeError, match="no attribute 'forgot'"):
         ur.forgot  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebooks(notebook, tmp_path, monkeypatch, shared_cache):
+    """Their cells, one after the other, with runs that are cut short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UNLEARN_RUNNER_CACHE", str(shared_cache))
+    names: dict = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("overrides=[", 'overrides=["debug=default", "hardware=cpu", '), names)
+    assert list((tmp_path / "outputs").rglob("model_index.json"))
+    assert (tmp_path / "outputs/request/report.html").is_file() or notebook.stem != "deletion_request"

@@ -1,12 +1,12 @@
 """unlearn_runner: make a generative image model forget, and measure what it forgot, kept and cost.
 
-`forget`, `measure` and `compare` do from Python what the commands do: unlearn_runner/api.py.
+`forget`, `measure`, `compare` and `report` do from Python what the commands do: unlearn_runner/api.py.
 """
 
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["compare", "forget", "measure"]
+__all__ = ["compare", "forget", "measure", "report"]
 
 
 def __getattr__(name: str) -> Any:

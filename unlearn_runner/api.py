@@ -22,6 +22,7 @@ from unlearn_runner.trust import literal
 if TYPE_CHECKING:
     import pandas
 
+AUTO = "auto"  # as model.weights has it: a small model of pixels that is trained on the pictures first
 PIXELS = "DDPMPipeline"
 FLUX_SIZE = 1024  # pixels a side; its pipeline's folder does not say
 
@@ -48,7 +49,8 @@ def forget(
     """Make a pipeline forget a concept, or some images, and measure it. The pipeline that is given stays as it is.
 
     Args:
-        pipe: a pipeline of diffusers' (Stable Diffusion, XL, 3, FLUX, or a DDPM), its folder, or a hub id.
+        pipe: a pipeline of diffusers' (Stable Diffusion, XL, 3, FLUX, or a DDPM), its folder, or a hub id; "auto": a
+            small DDPM, trained first on all the pictures, to try things with.
         concept: one or several, as they stand in a prompt. Then `keep` are concepts, too; the base draws the pictures
             that are learnt from.
         images: to forget: a folder, or pictures: paths, PIL images, arrays or tensors ([c, h, w] or [h, w]; uint8, or
@@ -132,6 +134,18 @@ def compare(runs: Any, metrics: Sequence[str] = ()) -> "pandas.DataFrame":
     return pandas.DataFrame.from_dict(rows, orient="index", columns=table.columns)
 
 
+def report(run: Any, *, number: str | None = None, text: str | None = None, received: str | None = None) -> Path:
+    """The page on a deletion request, of a run's folder or of a result that has one: what was asked (a number and the
+    request's own words), done and measured, and what still holds the data. Returns its place, the run's report.html.
+    """
+    from unlearn_runner.comparison.request_report import Asked, write_report
+
+    folder = run.folder if isinstance(run, Result) else Path(run)
+    if folder is None:
+        raise ConfigurationError("report: a result without a folder; give forget(..., folder=...) one to be kept.")
+    return write_report(folder, Asked(number, text, received))
+
+
 # 1. From what is given to overrides
 
 
@@ -148,6 +162,8 @@ def _on_disk(pipe: Any, scratch: Path) -> str:
 
 
 def _of_model(source: str, overrides: Sequence[str]) -> list[str]:
+    if source == AUTO:
+        return ["model=ddpm_tiny"]
     told = dict(part.split("=", 1) for part in overrides if "=" in part)
     kind, size = kind_of(source, told)
     return [f"model={kind}", option("model.weights", source), f"dataset.image_size={size}"]

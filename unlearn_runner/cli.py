@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from unlearn_runner.errors import NO_ROOM, first_line, known_cause, near, no_room
+from unlearn_runner.errors import NO_ROOM, ConfigurationError, first_line, known_cause, near, no_room
 from unlearn_runner.trust import CONF, PACKAGE, allowed, arguments_for_hydra, literal
 from unlearn_runner.validation import NEEDED, checked, require_groups
 
@@ -108,10 +108,28 @@ def command_again(*overrides: str) -> str:
 
 def configuration(cfg: DictConfig) -> dict[str, Any]:
     """The composed configuration, resolved and checked. Raises ConfigurationError with one sentence."""
-    require_groups(OmegaConf.to_container(cfg, resolve=False))
+    said = OmegaConf.to_container(cfg, resolve=False)
+    require_groups(said)
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     found["security"] = {"allow": []}  # trust is not handed on with a run's folder
-    return checked(found, allowed(cfg), CONF)
+    try:
+        return checked(found, allowed(cfg), CONF)
+    except ConfigurationError as error:
+        option, rest = re.match(r"([\w.]*)(.*)", str(error), re.DOTALL).groups()
+        if (source := source_of(option, said)) == option:
+            raise
+        raise ConfigurationError(f"{source}{rest}") from error
+
+
+def source_of(option: str, said: Mapping[str, Any]) -> str:
+    """The option that another one takes its value from, if it does: trainer.batch_size has that of budget.batch_size,
+    and there a person has set it.
+    """
+    value: Any = said
+    for part in option.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return option if reference is None else source_of(reference[1], said)
 
 
 def composed(overrides: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from unlearn_runner.options import Names
 DIGITS = tuple("0123456789")
 ONE = 1  # the digit whose label the trousers of digits_trousers carry
 TROUSERS = "trousers"
+BY_NAME = ("retain", "forget")  # the contents of a dataset whose images to forget are named, and are no class
 WORDS = ("a zero", "a one", "a two", "a three", "a four", "a five", "a six", "a seven", "an eight", "a nine")
 EMBEDDED = (*WORDS, TROUSERS)  # what the embedded pictures of sd_concepts show
 MEMORISED = "the memorised picture"  # what memorised_prompt forgets

@@ -176,6 +176,24 @@ def _variants(folder: Path) -> dict[str, list[Path]]:
     return dict(found)
 
 
+def require_finite_weights(source: str | Path, option: str) -> None:
+    """Raise ConfigurationError, naming the option, if a weight in a folder is no finite number. Reads one at a time."""
+    import torch
+    from safetensors import safe_open
+
+    place = model_in(Path(source).expanduser())
+    for folder in (place / part for part in NETWORKS if (place / part).is_dir()):
+        for file in _chosen(folder):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - no mapping
+                    tensor = weights.get_tensor(name)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise ConfigurationError(
+                            f"{option}={source}: the weight {name} in {file.relative_to(place)} has values that are "
+                            "not finite, so nothing can be measured; give another model."
+                        )
+
+
 def _chosen(folder: Path) -> list[Path]:
     """The plain ones, else the only variant; nothing if there are several."""
     variants = _variants(folder)

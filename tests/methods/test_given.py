@@ -254,6 +254,15 @@ def test_a_pixel_models_checkpoint(tiny_network, tmp_path):
     assert_same_bits(dict(base.state_dict()), dict(tiny_network(seed=1).state_dict()))
 
 
+def test_a_whole_model_that_is_not_finite_is_refused_before_anything_is_measured(tiny_network, tmp_path):
+    network = tiny_network(seed=1)
+    with torch.no_grad():
+        next(iter(network.parameters()))[0] = torch.inf
+    network.save(tmp_path / "broken")
+    with pytest.raises(ConfigurationError, match=r"the weight \S+ in unet/\S+ has values that are not finite"):
+        Given(Setting(tiny_network(), make_generator(0, "method")), str(tmp_path / "broken"))
+
+
 def test_damaged_parts_are_refused(tmp_path):
     weights = dict(tiny(seed=1).backbone.unet.state_dict())
     name = next(iter(weights))

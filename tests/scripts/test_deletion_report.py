@@ -11,7 +11,10 @@ import report
 import yaml
 from PIL import Image
 
+from unlearn_runner.comparison import request_report
 from unlearn_runner.comparison.request_report import in_words, prose
+from unlearn_runner.spec import BY_NAME
+from unlearn_runner.training.recorder import doubts_of
 
 
 @pytest.fixture
@@ -61,6 +64,16 @@ def test_the_report(ran, capsys):
     assert done.returncode != 0
 
 
+def test_a_judge_that_cannot_tell_the_images_is_no_fault():
+    from types import SimpleNamespace
+
+    judge = SimpleNamespace(doubts=lambda: ["WARNING: train it longer"])
+    for contents, said in ((BY_NAME, "copy_rate, mia_auc and nll_forget"), (("a", "b"), "train it longer")):
+        evaluator = SimpleNamespace(judge=judge, spec=SimpleNamespace(content_names=contents))
+        (sentence,) = doubts_of(evaluator)
+        assert said in sentence
+
+
 def test_the_model_has_a_card_that_names_no_file(ran):
     _, metadata, card = (ran / "model" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(metadata) == {"library_name": "diffusers", "tags": ["machine-unlearning", "siss"]}
@@ -72,7 +85,7 @@ def test_the_model_has_a_card_that_names_no_file(ran):
 
 
 def test_traces_are_shown_and_removed(ran, shared_cache, capsys):
-    content = report.report(ran)
+    content = request_report.report(ran)
     places = {trace["place"]: trace["what"] for trace in content["traces"]}
     assert str(ran / "checkpoints") in places
     assert {"in the cache: a base trained on it", "in the cache: classifiers made of it"} <= set(places.values())
@@ -84,7 +97,7 @@ def test_traces_are_shown_and_removed(ran, shared_cache, capsys):
     assert forget_traces.main([str(ran), "--delete"]) == 0
     assert not any((ran / "checkpoints").parent.joinpath(place).exists() for place in places)
     assert all((shared_cache / folder).exists() for folder in kept), "of other data"
-    assert report.report(ran)["traces"] == []
+    assert request_report.report(ran)["traces"] == []
     assert (ran / "model").is_dir() and (ran / "summary.json").is_file()
 
 

@@ -54,6 +54,7 @@ def test_what_is_an_override(tmp_path, monkeypatch):
     assert not measure.is_override("a=b.safetensors", ""), "a file"
     assert not measure.is_override("out=1", "--out")
     assert not measure.is_override("x = y", "--concept"), "a concept"
+    assert not measure.is_override("E=mc2", "Monet"), "another"
 
 
 def test_mistakes(base, tmp_path, capsys):

@@ -188,6 +188,15 @@ def page(folder: Path, content: Mapping[str, Any]) -> str:
     return _rendered("request", **content, pictures=pictures, most=MOST_FILES)
 
 
+def write_report(run: Path, asked: Asked) -> Path:
+    """report.json, report.html and MANIFEST.sha256, into the folder of a finished run; returns the page's place."""
+    content = report(run, asked)
+    (run / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    (run / "report.html").write_text(page(run, content), encoding="utf-8")
+    (run / "MANIFEST.sha256").write_text(manifest(run), encoding="utf-8")
+    return run / "report.html"
+
+
 def ledger_page(folder: Path, ledger: Mapping[str, Any]) -> str:
     """The page over all requests of a ledger, with links to theirs."""
     picture = folder / "ledger.png"

@@ -26,9 +26,7 @@ from unlearn_runner.data.images import (
 )
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
-from unlearn_runner.spec import DataSpec
-
-CONTENTS = ("retain", "forget")
+from unlearn_runner.spec import BY_NAME, DataSpec
 
 
 @final
@@ -81,8 +79,8 @@ class ImageFolder(Dataset):
             name="image_folder",
             image_shape=image_shape,
             label_names=None,
-            content_names=CONTENTS,
-            forget_contents=(CONTENTS.index("forget"),),
+            content_names=BY_NAME,
+            forget_contents=(BY_NAME.index("forget"),),
             restored_content=None,
             horizontal_flip=horizontal_flip,
         )
@@ -109,4 +107,4 @@ class ImageFolder(Dataset):
     def _decode(self, name: str, files: list[Path], decoder: Decoder) -> LabelledImages:
         pixels = read_files(files, decoder, None if self.resident else self.cache_dir)
         zeros = torch.zeros(len(files), dtype=torch.int64)
-        return LabelledImages(pixels, zeros, zeros + CONTENTS.index(name))
+        return LabelledImages(pixels, zeros, zeros + BY_NAME.index(name))

@@ -33,9 +33,8 @@ from unlearn_runner.data.images import (
 )
 from unlearn_runner.errors import ConfigurationError, folders_named, near, normal_form
 from unlearn_runner.options import ImageSize, Names, NonNegativeFloat, OpenUnitInterval, Seed
-from unlearn_runner.spec import DataSpec, listed
+from unlearn_runner.spec import BY_NAME, DataSpec, listed
 
-CONTENTS = ("retain", "forget")
 RESTORED = ("retain", "retain under a prompt to forget", "forget")  # where images to keep have such a prompt
 METADATA = ("metadata.jsonl", "metadata.csv")  # as the hub's image folders have it
 CAPTIONS = ("text", "caption", "prompt")  # columns that hold them, for captions=auto
@@ -239,7 +238,7 @@ class Request(Dataset):
             name="request",
             image_shape=image_shape,
             label_names=None,
-            content_names=CONTENTS,
+            content_names=BY_NAME,
             forget_contents=(1,),
             restored_content=None,
             horizontal_flip=horizontal_flip,

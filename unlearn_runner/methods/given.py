@@ -11,6 +11,7 @@ from unlearn_runner.models.model import GenerativeModel, require_finite
 from unlearn_runner.models.one_step import reader_of
 from unlearn_runner.models.patches import patch_of
 from unlearn_runner.types import Batch, Metrics, Stateful, Streams
+from unlearn_runner.weights import require_finite_weights
 
 
 @final
@@ -34,6 +35,8 @@ class Given(Method):
         self.weights = weights
         self.patch = patch_of(setting.model, weights, "method.weights")
         whole = self.patch is None
+        if whole:
+            require_finite_weights(weights, "method.weights")
         self.networks = (reader_of(setting.model, weights, "method.weights") if whole else setting.model,)
         self.taken = Taken(self)
 

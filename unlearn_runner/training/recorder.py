@@ -11,6 +11,7 @@ from unlearn_runner.catalogue import USUAL, hides_rubble, is_rubble
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.evaluation.evaluator import Evaluator
 from unlearn_runner.models.model import GenerativeModel
+from unlearn_runner.spec import BY_NAME
 from unlearn_runner.training.clock import Clock, Listener
 from unlearn_runner.training.record import Oracle, Record
 from unlearn_runner.training.relearning import RELEARNING_VERSION, Relearning
@@ -47,7 +48,7 @@ class RunRecorder:
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
         rows = {"forget_rows": evaluator.forget_rows, "row_titles": evaluator.row_titles}
         record.provenance |= {"data": data, **rows, **evaluator.provenance(base)}
-        for sentence in (*evaluator.judge.doubts(), *evaluator.left_out()):
+        for sentence in (*doubts_of(evaluator), *evaluator.left_out()):
             self.say(sentence, soft_wrap=True)
         self.say("measuring the base model")
         try:
@@ -179,6 +180,19 @@ class RunRecorder:
         self.record.progress.forget_rate = state_dict["forget_rate"]
         self.record.not_finite = dict.fromkeys(state_dict["not_finite"])
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
+
+
+def doubts_of(evaluator: Evaluator) -> list[str]:
+    """Why its judge is to be believed little; one sentence where that is no fault, for no judge tells images that are
+    to be forgotten by name from others like them.
+    """
+    doubts = evaluator.judge.doubts()
+    if doubts and evaluator.spec.content_names == BY_NAME:
+        return [
+            "The judge cannot tell the images to forget from the others, which are of the same kind: copy_rate, mia_auc "
+            "and nll_forget (evaluation=instances) say whether they are forgotten, not forget_rate."
+        ]
+    return doubts
 
 
 def rubble_in(scores: dict[str, float], base: dict[str, float]) -> str | None:
