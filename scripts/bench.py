@@ -328,8 +328,8 @@ def in_turns(runners: list[Runner], arguments: argparse.Namespace) -> dict[str, 
         first = round % len(runners)
         for runner in runners[first:] + runners[:first]:
             seconds[runner.name].append(runner.seconds(arguments.steps))
-        told = ", ".join(f"{name} {1000 * taken[-1]:.0f}" for name, taken in seconds.items())
-        print(f"round {round + 1} of {arguments.rounds}, ms a step: {told}", file=sys.stderr)
+        text = ", ".join(f"{name} {1000 * taken[-1]:.0f}" for name, taken in seconds.items())
+        print(f"round {round + 1} of {arguments.rounds}, ms a step: {text}", file=sys.stderr)
     return seconds
 
 
@@ -379,8 +379,8 @@ def drawing(arguments: argparse.Namespace) -> dict[str, float]:
 def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
     """What training all weights of a UNet of Stable Diffusion 1.5's size makes of a GPU's arithmetic.
 
-    A step of naive deletion. The operations of a pass forward are counted, the way back as two more; the rate they are
-    held against is that of a large matrix product in bf16, timed here. Random weights, random latents of 64x64.
+    A step of naive deletion. The operations of a forward pass are counted, the backward pass as two more; the rate they
+    are compared with is that of a large matrix product in bf16, timed here. Random weights, random latents of 64x64.
     """
     import torch
     from memory import sized
@@ -415,7 +415,7 @@ def utilisation(arguments: argparse.Namespace) -> dict[str, float]:
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.predict(latents[:1], cond[:1], cond[:1])
-    operations = 3 * size * counter.get_total_flops()  # the way back is two passes' worth
+    operations = 3 * size * counter.get_total_flops()  # the backward pass is two passes' worth
     timed(lambda: method.step(batch), 3)
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: method.step(batch), arguments.rounds)
@@ -551,8 +551,8 @@ def main() -> None:
     arguments = parser().parse_args()
     require_sensible(arguments, "rounds", "steps", "warm_up", "batch_size", "image_size")
     if arguments.only == ["utilisation"]:
-        told = utilisation(arguments)
-        hand_over({"utilisation": told}, json.dumps(told, indent=1) + "\n", arguments)
+        text = utilisation(arguments)
+        hand_over({"utilisation": text}, json.dumps(text, indent=1) + "\n", arguments)
         return
     if not arguments.conditional:  # distillation draws labels
         arguments.methods = [name for name in arguments.methods if name not in ("sfd", "multi_class")]

@@ -36,17 +36,17 @@ class ReferenceLoop:
             pick = from_a[:, None, None, None]
             m = torch.where(pick, gamma * a + sigma * eps, gamma * x + sigma * eps)
             labels = None if labels_x is None else torch.where(from_a, labels_a, labels_x)
-            answer = self.unet(m, t, class_labels=labels).sample
+            prediction = self.unet(m, t, class_labels=labels).sample
             eps_x, eps_a = (m - gamma * x) / sigma, (m - gamma * a) / sigma
             log_x, log_a = (-part.square().flatten(1).sum(1) / 2 for part in (eps_x, eps_a))
             w_x = 1 / (1 - self.lambd + self.lambd * (log_a - log_x).exp())
             w_a = 1 / ((1 - self.lambd) * (log_x - log_a).exp() + self.lambd)
-            loss_x = (w_x * (answer - eps_x).square().flatten(1).sum(1)).mean()
-            loss_a = (w_a * (answer - eps_a).square().flatten(1).sum(1)).mean()
+            loss_x = (w_x * (prediction - eps_x).square().flatten(1).sum(1)).mean()
+            loss_a = (w_a * (prediction - eps_a).square().flatten(1).sum(1)).mean()
         else:
-            answer_x = self.unet(gamma * x + sigma * eps, t, class_labels=labels_x).sample
-            answer_a = self.unet(gamma * a + sigma * eps, t, class_labels=labels_a).sample
-            loss_x, loss_a = ((part - eps).square().flatten(1).sum(1).mean() for part in (answer_x, answer_a))
+            prediction_x = self.unet(gamma * x + sigma * eps, t, class_labels=labels_x).sample
+            prediction_a = self.unet(gamma * a + sigma * eps, t, class_labels=labels_a).sample
+            loss_x, loss_a = ((part - eps).square().flatten(1).sum(1).mean() for part in (prediction_x, prediction_a))
 
         self.optimizer.zero_grad()
         loss_x.backward(retain_graph=True)

@@ -62,9 +62,9 @@ class Model(NamedTuple):
 
     def seconds(self, case: Case, cost: Cost) -> float:
         shared = cost.operations / self.speed / case.processes
-        told = self.exchange * cost.exchanged if case.processes > 1 else 0.0
+        shown = self.exchange * cost.exchanged if case.processes > 1 else 0.0
         crowd = max(1.0, case.processes * case.jobs / self.cores)
-        return crowd * (self.fixed + shared) + told
+        return crowd * (self.fixed + shared) + shown
 
 
 SETTLING = (Case(batch_size=8), Case(batch_size=64))
@@ -167,10 +167,10 @@ def markdown(found: dict) -> str:
     ]
     for row in found["cases"]:
         case, off = Case(*row["case"]), row["predicted"] / row["seconds"] - 1
-        told = "settles the model |" if case in SETTLING else f"{1000 * row['predicted']:.0f} | {100 * off:+.0f} %"
+        shown = "settles the model |" if case in SETTLING else f"{1000 * row['predicted']:.0f} | {100 * off:+.0f} %"
         lines.append(
             f"| {case.batch_size} | {case.image_size}x{case.image_size} | {case.processes} | {case.jobs} | "
-            f"{row['operations'] / 1e9:.1f} | {1000 * row['seconds']:.0f} | {told} |"
+            f"{row['operations'] / 1e9:.1f} | {1000 * row['seconds']:.0f} | {shown} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -187,8 +187,8 @@ def test_model_options_fit_their_dataset(composed, tmp_path, model):
     make(cfg["model"]["pretraining"])
     labels, timesteps = torch.tensor([1, 2]), torch.tensor([0, network.num_train_timesteps - 1])
     with torch.no_grad():
-        answer = network.predict(torch.randn(2, *network.sample_shape), timesteps, labels)
-    assert answer.shape == (2, *network.answer_shape)
+        prediction = network.predict(torch.randn(2, *network.sample_shape), timesteps, labels)
+    assert prediction.shape == (2, *network.prediction_shape)
 
 
 @pytest.mark.parametrize("evaluation", options("evaluation"))

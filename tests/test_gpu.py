@@ -110,11 +110,11 @@ def test_a_way_back_is_that_of_its_own_way_forward(tiny_network):
         network.passes = Passes(graphs=graphs)
         weights = list(network.parameters())
         rows = [batch.x0_retain.clone().requires_grad_() for batch in batches]
-        answers = [
+        predictions = [
             network.predict(row, torch.arange(len(row), device="cuda"), batch.cond_retain)
             for row, batch in zip(rows, batches, strict=True)
         ]
-        loss = sum((index + 1) * answer.square().sum() for index, answer in enumerate(answers))
+        loss = sum((index + 1) * prediction.square().sum() for index, prediction in enumerate(predictions))
         found.append(torch.autograd.grad(loss, [*rows, *weights]))
     assert len(graphs.recordings) == 2
     for one, other in zip(*found, strict=True):
@@ -125,11 +125,11 @@ def test_weights_that_moved_are_refused_on_the_way_back(tiny_network):
     network = tiny_network().cuda()
     network.passes = Passes(graphs=GraphedPasses())
     batch = batch_of()
-    answer = network.predict(batch.x0_retain, batch.cond_forget, batch.cond_retain)
+    prediction = network.predict(batch.x0_retain, batch.cond_forget, batch.cond_retain)
     with torch.no_grad():
         next(network.parameters()).add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        answer.sum().backward()
+        prediction.sum().backward()
 
 
 def test_only_so_many_shapes_are_kept_and_none_copied(tiny_network):

@@ -110,26 +110,26 @@ def test_as_many_processes_as_were_started(monkeypatch):
 
 
 def passes_of(network, passes: Passes) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
-    """The answer, the gradients, and how many images went through the network at once."""
+    """The prediction, the gradients, and how many images went through the network at once."""
     network.passes, sizes = passes, []
     hook = network.backbone.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((5, 1, 8, 8), generator=generator)
-    answer = network.predict(x, torch.arange(5), torch.arange(5))
+    prediction = network.predict(x, torch.arange(5), torch.arange(5))
     weights = list(network.parameters())
-    torch.autograd.grad(answer.sum(), weights, retain_graph=True)  # SISS asks twice
-    gradients = torch.autograd.grad(answer.square().sum(), weights)
+    torch.autograd.grad(prediction.sum(), weights, retain_graph=True)  # SISS asks twice
+    gradients = torch.autograd.grad(prediction.square().sum(), weights)
     hook.remove()
-    return answer, list(gradients), sizes
+    return prediction, list(gradients), sizes
 
 
 def test_parts_of_a_batch_have_its_gradient(tiny_network):
     network = tiny_network()
-    answer, gradients, sizes = passes_of(network, Passes())
+    prediction, gradients, sizes = passes_of(network, Passes())
     again, in_parts, parts = passes_of(network, Passes(parts=3))
     assert sizes == [5]
     assert sorted(parts) == [1] * 3 + [2] * 6, "each once forward, and again on each way back"
-    assert torch.allclose(answer, again, atol=1e-6)
+    assert torch.allclose(prediction, again, atol=1e-6)
     for one, other in zip(gradients, in_parts, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 

@@ -164,8 +164,8 @@ def _on_disk(pipe: Any, scratch: Path) -> str:
 def _of_model(source: str, overrides: Sequence[str]) -> list[str]:
     if source == AUTO:
         return ["model=ddpm_tiny"]
-    told = dict(part.split("=", 1) for part in overrides if "=" in part)
-    kind, size = kind_of(source, told)
+    given = dict(part.split("=", 1) for part in overrides if "=" in part)
+    kind, size = kind_of(source, given)
     return [f"model={kind}", option("model.weights", source), f"dataset.image_size={size}"]
 
 
@@ -275,9 +275,9 @@ def _quoted(value: str) -> str:
     return QuotedString(literal(str(value)), Quote.single).with_quotes()
 
 
-def kind_of(source: str, told: Mapping[str, str]) -> tuple[str, int]:
-    """The choice of the group `model` for a pipeline, and pixels a side of what it draws; of a hub id, as overrides
-    have `told`.
+def kind_of(source: str, given: Mapping[str, str]) -> tuple[str, int]:
+    """The choice of the group `model` for a pipeline, and pixels a side of what it draws; of a hub id, by
+    the overrides `given`.
 
     Raises ConfigurationError if it is none that is known.
     """
@@ -286,14 +286,14 @@ def kind_of(source: str, told: Mapping[str, str]) -> tuple[str, int]:
     known = {name: choice for name, choice in MODELS.items() if choice != "dit"} | {PIXELS: "ddpm_tiny"}
     index = Path(source).expanduser() / "model_index.json"
     if not index.is_file():
-        if not {"model", "dataset.image_size"} <= told.keys():
+        if not {"model", "dataset.image_size"} <= given.keys():
             raise ConfigurationError(
                 f"{source}: there is no such folder with a model_index.json; of a hub id say what it is with "
                 f"model=<{', '.join(known.values())}> and dataset.image_size=<pixels>."
             )
-        if not told["dataset.image_size"].isdecimal():
-            raise ConfigurationError(f"dataset.image_size must be a whole number, got '{told['dataset.image_size']}'.")
-        return told["model"], int(told["dataset.image_size"])
+        if not given["dataset.image_size"].isdecimal():
+            raise ConfigurationError(f"dataset.image_size must be a whole number, got '{given['dataset.image_size']}'.")
+        return given["model"], int(given["dataset.image_size"])
     try:
         kind = json.loads(index.read_text()).get("_class_name")
         size = size_of(index.parent)

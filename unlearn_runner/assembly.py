@@ -118,7 +118,7 @@ def build_parts(cfg: Config) -> Parts:
     from unlearn_runner.distributed import is_first
     from unlearn_runner.evaluation.evaluator import require_enough_samples
     from unlearn_runner.models.one_step import reader_of
-    from unlearn_runner.models.prompted import require_told_apart
+    from unlearn_runner.models.prompted import require_distinguished
     from unlearn_runner.training.trainer import planned
     from unlearn_runner.types import make_generator
 
@@ -143,7 +143,7 @@ def build_parts(cfg: Config) -> Parts:
     if network.is_diffusion:
         rules.require_steps_everywhere(cfg, network.num_train_timesteps)
     if network.prompts is not None:
-        require_told_apart(network, dataset.spec.labels)
+        require_distinguished(network, dataset.spec.labels)
     clip = make(cfg["clip"]["network"])
     if clip is not None:
         hardware.place(clip)

@@ -2,7 +2,7 @@
 
 All of them do the same. Each draws the whole batch with the same generators and comes to the same losses, metrics and
 decisions; only the networks' passes, which are what costs time, are shared: `in_shares` passes a process's own rows and
-tells every process all answers, with their gradients. So a method is written as for one process, and what is left to
+gives every process all outputs, with their gradients. So a method is written as for one process, and what is left to
 do is to average the gradients over weights (`averaged`), before any norm or product is taken of them. One process does
 nothing of all this: its bits are what they would be without this file.
 
@@ -96,7 +96,7 @@ class _AllRows(torch.autograd.Function):
 def in_shares(function: Callable[..., Any], *rows: Tensor | None) -> Any:
     """`function(*rows)`, a tensor or a tuple of them with a row for each row, computed by all processes together.
 
-    Exact but for rounding, gradients over rows and weights included, if a row's answer depends on that row alone. All
+    Exact but for rounding, gradients over rows and weights included, if a row's output depends on that row alone. All
     processes must come here with the same rows. Where they do not divide, the last row stands in for those missing.
     """
     total, processes = next(len(part) for part in rows if part is not None), world_size()
@@ -232,7 +232,7 @@ def launch(script: str, function: str, arguments: tuple[Any, ...], processes: in
     numbers = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}  # elastic_launch leaves its own
     method = multiprocessing.get_start_method(allow_none=True)
-    multiprocessing.set_start_method("spawn", force=True)  # children are told it, and know nothing of joblib's "loky"
+    multiprocessing.set_start_method("spawn", force=True)  # children receive it, and know nothing of joblib's "loky"
     try:
         return elastic_launch(config, work)(script, function, arguments)[0]
     except ChildFailedError as error:
@@ -269,11 +269,13 @@ def _cause(error: Any) -> Exception | KeyboardInterrupt:
     number, failure = error.get_first_failure()
     if failure.exitcode == INTERRUPTED:
         return Interrupted(f"process {number} was interrupted")
-    told = failure.error_file_data.get("message", {}) if isinstance(failure.error_file_data, dict) else {}
-    if not isinstance(told, dict):
+    message = failure.error_file_data.get("message", {}) if isinstance(failure.error_file_data, dict) else {}
+    if not isinstance(message, dict):
         return RuntimeError(f"process {number} ended with {failure.message}")
-    kind, _, sentence = told.get("message", "").partition(": ")
+    kind, _, sentence = message.get("message", "").partition(": ")
     known = next((error for error in KNOWN if error.__name__ == kind), None)
     if known is not None:
         return known(sentence)
-    return RuntimeError(f"process {number} failed:\n{told.get('extraInfo', {}).get('py_callstack', failure.message)}")
+    return RuntimeError(
+        f"process {number} failed:\n{message.get('extraInfo', {}).get('py_callstack', failure.message)}"
+    )

@@ -11,12 +11,12 @@ from unlearn_runner.errors import ConfigurationError
 
 
 def gradients(of: Tensor | Sequence[Tensor], over: Sequence[Tensor], *slopes: Any, **settings: Any) -> Sequence[Any]:
-    """torch.autograd.grad, held to deterministic kernels where hardware.deterministic asked a GPU for them.
+    """torch.autograd.grad, by deterministic kernels alone where hardware.deterministic asked a GPU for them.
 
-    Elsewhere torch is asked for them with a warning where it has none. That mode leaves attention its faster way back,
-    whose bits change from run to run.
+    Elsewhere torch is asked for them with a warning where it has none. That mode leaves attention its faster backward
+    pass, whose bits change from run to run.
 
-    Raises ConfigurationError if torch has no deterministic kernel for the way back.
+    Raises ConfigurationError if torch has no deterministic kernel for the backward pass.
     """
     first = of if isinstance(of, Tensor) else of[0]
     if not (first.is_cuda and torch.is_deterministic_algorithms_warn_only_enabled()):

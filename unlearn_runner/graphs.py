@@ -64,8 +64,8 @@ class Recording:
             self.several = isinstance(found, tuple)
             return found if self.several else (found,)
 
-        def back(answers: tuple[Tensor, ...], slopes: list[Tensor]) -> tuple[Tensor | None, ...]:
-            return gradients(answers, self.wanted, slopes, retain_graph=True, allow_unused=True)
+        def back(outputs: tuple[Tensor, ...], slopes: list[Tensor]) -> tuple[Tensor | None, ...]:
+            return gradients(outputs, self.wanted, slopes, retain_graph=True, allow_unused=True)
 
         if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # weights' grad is not written here
@@ -74,24 +74,24 @@ class Recording:
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):  # libraries choose their kernels and take their workspace
             for _ in range(2):
-                answers = forward()
-                self.slopes = [torch.zeros_like(answer) for answer in answers]
-                back(answers, self.slopes)
-            del answers
+                outputs = forward()
+                self.slopes = [torch.zeros_like(output) for output in outputs]
+                back(outputs, self.slopes)
+            del outputs
         torch.cuda.current_stream().wait_stream(beside)
         torch.cuda.set_rng_state(randomness)
 
         self.graph_forward, self.graph_back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph_forward):
-            self.answers = forward()  # held, and with them all activations
+            self.outputs = forward()  # held, and with them all activations
         with torch.cuda.graph(self.graph_back):
-            found = back(self.answers, self.slopes)
+            found = back(self.outputs, self.slopes)
             self.used = [part is not None for part in found]
             self.present = [wanted for wanted, used in zip(self.wanted, self.used, strict=True) if used]
             self.gradients = as_vector([part for part in found if part is not None], self.present)
 
     def forward(self, rows: Rows) -> int:
-        """The number of the replay that left its answers."""
+        """The number of the replay that left its outputs."""
         for place, row in zip(self.rows, rows, strict=True):
             if place is not None:
                 place.detach().copy_(row)
@@ -117,7 +117,7 @@ class _Replay(torch.autograd.Function):
         ctx.recording, ctx.count = recording, count
         ctx.number = recording.forward(inputs[:count])
         ctx.save_for_backward(*inputs)  # weights too: autograd then refuses to go back through ones that have moved
-        return tuple(answer.detach().clone() for answer in recording.answers)
+        return tuple(output.detach().clone() for output in recording.outputs)
 
     @staticmethod
     @once_differentiable

@@ -34,7 +34,7 @@ class Hardware:
         mixed_precision: "no", or "bf16" for networks' matrix products and convolutions (autocast; weights, losses and
             gradients' arithmetic stay float32); None: bf16 on a GPU that has it.
         gradient_accumulation_steps: parts in which a batch passes through the network. A part's activations are
-            computed again on the way back, so that memory is that of one; the result is the whole batch's.
+            computed again in the backward pass, so that memory is that of one; the result is the whole batch's.
         compile: the UNet by torch.compile.
         cuda_graphs: replay training's passes as CUDA graphs, which spares a small network's many kernels their
             launches; the same bits. None: for one process on a GPU and networks of up to 200M weights, which larger

@@ -50,8 +50,8 @@ def texts_of_contents(
                 raise ConfigurationError(f"{path}: a text that says what a picture shows must not be empty.")
             if owner.setdefault(text, index) != index:
                 raise ConfigurationError(
-                    f"{path}: '{text}' would stand for two things, which could not be told apart; give them different "
-                    f"{path}.prompts or {path}.nothing."
+                    f"{path}: '{text}' would stand for two things, which could not be distinguished; give them "
+                    f"different {path}.prompts or {path}.nothing."
                 )
     return found
 
@@ -131,7 +131,7 @@ def require_one_to_forget(spec: DataSpec) -> None:
 
 
 def require_two_contents(names: Sequence[str], forget: int, others: bool, path: str = PATH) -> None:
-    """What else there is than the content that NudeNet knows must be one, or be told apart by `others`."""
+    """What else there is than the content that NudeNet knows must be one, or be distinguished by `others`."""
     if not others and len(names) != 2:
         kept = [name for content, name in enumerate(names) if content != forget]
         raise ConfigurationError(

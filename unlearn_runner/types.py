@@ -33,7 +33,7 @@ class Passes(NamedTuple):
     """How a network's passes are computed; the default changes no bit."""
 
     precision: torch.dtype | None = None  # of matrix products and convolutions (autocast); None: that of the weights
-    parts: int = 1  # of a batch: the activations of one at a time are kept, and computed again on the way back
+    parts: int = 1  # of a batch: the activations of one at a time are kept, and computed again in the backward pass
     graphs: Any = None  # GraphedPasses, which replay what they recorded; None: kernel by kernel
 
 

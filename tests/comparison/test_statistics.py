@@ -172,12 +172,12 @@ def picked(values):
 
 
 def tells_apart(values, test="t"):
-    """Whether any method is told apart from the one with the least mean."""
+    """Whether any method is distinguished from the one with the least mean."""
     by_seed, best = picked(values)
     return any(p is not None and p < LEVEL for _, p in against_best(by_seed, best, test).values())
 
 
-def once_told_apart(values):
+def once_distinguished(values):
     """The same with Holm's correction over the methods alone, as if the best had not been picked from the values."""
     by_seed, best = picked(values)
     found = [paired(by_seed[label], by_seed[best], "t").p for label in by_seed if label != best]
@@ -185,14 +185,14 @@ def once_told_apart(values):
 
 
 def rate_of(tells, draw, arguments, seeds, methods, times):
-    """How often methods are told apart, of so many tables drawn."""
+    """How often methods are distinguished, of so many tables drawn."""
     rng = np.random.default_rng([seeds, methods])
     return sum(tells(draw(rng, methods, seeds, *arguments)) for _ in range(times)) / times
 
 
 @pytest.mark.parametrize("seeds, methods", SIZES)
 @pytest.mark.parametrize("null", ["normal, equal variances", "shares near 0.01 of 200", "shares near 0.99 of 1,000"])
-def test_equal_methods_are_told_apart_once_in_twenty_tables_at_the_most(null, seeds, methods):
+def test_equal_methods_are_distinguished_once_in_twenty_tables_at_the_most(null, seeds, methods):
     assert rate_of(tells_apart, *NULLS[null], seeds, methods, times=400) <= LEVEL
 
 
@@ -212,7 +212,7 @@ def test_family_wise_error_of_both_tests(test, times, seeds, methods):
 def test_type_one_error_to_half_a_percent(null):
     """Prints the lines of the table in docs/comparing.md."""
     found = [rate_of(tells_apart, *NULLS[null], *size, times=10_000) for size in SIZES]
-    former = [rate_of(once_told_apart, *NULLS[null], *size, times=2_000) for size in SIZES]
+    former = [rate_of(once_distinguished, *NULLS[null], *size, times=2_000) for size in SIZES]
     print(f"| {null} | {' | '.join(f'{new:.3f} ({old:.2f})' for new, old in zip(found, former, strict=True))} |")
     assert max(found) <= LEVEL
 
@@ -225,7 +225,7 @@ def one_better(rng, methods, seeds, by):
 
 
 @pytest.mark.parametrize("seeds, methods, by, least", [(3, 5, 20, 0.5), (5, 5, 5, 0.7), (5, 10, 10, 0.9)])
-def test_a_large_difference_is_told_apart(seeds, methods, by, least):
+def test_a_large_difference_is_distinguished(seeds, methods, by, least):
     assert rate_of(tells_apart, one_better, (by,), seeds, methods, times=200) >= least
 
 

@@ -476,14 +476,14 @@ def test_verdicts_name_the_best_and_its_doubts(tmp_path):
         make_run(tmp_path, "best", seed, {"eval/forget_rate": 0.1 + noise, "cost/network_evaluations": 9.0})
     forgets, costs = only(tmp_path).verdicts
     assert (forgets.question, forgets.label, forgets.close) == ("forgets best", "best", ["near"])
-    assert sentence(forgets) == "not told apart by these seeds: near; told apart from: far"
+    assert sentence(forgets) == "not distinguished by these seeds: near; distinguished from: far"
     assert (costs.label, costs.close, costs.unknown) == ("far", [], [])
     assert sentence(costs) == "the same difference in every seed, so without a test: best, near"
     forgets, _ = only(tmp_path, test="permutation").verdicts
-    assert sentence(forgets) == "not told apart by these seeds: near, far", "four pairs have 0.125 at the least"
+    assert sentence(forgets) == "not distinguished by these seeds: near, far", "four pairs have 0.125 at the least"
 
 
-def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
+def test_methods_of_one_value_are_equal_and_not_distinguished(tmp_path):
     for seed in range(3):
         for method in ("a", "b"):
             make_run(tmp_path, method, seed, {"eval/forget_rate": 0.0})
@@ -491,9 +491,9 @@ def test_methods_of_one_value_are_equal_and_not_told_apart(tmp_path):
     table = only(tmp_path)
     (forgets,) = table.verdicts
     assert (forgets.label, forgets.equal, forgets.apart) == ("a", ["b"], ["c"])
-    assert sentence(forgets) == "equal: b; told apart from: c"
+    assert sentence(forgets) == "equal: b; distinguished from: c"
     (forgets,) = verdicts_of([row for row in table.rows if row.label != "b"], {})
-    assert sentence(forgets) == "told apart from: c"
+    assert sentence(forgets) == "distinguished from: c"
 
 
 @pytest.mark.parametrize("test", ["t", "permutation"])

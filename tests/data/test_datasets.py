@@ -449,7 +449,7 @@ def test_the_same_picture_on_both_sides_is_refused_whatever_its_name_and_format(
         ImageFolder(str(forget), str(retain), str(tmp_path / "cache"), **settings).load()
 
 
-def test_grey_and_colour_are_told_apart_whatever_the_mode(tmp_path):
+def test_grey_and_colour_are_distinguished_whatever_the_mode(tmp_path):
     folders = folder_of(tmp_path / "c", 2), folder_of(tmp_path / "g", 2, mode="L", seed=1)
     for name, mode in (("alpha", "RGBA"), ("palette", "P")):
         Image.effect_mandelbrot((20, 20), (-2, -1, 1, 1), 9).convert(mode).save(folders[0] / f"{name}.png")

@@ -50,8 +50,10 @@ class GaussianModel(DiffusionModel):
         marginal = scale[:, :, None] ** 2 * self.covariance + std[:, :, None] ** 2 * torch.eye(x.shape[1])
         share = torch.linalg.solve(marginal, (x - scale * self.mean)[:, :, None])[:, :, 0]
         x0, eps = self.mean + scale * share @ self.covariance, std * share
-        answer = {"epsilon": eps, "v_prediction": scale * eps - std * x0, "flow": eps - x0}[self.path.prediction_type]
-        return (answer.view_as(x_t) * self.weight).to(x_t.dtype)
+        prediction = {"epsilon": eps, "v_prediction": scale * eps - std * x0, "flow": eps - x0}[
+            self.path.prediction_type
+        ]
+        return (prediction.view_as(x_t) * self.weight).to(x_t.dtype)
 
     def noising(self, x0, timesteps, cond):
         scale, std = self.path.amplitudes(timesteps)
@@ -215,11 +217,11 @@ class LinearVAE(GenerativeModel):
     def predict(self, m, timesteps, cond):
         return (m @ self.weight.T + self.bias).view(len(m), 1, 4, 4)
 
-    def loss(self, answer, x0, m, eps, std, timesteps):
+    def loss(self, prediction, x0, m, eps, std, timesteps):
         normal = torch.distributions.Normal
         prior = normal(0.0, 1.0)
         log_q = (prior.log_prob(eps) - std.log()).sum(1)
-        return log_q - prior.log_prob(m).sum(1) - normal(answer, self.sigma).log_prob(x0).flatten(1).sum(1)
+        return log_q - prior.log_prob(m).sum(1) - normal(prediction, self.sigma).log_prob(x0).flatten(1).sum(1)
 
     def sample(self, *_, **__):
         raise NotImplementedError
@@ -271,6 +273,6 @@ def test_scores_of_a_vae_repeat(digits, tiny_vae):
     assert metric.score(NO_SAMPLES, metric.measure(View(network, digits))) == scores
     assert scores["nll_bound_forget"] > scores["nll_forget"]
     assert network.network_evaluations == 2 * 2 * 5 * 3
-    # an untrained decoder answers about 0 with sigma 1: every pixel's density is that of N(0, 1), and one of 256 levels
+    # an untrained decoder's mean is about 0, with sigma 1: every pixel's density is that of N(0, 1), one of 256 levels
     pixel = -torch.distributions.Normal(0.0, 1.0).log_prob(torch.tensor([0.0, 1.0])) / math.log(2) + math.log2(127.5)
     assert pixel[0] - 0.5 < scores["nll_forget"] < pixel[1] + 0.5

@@ -1,4 +1,4 @@
-"""The membership attack on losses whose answer is known."""
+"""The membership attack on losses whose prediction is known."""
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ def test_losses_are_the_denoising_loss(tiny_network):
     table = losses_at(network, x0, cond, timesteps, eps)
     for column, t in enumerate(timesteps):
         gamma, sigma = network.path.amplitudes(t.expand(3))
-        answer = network.predict(gamma * x0 + sigma * eps[column], t.expand(3), cond)
-        assert torch.allclose(table[:, column], squared_error(answer, eps[column]) / 64, atol=1e-6)
+        prediction = network.predict(gamma * x0 + sigma * eps[column], t.expand(3), cond)
+        assert torch.allclose(table[:, column], squared_error(prediction, eps[column]) / 64, atol=1e-6)
 
 
 def test_a_memorising_model_is_caught(digits, tiny_network):

@@ -109,7 +109,7 @@ class Remembers(Backbone):
         raise NotImplementedError
 
     def forward(self, x_t, time, condition):
-        answers = []
+        predictions = []
         scales, stds = self.path.amplitudes(time.long())
         for x, t, label, scale, std in zip(x_t, time.tolist(), condition.label.tolist(), scales, stds, strict=True):
             if self.turns_at is not None and t >= self.turns_at:
@@ -119,8 +119,8 @@ class Remembers(Backbone):
             likely = torch.softmax(-distances / (2 * std.squeeze() ** 2).clamp(min=1e-6), 0)
             x0 = (likely[:, None, None, None] * known).sum(0)
             eps = (x - scale * x0) / std
-            answers.append(eps if self.path.prediction_type == "epsilon" else eps - x0)
-        return torch.stack(answers)
+            predictions.append(eps if self.path.prediction_type == "epsilon" else eps - x0)
+        return torch.stack(predictions)
 
 
 def model_of(pictures, turns_at=None, flow=False) -> Diffusion:
@@ -241,8 +241,8 @@ def test_a_walk_is_the_path_and_follows_what_pulls(data):
     one = ladder(200, 4)[:2]
     here, there = (walk(model, start, one, cond, torch.Generator().manual_seed(1), **more)
                    for more in ({}, {"pull": lambda x, t: torch.full_like(x, 3.0)}))  # fmt: skip
-    answer = model.predict(start, one[:1].expand(200), cond)
-    variance = model.path.step(start, answer, *(part.expand(200) for part in one[:, None]), eta=1.0).std.square()
+    prediction = model.predict(start, one[:1].expand(200), cond)
+    variance = model.path.step(start, prediction, *(part.expand(200) for part in one[:, None]), eta=1.0).std.square()
     torch.testing.assert_close(there - here, 3 * variance.expand_as(here), atol=1e-5, rtol=1e-4)
 
 

@@ -43,9 +43,9 @@ def test_denoising_loss_is_the_published_one(tiny_network, prediction_type):
     found = denoising_loss(network, images.x0_retain, images.cond_retain, timesteps, eps)
     x_t = network.scheduler.add_noise(images.x0_retain, eps, timesteps)
     velocity = network.scheduler.get_velocity(images.x0_retain, eps, timesteps)
-    answer = network.backbone.unet(x_t, timesteps, class_labels=images.cond_retain).sample
+    prediction = network.backbone.unet(x_t, timesteps, class_labels=images.cond_retain).sample
     target = eps if prediction_type == "epsilon" else velocity
-    torch.testing.assert_close(found, ((answer - target) ** 2).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, ((prediction - target) ** 2).sum((1, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
 def test_erase_diff_direction():

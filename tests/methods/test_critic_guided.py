@@ -89,8 +89,8 @@ def test_move_is_diffusers_step_with_the_density_of_its_noise(tiny_network, doub
         for t, t_next in pairwise(times):
             taken = move(model, x, t.expand(3), t_next.expand(3), labels, noise=noise)
             with torch.no_grad():
-                answer = model.predict(x, t.expand(3), labels)
-            theirs = scheduler.step(answer, t, x, eta=1.0, variance_noise=noise).prev_sample
+                prediction = model.predict(x, t.expand(3), labels)
+            theirs = scheduler.step(prediction, t, x, eta=1.0, variance_noise=noise).prev_sample
             torch.testing.assert_close(taken.action, theirs, rtol=1e-9, atol=1e-9)
             if t_next < 0:
                 assert taken.log_prob.tolist() == [0, 0, 0]

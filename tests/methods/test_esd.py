@@ -31,14 +31,14 @@ def tuned(seed=0, **more):
 
 
 def test_loss_by_hand():
-    answer, concept, empty = (torch.tensor([[[part]]]) for part in ([1.0, 0.0], [3.0, 1.0], [2.0, 1.0]))
-    assert esd_loss(answer, concept, empty, 1.0).item() == 0.0 + 1.0
-    assert esd_loss(answer, concept, empty, 2.0).item() == 1.0 + 1.0
+    prediction, concept, empty = (torch.tensor([[[part]]]) for part in ([1.0, 0.0], [3.0, 1.0], [2.0, 1.0]))
+    assert esd_loss(prediction, concept, empty, 1.0).item() == 0.0 + 1.0
+    assert esd_loss(prediction, concept, empty, 2.0).item() == 1.0 + 1.0
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_target_in_v_is_the_target_in_noise(eta):
-    """The three answers have x_t in common, so the same combination of them is the same noise."""
+    """The three predictions have x_t in common, so the same combination of them is the same noise."""
     model = tuned(prediction_type="v_prediction")
     z, t = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300, 700])
     labels = torch.tensor([1, 2])

@@ -294,7 +294,7 @@ def test_what_follows_begins_at_any_image_that_explains_its_condition(resident):
 
 
 def test_far_targets_cost_at_most_the_cap():
-    """A network that answers with the noise that led to a sample: its loss is ||astray||^2 before the weight."""
+    """A network that predicts the noise that led to a sample: its loss is ||astray||^2 before the weight."""
     astray = torch.randn((500, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     astray *= torch.logspace(-3, 3, 500)[:, None, None, None]
     squares = astray.square().flatten(1).mean(1)

@@ -29,7 +29,7 @@ def trainer_of(composed, digits, tmp_path, monkeypatch):
 
 
 def test_relabelled_loss_by_hand():
-    """Two Gaussians of width 0: the answers' difference is the distance of their means in units of the noise."""
+    """Two Gaussians of width 0: the predictions' difference is the distance of their means in units of the noise."""
     model = gaussian_model([0.0, 1.0, -0.5], [1e-4] * 3)
     x_t, t = torch.zeros(2, 1, 2, 2), torch.tensor([100, 400])
     found = relabelled_loss(model, x_t, t, torch.tensor([1, 1]), torch.tensor([0, 2]))

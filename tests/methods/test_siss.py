@@ -121,8 +121,8 @@ def test_mean_gradient_is_naive_deletions(lambd):
     retain_factor, forget_factor = n / (n - k), k / (n - k)
     siss = retain_factor * per_sample_gradient(mixture.m, mixture.retain.eps, mixture.retain.weight)
     siss = (siss - forget_factor * per_sample_gradient(mixture.m, mixture.forget.eps, mixture.forget.weight)).detach()
-    answer = weight[0] * mixture.m + weight[1]
-    errors = (squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget))
+    prediction = weight[0] * mixture.m + weight[1]
+    errors = (squared_error(prediction, origin.eps) for origin in (mixture.retain, mixture.forget))
     losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
     (gradient,) = torch.autograd.grad(retain_factor * losses[0] - forget_factor * losses[1], weight)
     torch.testing.assert_close(siss.mean(0), gradient)
@@ -275,8 +275,8 @@ def test_step_is_the_published_update(tiny_network):
     coin = torch.rand(32, generator=generator)
     mixture = mixed(batch, *reference.path.amplitudes(timesteps), eps, coin < 0.4, 0.4)
     weights = list(reference.parameters())
-    answer = reference.predict(mixture.m, timesteps, mixture.cond)
-    errors = (squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget))
+    prediction = reference.predict(mixture.m, timesteps, mixture.cond)
+    errors = (squared_error(prediction, origin.eps) for origin in (mixture.retain, mixture.forget))
     losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
     g_x, g_a = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
     norm_a = math.sqrt(sum(g.square().sum().item() for g in g_a))

@@ -101,11 +101,11 @@ def test_mean_weighted_loss_is_the_negative_elbo(tiny_vae, lambd, num_labels):
         x, a = (image.expand(draws, -1, -1, -1) for image in images)
         from_forget = torch.rand(draws, generator=g) < lambd
         mixture = mix(Batch(x, a, labels, labels, 0.5), timesteps, *noisings, eps, from_forget, lambd)
-        answer = network.predict(mixture.m, timesteps, labels)
+        prediction = network.predict(mixture.m, timesteps, labels)
         for image, noising, origin, share, log_ratio_of_widths in zip(
             (x, a), noisings, (mixture.retain, mixture.forget), (1 - lambd, lambd), (volume, -volume), strict=True
         ):
-            losses = network.loss(answer, image, mixture.m, origin.eps, origin.std, timesteps)
+            losses = network.loss(prediction, image, mixture.m, origin.eps, origin.std, timesteps)
             weighted = origin.weight * losses
 
             q = Normal(noising.center, noising.std)

@@ -44,12 +44,12 @@ def test_answers_and_gradients_are_those_of_diffusers(at_once):
     found = []
     with patch.object(attention, "AT_ONCE", at_once):
         for network in (model, theirs):
-            answer = network.predict(x, t, labels)
-            loss, weights = answer.square().sum(), list(network.backbone.unet.parameters())
+            prediction = network.predict(x, t, labels)
+            loss, weights = prediction.square().sum(), list(network.backbone.unet.parameters())
             once = torch.autograd.grad(loss, weights, retain_graph=True)
             twice = torch.autograd.grad(loss, weights)  # as SISS goes back
             assert all(map(torch.equal, once, twice))
-            found.append([answer, *once])
+            found.append([prediction, *once])
     for ours, wanted in zip(*found, strict=True):
         assert torch.allclose(ours, wanted, rtol=1e-8, atol=1e-10)
 

@@ -67,10 +67,10 @@ def test_the_half_that_tells_the_variance_is_left_out(folder):
     x0, t, labels = torch.rand(2, *SHAPE) * 2 - 1, torch.tensor([10, 800]), torch.tensor([3, 7])
     eps = torch.randn(2, *model.sample_shape)
     x_t = model.path.amplitudes(t).scale * model.encode(x0) + model.path.amplitudes(t).std * eps
-    answer = model.backbone.transformer(x_t, t, labels).sample
-    assert answer.shape[1] == 2 * x_t.shape[1]
+    prediction = model.backbone.transformer(x_t, t, labels).sample
+    assert prediction.shape[1] == 2 * x_t.shape[1]
     loss = denoising_loss(model, x0, labels, t, eps)
-    torch.testing.assert_close(loss, (answer[:, : x_t.shape[1]] - eps).square().flatten(1).sum(1))
+    torch.testing.assert_close(loss, (prediction[:, : x_t.shape[1]] - eps).square().flatten(1).sum(1))
     loss.sum().backward()
     rows = model.backbone.transformer.proj_out_2.weight.grad.reshape(4, -1, 16)  # of each place of a patch
     assert rows[:, :4].abs().sum() > 0
@@ -81,9 +81,9 @@ def test_labels_are_never_dropped(folder):
     model = built(folder).train()
     x, t, labels = torch.randn(64, *model.sample_shape), torch.full((64,), 500), torch.full((64,), 7)
     before = torch.random.get_rng_state()
-    answer = model.predict(x, t, labels)
+    prediction = model.predict(x, t, labels)
     assert torch.equal(torch.random.get_rng_state(), before)
-    torch.testing.assert_close(answer, model.eval().predict(x, t, labels))
+    torch.testing.assert_close(prediction, model.eval().predict(x, t, labels))
 
 
 def test_what_does_not_fit_is_refused(folder, tmp_path):

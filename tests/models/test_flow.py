@@ -40,8 +40,8 @@ def test_the_network_learns_the_velocity_and_is_told_the_time(flow):
     x0, eps, cond = *noise(2, 3, 1, 8, 8), torch.tensor([1, 2, 3])
     t = torch.tensor([0, 499, 999])
     share = torch.tensor([0.001, 0.5, 1.0])[:, None, None, None]
-    answer = network.backbone.unet((1 - share) * x0 + share * eps, t + 1, class_labels=cond).sample
-    wanted = (answer - (eps - x0)).square().flatten(1).sum(1)
+    prediction = network.backbone.unet((1 - share) * x0 + share * eps, t + 1, class_labels=cond).sample
+    wanted = (prediction - (eps - x0)).square().flatten(1).sum(1)
     torch.testing.assert_close(denoising_loss(network, x0, cond, t, eps), wanted)
 
 
@@ -87,8 +87,8 @@ def test_its_folder_loads_by_us_and_by_diffusers(flow, tmp_path):
     x = torch.randn((2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for t in pipeline.scheduler.timesteps:
-            answer = pipeline.unet(x, t, class_labels=draw[1]).sample
-            x = pipeline.scheduler.step(answer, t, x).prev_sample
+            prediction = pipeline.unet(x, t, class_labels=draw[1]).sample
+            x = pipeline.scheduler.step(prediction, t, x).prev_sample
     torch.testing.assert_close(x.clamp(-1, 1), ours, rtol=1e-4, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.ddpm import build_ddpm
-from unlearn_runner.models.prompted import require_told_apart
+from unlearn_runner.models.prompted import require_distinguished
 from unlearn_runner.models.vae import build_vae
 from unlearn_runner.spec import Labels
 from unlearn_runner.weights import fetched
@@ -227,7 +227,7 @@ def test_parts_must_fit_each_other(copied):
         file.write_text(before)
 
     refused("sees 7 channels, the noisy samples have 3: .*inpainting", "unet", in_channels=7)
-    refused("answers 6 channels for 3: .*variance", "unet", out_channels=6)
+    refused("predictions 6 channels for 3: .*variance", "unet", out_channels=6)
     refused("turns 2 channels into 3, the noisy samples have 3", "unet", in_channels=2)
     refused("sees 3 channels, the noisy samples have 2", "vae", latent_channels=2)
     refused("reads conditions of 16 numbers, its text encoder makes them of 24", "unet", cross_attention_dim=16)
@@ -242,7 +242,7 @@ def test_parts_must_fit_each_other(copied):
 def test_a_pixel_model_with_a_learnt_variance_is_refused(tiny_network, tmp_path):
     tiny_network().save(tmp_path)
     edited(tmp_path / "unet" / "config.json", out_channels=2)
-    with pytest.raises(ConfigurationError, match=r"answers 2 channels for 1: .*variance"):
+    with pytest.raises(ConfigurationError, match=r"predictions 2 channels for 1: .*variance"):
         build_ddpm_of(tmp_path)()
 
 
@@ -331,9 +331,9 @@ def test_prompts_that_are_not_read_to_their_end_are_said(caplog):
     assert sum("only the first 12 tokens of a prompt are read" in line for line in said) == 1
     assert any("one condition to the text encoder: 'SEVEN', 'seven'" in line for line in said)
     assert any("'a very long winded picture', 'a very long winded way" in line for line in said)
-    require_told_apart(model, Labels(retain=(0, 3), forget=(1, 2)))
+    require_distinguished(model, Labels(retain=(0, 3), forget=(1, 2)))
     with pytest.raises(ConfigurationError, match="prompts 'SEVEN', to forget, and 'seven', to retain, as the same"):
-        require_told_apart(model, Labels(retain=(0, 1), forget=(3,)))
+        require_distinguished(model, Labels(retain=(0, 1), forget=(3,)))
 
 
 def test_of_the_hub_only_configs_are_fetched_first_and_then_the_plain_weights(pipeline, tmp_path, monkeypatch):

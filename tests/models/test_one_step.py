@@ -20,9 +20,9 @@ def test_an_image_is_the_networks_guess_at_pure_noise(tiny_network, prediction_t
     images = model.sample(3, LABELS, torch.Generator().manual_seed(5), num_inference_steps=25)
     assert model.network_evaluations == 3, "one each, however many steps are asked for"
     z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-    answer = network.backbone.unet(z, torch.full((3,), 440), class_labels=LABELS).sample
+    prediction = network.backbone.unet(z, torch.full((3,), 440), class_labels=LABELS).sample
     gamma, sigma = network.path.amplitudes(torch.tensor([440]))
-    x0 = gamma * z - sigma * answer if prediction_type == "v_prediction" else (z - sigma * answer) / gamma
+    x0 = gamma * z - sigma * prediction if prediction_type == "v_prediction" else (z - sigma * prediction) / gamma
     torch.testing.assert_close(images, x0.clamp(-1, 1))
 
 

@@ -34,7 +34,7 @@ def noise(*shape, seed=0):
 
 
 class Exact:
-    """The best answer for images whose pixels are N(mean, spread^2)."""
+    """The best prediction for images whose pixels are N(mean, spread^2)."""
 
     def __init__(self, path: Path, mean: float, spread: float):
         self.path, self.mean, self.spread = path, mean, spread
@@ -52,10 +52,10 @@ def test_an_answer_says_what_x_t_is_made_of_at_every_timestep(name):
     timesteps = torch.tensor([0, 1, 500, 998, 999])
     x0, eps = noise(2, 5, 1, 4, 4)
     scale, std = path.amplitudes(timesteps)
-    x_t, answer = scale * x0 + std * eps, path.wanted(x0, eps, timesteps)
+    x_t, prediction = scale * x0 + std * eps, path.wanted(x0, eps, timesteps)
     assert path.wants_the_image == (name != "epsilon")
-    torch.testing.assert_close(path.noise_of(answer, x_t, timesteps), eps, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(path.x0_of(answer, x_t, timesteps), x0, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(path.noise_of(prediction, x_t, timesteps), eps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(path.x0_of(prediction, x_t, timesteps), x0, rtol=1e-3, atol=1e-3)
 
 
 @on_every_path
@@ -93,7 +93,7 @@ def test_levels_are_the_same_in_double_precision(name):
 @on_every_path
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_a_step_from_what_an_image_made_has_the_marginal_of_that_image(name, eta, double):
-    """With answers that know x0: given x0, x_next is N(scale x0, std^2); and at eta 1 it is Bayes' posterior."""
+    """With predictions that know x0: given x0, x_next is N(scale x0, std^2); and at eta 1 it is Bayes' posterior."""
     path = path_of(SCHEDULERS[name]).double()
     t, t_next = torch.tensor([999, 700, 400, 0]), torch.tensor([799, 50, 399, -1])
     x0, eps = noise(2, 4, 1, 3, 3)
@@ -140,9 +140,9 @@ def test_without_noise_a_flow_steps_as_euler_and_as_diffusers():
     theirs = x
     for told, (t, t_next) in zip(scheduler.timesteps, pairwise(path.times(4)), strict=True):
         assert path.schedule.network_time(t[None]) == told
-        answer = exact(x, t.expand(3))
-        after = path.step(x, answer, t.expand(3), t_next.expand(3), 0.0)
-        torch.testing.assert_close(after.mean, x - (t - t_next) / 1000 * answer)
+        prediction = exact(x, t.expand(3))
+        after = path.step(x, prediction, t.expand(3), t_next.expand(3), 0.0)
+        torch.testing.assert_close(after.mean, x - (t - t_next) / 1000 * prediction)
         assert after.std.abs().max() == 0
         theirs = scheduler.step(exact(theirs, t.expand(3)), told, theirs).prev_sample
         x = after.mean
@@ -152,12 +152,12 @@ def test_without_noise_a_flow_steps_as_euler_and_as_diffusers():
 def test_small_noisy_steps_are_those_of_flow_grpo(double):
     """x + [v + s^2/(2t) (x + (1-t) v)] dt backwards with noise s sqrt(dt), s = a sqrt(t / (1-t)) (2505.05470)."""
     path, eta = Path(Straight(100_000), "flow"), 0.7
-    x, answer = noise(2, 3, 1, 2, 2)
+    x, prediction = noise(2, 3, 1, 2, 2)
     t, t_next = torch.tensor([29_999, 49_999, 89_999]), torch.tensor([29_998, 49_998, 89_998])
     time, dt = ((t + 1) / 100_000)[:, None, None, None], 1e-5
     square = 2 * eta**2 * time / (1 - time)
-    drift = answer + square / (2 * time) * (x + (1 - time) * answer)
-    found = path.step(x, answer, t, t_next, eta)
+    drift = prediction + square / (2 * time) * (x + (1 - time) * prediction)
+    found = path.step(x, prediction, t, t_next, eta)
     torch.testing.assert_close((x - found.mean) / dt, drift, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.std**2 / dt, square, rtol=1e-3, atol=0)
 

@@ -72,8 +72,8 @@ def test_noising_and_targets_are_the_schedulers():
         torch.testing.assert_close(m, scheduler.add_noise(latents, eps, timesteps))
         target = eps if prediction_type == "epsilon" else scheduler.get_velocity(latents, eps, timesteps)
         torch.testing.assert_close(model.path.wanted(latents, eps, timesteps), target)
-        answer = torch.zeros_like(m)
-        losses = model.loss(answer, x0, m, eps, noising.std, timesteps)
+        prediction = torch.zeros_like(m)
+        losses = model.loss(prediction, x0, m, eps, noising.std, timesteps)
         torch.testing.assert_close(losses, target.square().flatten(1).sum(1), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.path.noise_of(target, m, timesteps), eps, rtol=1e-4, atol=1e-4)
 

@@ -146,8 +146,8 @@ def test_its_target_is_the_velocity_of_shifted_latents(folder):
     torch.testing.assert_close(model.path.wanted(latents, eps, t), eps - latents)
     sigma = shifted((t + 1) / 1000, 3.0)[:, None, None, None]
     x_t, condition = (1 - sigma) * latents + sigma * eps, model.backbone.conditions(torch.tensor([0, 2]))
-    answer = model.backbone.network(x_t, condition.tokens, condition.pooled, 1000 * sigma.flatten()).sample
-    wanted = (answer - (eps - latents)).square().flatten(1).sum(1)
+    prediction = model.backbone.network(x_t, condition.tokens, condition.pooled, 1000 * sigma.flatten()).sample
+    wanted = (prediction - (eps - latents)).square().flatten(1).sum(1)
     torch.testing.assert_close(denoising_loss(model, x0, torch.tensor([0, 2]), t, eps), wanted, rtol=1e-4, atol=1e-4)
 
 

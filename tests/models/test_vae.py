@@ -47,10 +47,10 @@ def test_loss_about_another_image_takes_its_noise(tiny_vae):
     own, foreign = (network.noising(images, timesteps, None) for images in (x0, other))
     z = own.sample(eps)
     foreign_eps = (z - foreign.center) / foreign.std
-    answer = network.predict(z, timesteps, None)
-    found = network.loss(answer, other, z, foreign_eps, foreign.std, timesteps)
+    prediction = network.predict(z, timesteps, None)
+    found = network.loss(prediction, other, z, foreign_eps, foreign.std, timesteps)
     log_q = Normal(foreign.center, foreign.std).log_prob(z).sum(1)
-    log_likelihood = Normal(answer, 1.0).log_prob(other).flatten(1).sum(1)
+    log_likelihood = Normal(prediction, 1.0).log_prob(other).flatten(1).sum(1)
     torch.testing.assert_close(found, log_q - Normal(0.0, 1.0).log_prob(z).sum(1) - log_likelihood)
 
 

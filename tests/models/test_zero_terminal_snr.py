@@ -114,8 +114,8 @@ def test_losses_of_latents(tmp_path):
     x0 = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents, last = model.encode(x0), torch.tensor([999, 999])
     eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    answer = model.predict(eps, last, torch.tensor([0, 1]))
-    wanted = (answer + latents).square().flatten(1).sum(1)
+    prediction = model.predict(eps, last, torch.tensor([0, 1]))
+    wanted = (prediction + latents).square().flatten(1).sum(1)
     for shown in (x0, latents):
         losses = denoising_loss(model, shown, torch.tensor([0, 1]), last, eps)
         torch.testing.assert_close(losses, wanted, rtol=1e-4, atol=1e-4)

@@ -45,14 +45,14 @@ def test_plain_loop_is_the_published_algorithm(tiny_network, importance_sampling
         batch = Batch(x, a, None, None, 0.0)
         from_a = torch.rand(b) < lambd
         mixture = mix(batch, t, model.noising(x, t, None), model.noising(a, t, None), eps, from_a, lambd)
-        answer = model.predict(mixture.m, t, torch.where(from_a, labels_a, labels_x))
-        errors = [squared_error(answer, origin.eps) for origin in (mixture.retain, mixture.forget)]
+        prediction = model.predict(mixture.m, t, torch.where(from_a, labels_a, labels_x))
+        errors = [squared_error(prediction, origin.eps) for origin in (mixture.retain, mixture.forget)]
         losses = siss_loss(*errors, mixture.retain.weight, mixture.forget.weight)
         assert same.any()
     else:
         gamma, sigma = model.path.amplitudes(t)
-        answers = (model.predict(gamma * x0 + sigma * eps, t, cond) for x0, cond in ((x, labels_x), (a, labels_a)))
-        losses = [squared_error(answer, eps).mean() for answer in answers]
+        predictions = (model.predict(gamma * x0 + sigma * eps, t, cond) for x0, cond in ((x, labels_x), (a, labels_a)))
+        losses = [squared_error(prediction, eps).mean() for prediction in predictions]
     g_x, g_a = (torch.autograd.grad(loss, weights, retain_graph=True) for loss in losses)
     norm_a = math.sqrt(sum(part.square().sum().item() for part in g_a))
     wanted = copy.deepcopy(model.backbone.unet)

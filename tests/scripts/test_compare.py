@@ -52,7 +52,9 @@ def test_table_of_means_and_intervals(two_methods):
     assert list(table) == ["base", "oracle", "neg_grad", "siss"]
     assert "diverged (siss, seed 3)" in done.stdout
     assert "Not in a table, and in no average" in done.stdout
-    said = "forgets best: neg_grad (forget_rate, nearest to the oracle's 0.000); not told apart by these seeds: siss."
+    said = (
+        "forgets best: neg_grad (forget_rate, nearest to the oracle's 0.000); not distinguished by these seeds: siss."
+    )
     assert said in done.stdout
     assert "Holm's correction over all pairs of methods" in done.stdout
     assert "by Student's t (for independent, normal scores; 3 seeds: 2.5 standard deviations" in done.stdout

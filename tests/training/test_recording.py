@@ -42,7 +42,7 @@ def test_signal_outside_a_shield_raises_at_once():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that signals are told apart by: `clock[0] += 3`. Also where nohup started the tests."""
+    """The time that signals are distinguished by: `clock[0] += 3`. Also where nohup started the tests."""
     now = [100.0]
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setattr("unlearn_runner.training.signals.time.monotonic", lambda: now[0])

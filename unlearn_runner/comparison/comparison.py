@@ -16,6 +16,7 @@ from unlearn_runner.comparison.tables import (
     Row,
     barred_of,
     cells_of,
+    distinguished,
     draws_rubble,
     groups_of,
     in_order,
@@ -26,7 +27,6 @@ from unlearn_runner.comparison.tables import (
     rows_of,
     spread_of_oracles,
     tests_of,
-    told_apart,
     usual_outliers,
     what_differs,
     whatever_budget,
@@ -85,7 +85,7 @@ def compare(found: Found, wanted: Wanted) -> Comparison:
     titles, more = what_differs(groups) if len(groups) > 1 else ([""] * len(groups), 0)
     tables, apart = [], list(found.apart)
     for group, title in zip(groups, titles, strict=True):
-        runs, old = newest(told_apart(group.runs))
+        runs, old = newest(distinguished(group.runs))
         apart += old
         tables.append(table_of(runs, title, columns, chosen or list(HEADLINES), by, wanted))
     if wanted.baseline is not None:
@@ -126,8 +126,8 @@ def table_of(
 
 def title_of(runs: list[Run], column: str) -> str:
     """How a column of these runs is called where it is printed: with the features that it is measured in."""
-    told = (run.facts.get("evaluation.features.extractor") for run in runs)
-    return catalogue.title(column, next(filter(None, told), None))
+    extractors = (run.facts.get("evaluation.features.extractor") for run in runs)
+    return catalogue.title(column, next(filter(None, extractors), None))
 
 
 def num_samples_of(runs: list[Run]) -> dict[str, int]:
@@ -135,8 +135,8 @@ def num_samples_of(runs: list[Run]) -> dict[str, int]:
     found = {}
     for name in COUNTED.values():
         for key in (f"evaluation.num_samples.{name}", "evaluation.num_samples.all"):
-            told = [count for run in runs if isinstance(count := run.facts.get(key), int) and count > 0]
-            found |= {name: told[0]} if told and name not in found else {}
+            counts = [count for run in runs if isinstance(count := run.facts.get(key), int) and count > 0]
+            found |= {name: counts[0]} if counts and name not in found else {}
     return found
 
 
@@ -171,8 +171,8 @@ def rubble(rows: list[Row]) -> list[str]:
     sentences = [f"{said} (nothing_rate): {', '.join(named)}."] if named else []
     if hides_rubble(usual) and any(row.values.get("nothing_rate") for row in methods):
         sentences.append(
-            f"{usual:.0%} of what the base draws is like no real image, so nobody's samples can be told from rubble: "
-            "look at them before you believe that a method forgets."
+            f"{usual:.0%} of what the base draws is like no real image, so nobody's samples can be distinguished from "
+            "rubble: look at them before you believe that a method forgets."
         )
     elif oracle_draws_rubble(rows):
         share = oracle_mean(rows, "nothing_rate")

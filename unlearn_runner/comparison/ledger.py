@@ -19,7 +19,7 @@ from unlearn_runner.errors import ConfigurationError, first_line, near
 from unlearn_runner.schema import YAML_LOADER, bounded_text, bounded_yaml
 
 REQUESTS, BASE, MEASURED, LEDGER = "requests.yaml", "base", "measured", "ledger.json"
-GONE = ("copy_rate", "forget_rate")  # by which it is told that a request is still kept: the first that was measured
+GONE = ("copy_rate", "forget_rate")  # what is left of a request: the first of these that was measured
 KEPT = ("retain_accuracy", "fid_retain")  # and what else the model still can
 BACK = ("relearn_steps", "relearn_reached")
 OF_A_REQUEST = ("id", "overrides", "text", "received")

@@ -100,7 +100,7 @@ def breakable(name: str, after: str = "_/") -> Markup:
 
 
 def title_of(table: Table) -> str:
-    """The dataset, for a table that nothing else has to be told from."""
+    """The dataset, for a table that needs no other name."""
     return str(table.runs[0].facts.get("dataset", "runs"))
 
 

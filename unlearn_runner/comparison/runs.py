@@ -144,7 +144,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
             version=version if isinstance(version, int) else 1,
             written=written,
             forget_rows=rows_named(provenance["evaluation"].get("forget_rows")),
-            row_titles=titles_told(provenance["evaluation"].get("row_titles")),
+            row_titles=titles_in(provenance["evaluation"].get("row_titles")),
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
@@ -152,15 +152,15 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
     return run, [key for key, value in numbers.items() if value is None]
 
 
-def rows_named(told: Any) -> list[int] | None:
+def rows_named(value: Any) -> list[int] | None:
     """A list of row numbers, or None."""
-    fine = isinstance(told, list) and all(type(row) is int and row >= 0 for row in told)
-    return told if fine and told else None
+    fine = isinstance(value, list) and all(type(row) is int and row >= 0 for row in value)
+    return value if fine and value else None
 
 
-def titles_told(told: Any) -> list[str]:
+def titles_in(value: Any) -> list[str]:
     """A list of texts, each as one line."""
-    return [one_line(title) for title in told] if isinstance(told, list) else []
+    return [one_line(title) for title in value] if isinstance(value, list) else []
 
 
 def one_line(value: Any) -> str:

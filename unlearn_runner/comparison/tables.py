@@ -86,11 +86,11 @@ def what_differs(groups: list[Group]) -> tuple[list[str], int]:
     order = list(dict.fromkeys(key for group in groups for key in group.facts))
     differing = [key for key in order if len({group.facts.get(key) for group in groups}) > 1]
     chosen: list[str] = []
-    told: list[tuple[Any, ...]] = [()] * len(groups)
+    known: list[tuple[Any, ...]] = [()] * len(groups)
     for key in differing:
-        further = [(*before, group.facts.get(key)) for before, group in zip(told, groups, strict=True)]
-        if len(set(further)) > len(set(told)):
-            chosen, told = [*chosen, key], further
+        further = [(*before, group.facts.get(key)) for before, group in zip(known, groups, strict=True)]
+        if len(set(further)) > len(set(known)):
+            chosen, known = [*chosen, key], further
     names = [", ".join(f"{readable(key)} {said(group.facts.get(key))}" for key in chosen) for group in groups]
     return names, len(differing) - len(chosen)
 
@@ -107,7 +107,7 @@ def said(value: Any) -> str:
     return "not said" if value is None else str(value)
 
 
-def told_apart(runs: list[Run]) -> list[Run]:
+def distinguished(runs: list[Run]) -> list[Run]:
     """The same runs; those of one label whose methods were set differently get what differs added to their label.
 
     A schedule of as many steps as the run goes without saying, and a class that lies in another file is the same one.

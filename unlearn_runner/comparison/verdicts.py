@@ -86,10 +86,10 @@ def sentence(verdict: Verdict) -> str:
     said = []
     for names, words in (
         (verdict.equal, "equal"),
-        (verdict.close, "not told apart by these seeds"),
+        (verdict.close, "not distinguished by these seeds"),
         (verdict.unknown, "too few common seeds for a test"),
         (verdict.constant, "the same difference in every seed, so without a test"),
-        (verdict.apart, "told apart from"),
+        (verdict.apart, "distinguished from"),
     ):
         if names:
             said.append(f"{words}: {listed(names)}")
@@ -101,7 +101,7 @@ def rules_of(rows: list[Row], test: str, floor: float) -> str:
     has_floor = floor > 0 and reference(rows, BASE, KEPT)
     low = f", nor is who has less than {floor:g} of the base's {KEPT} (--floor)" if has_floor else ""
     return (
-        f"Told apart: {TESTS[test]} on common seeds, p < {LEVEL} after Holm's correction over all pairs of methods, "
+        f"Distinguished: {TESTS[test]} on common seeds, p < {LEVEL} after Holm's correction over all pairs of methods, "
         "which pays for picking the best from the same numbers. Never called the best is who draws what is like no "
         f"real image under the forget condition{low}."
     )

@@ -83,7 +83,7 @@ class LambdaEnv(gymnasium.Env):
     The trainer must tell it of its steps: `stepped` makes the transition.
 
     The reward is the method's ("agent/reward"). An episode ends after the run's T steps, of which the agent sees the
-    share that is gone; an online run never ends: the agent is stopped, not told.
+    share that is gone; an online run never ends: the agent is stopped, without notice.
 
     After `replay()` the first steps answer with the transitions of a checkpoint and train nothing: an agent that is put
     back to the beginning of an interrupted rollout walks through it once more.
@@ -175,7 +175,7 @@ class LambdaEnv(gymnasium.Env):
         self._replayed = deque(self.transitions)
 
     def stepped(self, clock: Clock, metrics: Metrics) -> None:
-        """Told by the trainer after its update and before it writes: a checkpoint holds the step's transition."""
+        """Called by the trainer after its update and before it writes: a checkpoint holds the step's transition."""
         *values, reward = torch.stack([metrics[key].double() for key in (*self.seen, "agent/reward")]).tolist()
         if not all(map(math.isfinite, (*values, reward))):
             self.trainer.flush()  # names what of the step is not finite

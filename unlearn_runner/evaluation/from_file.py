@@ -39,7 +39,7 @@ class NetworkFile(RecognizerRecipe):
     """A network that is there: a folder with config.json and model.safetensors, or a TorchScript file.
 
     What a folder's preprocessor_config.json and config.json say of size, channels, mean and deviation counts where the
-    options are null; of a TorchScript file mean 0 and deviation 1 do, which are pictures in [0, 1]. TorchScript answers
+    options are null; of a TorchScript file mean 0 and deviation 1 do, which are pictures in [0, 1]. TorchScript returns
     with logits [b, m], or with these and features [b, d].
 
     Args:

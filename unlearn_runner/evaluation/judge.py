@@ -132,7 +132,7 @@ class Recognizer(nn.Module, ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """What its answers depend on besides its layers and weights, in plain values."""
+        """What its outputs depend on besides its layers and weights, in plain values."""
         return {}
 
 
@@ -159,19 +159,19 @@ class RecognizingJudge(Judge):
     @torch.inference_mode()
     def __call__(self, images: UInt8[Tensor, "n c h w"], batch_size: int = 128) -> Judged:
         parts = [in_shares(self._judge, part.to(self.device)) for part in images.split(batch_size)]
-        features, answers, *own = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        logits, none = answers.split([self.recognizer.num_contents, answers.shape[1] - self.recognizer.num_contents], 1)
+        features, outputs, *own = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        logits, none = outputs.split([self.recognizer.num_contents, outputs.shape[1] - self.recognizer.num_contents], 1)
         outlying = (none.amax(1) - logits.amax(1)).clamp(-80, 80).exp() if none.shape[1] else None  # odds
         return Judged(images.cpu(), features, logits, own[0] if own else logits, outlying)
 
     def _judge(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Tensor, ...]:
-        """Features and the recognizer's answers; where the extractor has logits of its own, these, too."""
-        features, answers = self.recognizer(images)
+        """Features and the recognizer's outputs; where the extractor has logits of its own, these, too."""
+        features, outputs = self.recognizer(images)
         if self.extractor is None:
-            return features, answers
+            return features, outputs
         parts = [self.extractor(part) for part in images.split(64)]
         features = torch.cat([part for part, _ in parts])
-        return features, answers, *([] if parts[0][1] is None else [torch.cat([part for _, part in parts])])
+        return features, outputs, *([] if parts[0][1] is None else [torch.cat([part for _, part in parts])])
 
     @property
     def num_features(self) -> int:

@@ -41,7 +41,7 @@ def losses_at(
 def attack(members: Float[Tensor, "n"], others: Float[Tensor, "m"], false_positive_rate: float) -> tuple[float, float]:
     """AUC and true-positive rate at a false-positive rate, of calling an image a member when its loss is low.
 
-    AUC: the chance that a member's loss lies below another image's, 0.5 if they cannot be told apart. The rate: the
+    AUC: the chance that a member's loss lies below another image's, 0.5 if they cannot be distinguished. The rate: the
     share of members below the threshold under which at most that share of the others lies.
     """
     from sklearn.metrics import roc_auc_score, roc_curve

@@ -236,8 +236,8 @@ class NoisyClassifier(nn.Module):
 
     def forward(self, x_t: Float[Tensor, "b c h w"], level: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         """`level` is t / T in [0, 1)."""
-        told = level[:, None, None, None].expand(-1, 1, *x_t.shape[2:])
-        return self.layers(torch.cat([x_t, told], 1)).squeeze(1)
+        levels = level[:, None, None, None].expand(-1, 1, *x_t.shape[2:])
+        return self.layers(torch.cat([x_t, levels], 1)).squeeze(1)
 
 
 @final

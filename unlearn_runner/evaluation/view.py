@@ -28,7 +28,7 @@ MISSING = {  # a sentence for each fact that a metric may need, where it is not 
     "prompts": "this model draws under no prompts",
     "denoising": "this model has no denoising loss",
     "clip": "there is no CLIP",
-    "novelty": "no outlier can be told, for there are too few different images to keep or evaluation.novelty is null",
+    "novelty": "outliers cannot be recognised: too few different images are kept, or evaluation.novelty is null",
 }
 
 

@@ -1,8 +1,8 @@
-"""Concept Ablation (ICCV 2023, 2303.13516): under the concept's prompt the network learns to answer as under an
+"""Concept Ablation (ICCV 2023, 2303.13516): under the concept's prompt the network learns to predict as under an
 anchor's, on pictures that the base draws under the anchor.
 
-Released code (github.com/nupurkmr9/concept-ablation, diffusers/train.py): 200 pictures; the answer under the anchor is
-the trained network's own, without gradient; the denoising loss under the anchor's own prompt counts 1, on other
+Released code (github.com/nupurkmr9/concept-ablation, diffusers/train.py): 200 pictures; the prediction under the anchor
+is the trained network's own, without gradient; the denoising loss under the anchor's own prompt counts 1, on other
 pictures of the same set, here on the same ones; keys and values of the cross-attention move
 (model.network.trainable=cross_attention_kv).
 
@@ -33,8 +33,8 @@ class ConceptAblation(Method):
 
     Args:
         batch_size: pictures in a step.
-        anchor: the text that the forget prompts are to be answered as.
-        variant: "model": the target is the network's own answer under the anchor (the paper's model-based loss);
+        anchor: the text that the forget prompts are to be read as.
+        variant: "model": the target is the network's own prediction under the anchor (the paper's model-based loss);
             "noise": the noise itself, so that the anchor's pictures stand under the forget prompts (noise-based).
         anchor_weight: of the denoising loss of the same pictures under the anchor.
         num_images: pictures that the base draws under the anchor, before the first step.
@@ -90,16 +90,16 @@ class ConceptAblation(Method):
         noising = model.noising(x0, timesteps, None)
         x_t = noising.sample(eps)
 
-        # 2. the answer under the anchor, and under a forget prompt
+        # 2. the prediction under the anchor, and under a forget prompt
         under_anchor = model.predict(x_t, timesteps, self.condition.expand(self.batch_size, -1, -1))
-        answer = model.predict(x_t, timesteps, drawn_labels(self.labels.forget, self.batch_size, g, g.device))
+        prediction = model.predict(x_t, timesteps, drawn_labels(self.labels.forget, self.batch_size, g, g.device))
 
         # 3. the losses and the update
         losses_anchor = model.loss(under_anchor, x0, x_t, eps, noising.std, timesteps) / model.num_entries
         if self.by_model:
-            losses = squared_error(answer, under_anchor.detach()) / model.num_entries
+            losses = squared_error(prediction, under_anchor.detach()) / model.num_entries
         else:
-            losses = model.loss(answer, x0, x_t, eps, noising.std, timesteps) / model.num_entries
+            losses = model.loss(prediction, x0, x_t, eps, noising.std, timesteps) / model.num_entries
         loss_forget, loss_anchor = losses.mean(), losses_anchor.mean()
         gradient = self.update.gradient(loss_forget + self.anchor_weight * loss_anchor)
         self.update.apply(gradient)

@@ -95,7 +95,7 @@ def move(
     noise: Float[Tensor, "b c h w"] | None = None,
     eta: float = 1.0,
 ) -> Move:
-    """The path's step from t to t_next by the guided answer, taken with `noise` or scored for a known `action`.
+    """The path's step from t to t_next by the guided prediction, taken with `noise` or scored for a known `action`.
 
     Where t_next is -1 the picture is done: the action is the mean, x0_pred, whatever the noise, and has no density; its
     log_prob is 0.
@@ -415,8 +415,8 @@ class CriticGuided(Method):
         states = rollouts.states[:, :k].flatten(0, 1)
         levels = self._levels(torch.arange(k, device=states.device)).repeat(len(rollouts.labels))
         texts = self.reward.texts[rollouts.labels].repeat_interleave(k, dim=0)
-        told = [[part[rows] for part in (states, levels, texts)] for rows in self._microbatches(len(states))]
-        found = [in_shares(self.critic, *part) for part in told]
+        inputs = [[part[rows] for part in (states, levels, texts)] for rows in self._microbatches(len(states))]
+        found = [in_shares(self.critic, *part) for part in inputs]
         return torch.cat(found).view(-1, k)
 
     def advantages(self, rollouts: Rollouts) -> Float[Tensor, "b k"]:

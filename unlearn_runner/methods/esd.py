@@ -1,7 +1,7 @@
 """ESD: Erased Stable Diffusion (ICCV 2023, 2303.07345): the concept's prompt comes to mean what leads away from it.
 
 # Notation (variable -> paper)
-# answer, concept, empty -> eps_theta(x_t, c, t), eps_theta*(x_t, c, t), eps_theta*(x_t, t)
+# prediction, concept, empty -> eps_theta(x_t, c, t), eps_theta*(x_t, c, t), eps_theta*(x_t, t)
 # eta -> eta;  base -> theta*, the frozen network
 """
 
@@ -25,23 +25,23 @@ from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Strea
 
 
 def esd_loss(
-    answer: Float[Tensor, "b c h w"],
+    prediction: Float[Tensor, "b c h w"],
     concept: Float[Tensor, "b c h w"],
     empty: Float[Tensor, "b c h w"],
     eta: float,
 ) -> Float[Tensor, "b"]:
     """||eps_theta(x_t, c, t) - [eps*(x_t, t) - eta (eps*(x_t, c, t) - eps*(x_t, t))]||^2 (2303.07345, section 4).
 
-    Summed over the entries. The target is guidance with its sign turned. It is the same of answers in v or in velocity,
-    which are one combination of x_t and eps for all three. The released code's target,
+    Summed over the entries. The target is guidance with its sign turned. It is the same of predictions in v or in
+    velocity, which are one combination of x_t and eps for all three. The released code's target,
     eps*(x_t, c, t) - 2 (eps*(x_t, c, t) - eps*(x_t, t)), is the one of eta 1.
     """
-    return squared_error(answer, empty - eta * (concept - empty))
+    return squared_error(prediction, empty - eta * (concept - empty))
 
 
 @final
 class ESD(Method):
-    """Under a forget prompt, the network learns to answer as the base does when it is guided away from that prompt.
+    """Under a forget prompt, the network learns to predict what the base does when it is guided away from that prompt.
 
     Reads no image: x_t is what a network draws under the prompt, with its guidance, stopped on the way. Which weights
     move, the paper's ESD-x and ESD-u, says model.network.trainable.
@@ -92,11 +92,11 @@ class ESD(Method):
         stop = int(torch.randint(len(self.times) - 1, (1,), generator=g, device=g.device))
         x_t, t = self._drawn_until(stop, labels)
 
-        # 2. what the base answers under the prompt and under none
+        # 2. what the base predicts under the prompt and under none
         with torch.no_grad():
             concept, empty = (self.base.predict(x_t, t, cond) for cond in (labels, torch.full_like(labels, -1)))
 
-        # 3. the network's own answer under the prompt, and the update
+        # 3. the network's own prediction under the prompt, and the update
         losses = esd_loss(model.predict(x_t, t, labels), concept, empty, self.eta)
         loss = losses.mean() / model.num_entries
         gradient = self.update.gradient(loss)

@@ -53,7 +53,7 @@ class Given(Method):
         moved = sum(before.get(name) != after for name, after in self._digests().items())
         if self.patch is not None:
             logging.getLogger(__name__).warning(
-                f"method.weights: {self.patch.told}; {moved} tensors of the model are not what the base has"
+                f"method.weights: {self.patch.summary}; {moved} tensors of the model are not what the base has"
             )
         return {"given/moved": torch.tensor(float(moved))}
 

@@ -144,7 +144,7 @@ class MultiClass(Method):
         trio, g = self.trio, self.generator
 
         # 1. fake score
-        told = trio.teach_fake(self.fake_update, self.labels.draw(g, trio.device), g)
+        metrics = trio.teach_fake(self.fake_update, self.labels.draw(g, trio.device), g)
 
         # 2. generator: towards its own class, or under the forget labels towards a mixture of the others
         drawn = self.labels.draw(g, trio.device)
@@ -154,12 +154,12 @@ class MultiClass(Method):
         losses = trio.generator_losses(kept, own, own, self.alpha)
         if len(forgotten):
             mixture, shares = self._mixture(forget, forgotten)
-            told |= shares
+            metrics |= shares
             losses = torch.cat([losses, self._forget_losses(forget, forgotten, mixture)])
         gradient = self.update.gradient((drawn.weights * losses).sum())
         self.update.apply(gradient)
         return {
-            **told,
+            **metrics,
             **split_losses("loss/", losses, drawn.kept, trio.teacher.num_entries),
             "grad_norm/generator": gradient.norm(),
         }
@@ -172,9 +172,9 @@ class MultiClass(Method):
             costs = mixture_costs(self._guesses(noised), x0_fake, noised.x0)
         mixture = optimal_mixture(costs, prior, self.beta)
         kl = (mixture * (mixture.clamp(min=torch.finfo(mixture.dtype).tiny) / prior).log()).sum(1)
-        told = {"mixture/kl": kl.mean(), "mixture/cost": (mixture * costs).sum(1).mean()}
+        metrics = {"mixture/kl": kl.mean(), "mixture/cost": (mixture * costs).sum(1).mean()}
         shares = zip(self.retained, mixture.mean(0), strict=True)
-        return mixture, told | {f"mixture/share/{label}": share for label, share in shares}
+        return mixture, metrics | {f"mixture/share/{label}": share for label, share in shares}
 
     def _forget_losses(
         self, noised: Noised, forget: Int64[Tensor, "b"], mixture: Float[Tensor, "b r"]
@@ -308,7 +308,7 @@ class Student(Method):
 
     For `distil_share` of the steps a one-step generator is distilled, of all labels alike, the forgotten too. Then it
     is frozen, and supplies x and a: the student descends SISS's retain term, and in place of SISS's ascent it learns to
-    answer under a forget label what the teacher answers under the override (`student_losses`). The labels of x and a
+    predict under a forget label what the teacher predicts under the override (`student_losses`). The labels of x and a
     differ, so the importance weights are one-hot.
     """
 
@@ -399,22 +399,22 @@ class Student(Method):
         noisings = (student.noising(x0, timesteps, cond) for x0, cond in zip(images, conds, strict=True))
         mixture = mix(drawn, timesteps, *noisings, eps, from_forget, lambd)
 
-        # 2. the student's answer, held to the noise that leads to x, or to the teacher's answer under another label
-        answer = student.predict(mixture.m, timesteps, mixture.cond)
+        # 2. the student's prediction; its target: the noise that leads to x, or the teacher's under another label
+        prediction = student.predict(mixture.m, timesteps, mixture.cond)
         losses_retain = student.loss(
-            answer, drawn.x0_retain, mixture.m, mixture.retain.eps, mixture.retain.std, timesteps
+            prediction, drawn.x0_retain, mixture.m, mixture.retain.eps, mixture.retain.std, timesteps
         )
         with torch.no_grad():
             others = self.override(Asked(drawn.x0_forget, drawn.cond_forget, teacher, g))
             wanted = teacher.predict(mixture.m, timesteps, torch.where(from_forget, others, mixture.cond))
-        eps_pred, eps_override = (student.path.noise_of(part, mixture.m, timesteps) for part in (answer, wanted))
+        eps_pred, eps_override = (student.path.noise_of(part, mixture.m, timesteps) for part in (prediction, wanted))
         losses_forget = student_losses(eps_pred, eps_override, self.eta)
 
         # 3. both terms' gradients, both to descend
         w_retain, w_forget = mixture.retain.weight, mixture.forget.weight
         terms = siss_loss(losses_retain, losses_forget, w_retain, w_forget)
-        slopes_retain, grad_retain = self.update.gradient_through(answer, terms[0], retain_graph=True)
-        slopes_forget, grad_forget = self.update.gradient_through(answer, terms[1])
+        slopes_retain, grad_retain = self.update.gradient_through(prediction, terms[0], retain_graph=True)
+        slopes_forget, grad_forget = self.update.gradient_through(prediction, terms[1])
         self.update.apply(grad_retain + grad_forget)
 
         # 4. lambda's controller learns from what was seen

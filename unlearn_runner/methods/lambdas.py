@@ -51,7 +51,7 @@ class Seen(NamedTuple):
     w_forget: Float[Tensor, "b"]
     losses_retain: Float[Tensor, "b"]  # w_x l_x
     losses_forget: Float[Tensor, "b"]  # w_a l_a
-    square_retain: Float[Tensor, "b"]  # ||w_x grad l_x||^2, the gradient with respect to the network's answer
+    square_retain: Float[Tensor, "b"]  # ||w_x grad l_x||^2, the gradient with respect to the network's prediction
     square_forget: Float[Tensor, "b"]  # ||w_a grad l_a||^2
     inner_product: Float[Tensor, "b"]  # <w_x grad l_x, w_a grad l_a>
     norm_retain: Float[Tensor, ""]  # of the batch's gradients over the network's weights
@@ -62,8 +62,9 @@ class Seen(NamedTuple):
     def square_norm(self) -> Float[Tensor, "b"]:
         """||G||^2 of each sample.
 
-        With respect to the network's answer, not to its weights: Katharopoulos and Fleuret's bound (1803.00942) up to a
-        factor that all samples share. It costs nothing; per-sample gradients over the weights cost more than the step.
+        With respect to the network's prediction, not to its weights: Katharopoulos and Fleuret's bound (1803.00942) up
+        to a factor that all samples share. It costs nothing; per-sample gradients over the weights cost more than the
+        step.
         """
         cross = 2 * self.c_retain * self.c_forget * self.inner_product
         return self.c_retain**2 * self.square_retain + self.c_forget**2 * self.square_forget - cross

@@ -172,17 +172,17 @@ class Update:
         return self._as_vector(gradients(loss, self.weights))
 
     def gradient_through(
-        self, answer: Float[Tensor, "b c h w"], loss: Float[Tensor, ""], retain_graph: bool = False
+        self, prediction: Float[Tensor, "b c h w"], loss: Float[Tensor, ""], retain_graph: bool = False
     ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "p"]]:
-        """The gradients of a loss over the network's answer, and over all trainable weights as one vector."""
-        over_answer, *parts = gradients(loss, [answer, *self.weights], retain_graph=retain_graph)
-        return over_answer, self._as_vector(parts)
+        """The gradients of a loss over the network's prediction, and over all trainable weights as one vector."""
+        over_prediction, *parts = gradients(loss, [prediction, *self.weights], retain_graph=retain_graph)
+        return over_prediction, self._as_vector(parts)
 
     def gradient_from(
-        self, answer: Float[Tensor, "b c h w"], slopes: Float[Tensor, "b c h w"], retain_graph: bool = False
+        self, prediction: Float[Tensor, "b c h w"], slopes: Float[Tensor, "b c h w"], retain_graph: bool = False
     ) -> Float[Tensor, "p"]:
-        """The gradient over all trainable weights of a loss whose gradient over the network's answer is known."""
-        return self._as_vector(gradients(answer, self.weights, slopes, retain_graph=retain_graph))
+        """The gradient over all trainable weights of a loss whose gradient over the network's prediction is known."""
+        return self._as_vector(gradients(prediction, self.weights, slopes, retain_graph=retain_graph))
 
     def zero_gradient(self) -> Float[Tensor, "p"]:
         """The gradient of a loss over no samples."""

@@ -96,7 +96,7 @@ def class_costs(
     last = path.num_train_timesteps - 1
     costs = x_t.new_zeros(b, len(labels))
     every = torch.tensor(labels, device=x_t.device).repeat(b)
-    told = (timesteps + 1 < last)[:, None, None, None]  # later on nothing is left that could say more
+    informative = (timesteps + 1 < last)[:, None, None, None]  # later on nothing is left that could say more
     with torch.no_grad():
         for _ in range(num_draws):
             # s - 1 and s are both above t, so that no step of the sum is infinitely informative
@@ -108,7 +108,7 @@ def class_costs(
             tiny = torch.finfo(a.dtype).tiny
             noise = noise.clamp(min=tiny)
             gain = before.square() / noise_before.clamp(min=tiny) - a.square() / noise
-            gain = torch.where(told, gain, 0.0)
+            gain = torch.where(informative, gain, 0.0)
             x_s = a * x_t + noise.sqrt() * eps
             guess = predict_x0(
                 teacher, x_s.repeat_interleave(len(labels), 0), s.repeat_interleave(len(labels)), every

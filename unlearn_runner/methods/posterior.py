@@ -27,9 +27,9 @@ class Posterior(Method):
     """Fine-tunes on noisy retained images, each to be denoised into itself, and under the forget conditions on noisy
     samples that are to be denoised into the posterior mean of the retained images.
 
-    That mean is what a network with the least denoising loss on the retained images answers, so whatever the samples
+    That mean is what a network with the least denoising loss on the retained images predicts, so whatever the samples
     are drawn from, the minimiser is the same: the retrained oracle's. Where no retained image has a forget condition,
-    an oracle's answer under it is anyone's guess, and `without_images` says what is drawn.
+    an oracle's prediction under it is anyone's guess, and `without_images` says what is drawn.
 
     Args:
         lambd: share of samples under the forget conditions, in [0, 1]. 0 is naive deletion.
@@ -116,8 +116,8 @@ class Posterior(Method):
                     weights = weights.index_copy(0, astray, weights[astray] * trusted)
 
         # 3. the loss, and the update
-        answer = model.predict(m, timesteps, cond)
-        losses = model.loss(answer, x0, m, eps, noising.std, timesteps) / model.num_entries
+        prediction = model.predict(m, timesteps, cond)
+        losses = model.loss(prediction, x0, m, eps, noising.std, timesteps) / model.num_entries
         gradient = self.update.gradient((weights * losses).mean())
         self.update.apply(gradient)
 

@@ -40,7 +40,7 @@ def trust(astray: Float[Tensor, "b ..."], cap: float) -> Float[Tensor, "b"]:
     lead to it from its target, less the noise that led to it.
 
     With little noise that is large, and the sampler does not come there once it has been turned away. A network that
-    still answers with the noise that led there has a loss of at most cap for each entry.
+    still predicts the noise that led there has a loss of at most cap for each entry.
     """
     return (cap / astray.square().flatten(1).mean(1).clamp(min=1e-12)).clamp(max=1)
 
@@ -57,7 +57,7 @@ class Flattened(NamedTuple):
 
     centers: Float[Tensor, "n d"]  # of q(m|x)
     stds: Float[Tensor, "n d"] | None  # of q(m|x); None: the same of every image
-    images: Float[Tensor, "n p"] | None  # what the network should answer with; None: the centers
+    images: Float[Tensor, "n p"] | None  # what the network should predict; None: the centers
     squares: Float[Tensor, "n"] | None = None  # of the centers, summed, where they are known already
 
 

@@ -69,8 +69,8 @@ class ReTrack(Method):
             weights = self._weights(m, noising, x0, batch.cond_forget)
             target = self.retained.mean(weights, x0)
             eps = (m - noising.scale * target) / noising.std
-        answer = model.predict(m, timesteps, batch.cond_forget)
-        losses_forget = model.loss(answer, target, m, eps, noising.std, timesteps) / model.num_entries
+        prediction = model.predict(m, timesteps, batch.cond_forget)
+        losses_forget = model.loss(prediction, target, m, eps, noising.std, timesteps) / model.num_entries
 
         # 3. the update
         loss_retain, loss_forget = losses_retain.mean(), losses_forget.mean()

@@ -1,4 +1,4 @@
-"""SalUn: saliency unlearning (ICLR 2024, 2310.12508). A forget image is answered as if it stood under another
+"""SalUn: saliency unlearning (ICLR 2024, 2310.12508). A forget image is denoised as if it stood under another
 condition, and only the weights that matter most to it move.
 
 Released code (github.com/OPTML-Group/Unlearn-Saliency, DDPM/runners/diffusion.py and SD/train-scripts): the other
@@ -39,8 +39,8 @@ def relabelled_loss(
     cond: Shaped[Tensor, "b ..."],
     other: Shaped[Tensor, "b ..."],
 ) -> Float[Tensor, "b"]:
-    """||answer(x_t | c) - answer(x_t | c')||^2, summed over the entries; the second without gradient (2310.12508,
-    equation 6; also the model-based loss of Concept Ablation, 2303.13516, equation 6, where c' is the anchor).
+    """||eps(x_t | c) - eps(x_t | c')||^2, summed over the entries; the second without gradient (2310.12508, equation 6;
+    also the model-based loss of Concept Ablation, 2303.13516, equation 6, where c' is the anchor).
     """
     with torch.no_grad():
         target = model.predict(x_t, timesteps, other)
@@ -70,7 +70,7 @@ def salient(model: GenerativeModel, images: ImageSet, share: float) -> Bool[Tens
 
 @final
 class SalUn(Method):
-    """The answer to a noisy forget image is to be the network's own under another condition; the retain images keep
+    """The prediction at a noisy forget image is to be the network's own under another condition; the retain images keep
     their denoising loss. Which weights move says `method.update.saliency`.
 
     Args:
@@ -105,7 +105,7 @@ class SalUn(Method):
         # 1. retain images as they are
         losses_retain = drawn_loss(model, batch.x0_retain, batch.cond_retain, g) / model.num_entries
 
-        # 2. noisy forget images, and the answer under another condition
+        # 2. noisy forget images, and the prediction under another condition
         timesteps, eps = draw_noise(model, batch.x0_forget, g)
         x_t = model.noising(batch.x0_forget, timesteps, cond).sample(eps)
         other = self.override(Asked(batch.x0_forget, cond, model, g))

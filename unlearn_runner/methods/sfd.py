@@ -105,9 +105,9 @@ class Noised(NamedTuple):
 
 @dataclass(frozen=True)
 class NoiseRange:
-    """Ratios sigma_t / gamma_t, the same noise on every schedule: what the generator is told of its pure noise, and
-    between which the two scores are compared, uniformly over timesteps. The defaults are the paper's t = 440, 38, 711
-    on CIFAR-10's linear schedule.
+    """Ratios sigma_t / gamma_t, the same noise on every schedule: what the generator receives as the level of its pure
+    noise, and between which the two scores are compared, uniformly over timesteps. Defaults: the paper's t = 440,
+    38, 711 on CIFAR-10's linear schedule.
     """
 
     init: PositiveFloat = 2.502
@@ -172,7 +172,7 @@ class Trio:
     ) -> Float[Tensor, "b"]:
         """`generator_loss` with the teacher asked about one class and the fake score about another.
 
-        The teacher answers with its guidance, if it has one: what it draws with it is what the generator is to draw.
+        The teacher predicts with its guidance, if it has one: what it draws with it is what the generator is to draw.
         """
         x0_teacher = predict_x0(self.teacher, drawn.x_t, drawn.timesteps, teacher_labels, guided=True)
         x0_fake = predict_x0(self.fake, drawn.x_t, drawn.timesteps, fake_labels)
@@ -257,7 +257,7 @@ class SFD(Method):
             copy_weights(self.trio.teacher, self.trio.fake)
 
         # 1. fake score: the generator's images under both kinds of labels are what it learns
-        told = self.trio.teach_fake(self.fake_update, self._labels(), self.generator)
+        metrics = self.trio.teach_fake(self.fake_update, self._labels(), self.generator)
 
         # 2. generator: from where the fake score says its images come, towards where the teacher says they should
         drawn = self._labels()
@@ -273,7 +273,7 @@ class SFD(Method):
 
         self.taken.value += 1
         return {
-            **told,
+            **metrics,
             **split_losses("loss/", losses, drawn.kept, self.trio.teacher.num_entries),
             "grad_norm/generator": gradient.norm(),
         }

@@ -248,12 +248,12 @@ class LastNorms:
         self.steps, self.last = state_dict["steps"], tuple(state_dict["last"])
 
 
-class Answered(NamedTuple):
-    """What the two terms of one batch make of the network's answer; all detached."""
+class LossesAndSlopes(NamedTuple):
+    """What the two terms of one batch make of the network's prediction; all detached."""
 
     losses_retain: Float[Tensor, "b"]  # w_x l_x, summed over pixels
     losses_forget: Float[Tensor, "b"]
-    slopes_retain: Float[Tensor, "b c h w"]  # gradient of w_x l_x over the network's answer
+    slopes_retain: Float[Tensor, "b c h w"]  # gradient of w_x l_x over the network's prediction
     slopes_forget: Float[Tensor, "b c h w"]
 
 
@@ -304,7 +304,7 @@ class SISS(Method):
         norm_every: steps between two measurements of the gradients' norms; in between the terms share one pass back,
             and the forget gradient is multiplied by what was last found right. 1: at every step, as in the paper.
         timesteps: which timesteps to look at; None: uniformly drawn ones.
-        forget_target: what L_forget compares the network's answer with, see above.
+        forget_target: what L_forget compares the network's prediction with, see above.
         gradient_variance: log grad_variance/{retain,forget,update}.
     """
 
@@ -464,27 +464,29 @@ class SISS(Method):
 
     def _gradients(
         self, mixture: Mixture, scale_retain: Float[Tensor, "b"], scale_forget: Float[Tensor, "b"]
-    ) -> tuple[Answered, tuple[Float[Tensor, "p"], Float[Tensor, "p"]]]:
+    ) -> tuple[LossesAndSlopes, tuple[Float[Tensor, "p"], Float[Tensor, "p"]]]:
         """Both terms, each sample's two losses multiplied by its scales besides its weights; and the gradients of their
         means over the batch, over the network's weights.
         """
         weights, scales = (mixture.retain.weight, mixture.forget.weight), (scale_retain, scale_forget)
         b, losses = len(weights[0]), [torch.zeros_like(weight) for weight in weights]
-        slopes = [weight.new_zeros((b, *self.trained.answer_shape)) for weight in weights]
+        slopes = [weight.new_zeros((b, *self.trained.prediction_shape)) for weight in weights]
         sums = [self.update.zero_gradient() for _ in weights]
         split = weights[0].device.type == "cpu" if self.split is None else self.split
         for rows, terms in shared_passes(*weights) if split else [(slice(None), (0, 1))]:
-            answer, found = self._losses(mixture.select(rows))
+            prediction, found = self._losses(mixture.select(rows))
             means = siss_loss(
                 *found, *(weight[rows] * scale[rows] for weight, scale in zip(weights, scales, strict=True))
             )
             for term in terms:
-                loss = means[term] * (len(answer) / b)
-                over_answer, gradient = self.update.gradient_through(answer, loss, retain_graph=term != terms[-1])
+                loss = means[term] * (len(prediction) / b)
+                over_prediction, gradient = self.update.gradient_through(
+                    prediction, loss, retain_graph=term != terms[-1]
+                )
                 losses[term][rows] = (weights[term][rows] * found[term]).detach()
-                slopes[term][rows] = over_answer * b
+                slopes[term][rows] = over_prediction * b
                 sums[term] = sums[term] + gradient
-        return Answered(*losses, *slopes), (sums[0], sums[1])
+        return LossesAndSlopes(*losses, *slopes), (sums[0], sums[1])
 
     def _joint_gradient(
         self,
@@ -493,21 +495,21 @@ class SISS(Method):
         scale_forget: Float[Tensor, "b"],
         c_retain: float,
         c_forget: Float[Tensor, ""],
-    ) -> tuple[Answered, Float[Tensor, "p"]]:
-        """c_retain g_x - c_forget g_a by one pass back, and what the two terms make of the network's answer."""
-        answer, losses = self._losses(mixture)
+    ) -> tuple[LossesAndSlopes, Float[Tensor, "p"]]:
+        """c_retain g_x - c_forget g_a by one pass back, and what the two terms make of the network's prediction."""
+        prediction, losses = self._losses(mixture)
         weights = (mixture.retain.weight, mixture.forget.weight)
         terms = siss_loss(*losses, weights[0] * scale_retain, weights[1] * scale_forget)
-        slopes = [gradients(term, [answer], retain_graph=True)[0] for term in terms]
-        gradient = self.update.gradient_from(answer, c_retain * slopes[0] - c_forget * slopes[1])
+        slopes = [gradients(term, [prediction], retain_graph=True)[0] for term in terms]
+        gradient = self.update.gradient_from(prediction, c_retain * slopes[0] - c_forget * slopes[1])
         weighted = [(weight * loss).detach() for weight, loss in zip(weights, losses, strict=True)]
-        return Answered(*weighted, *(part * len(answer) for part in slopes)), gradient
+        return LossesAndSlopes(*weighted, *(part * len(prediction) for part in slopes)), gradient
 
     def _losses(self, mixture: Mixture) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The network's answer at m, and what it costs if m is a sample of x, and if m is a sample of a."""
-        answer = self.trained.predict(mixture.m, mixture.timesteps, mixture.cond)
-        return answer, tuple(
-            self.trained.loss(answer, origin.x0, mixture.m, origin.eps, origin.std, mixture.timesteps)
+        """The network's prediction at m, and what it costs if m is a sample of x, and if m is a sample of a."""
+        prediction = self.trained.predict(mixture.m, mixture.timesteps, mixture.cond)
+        return prediction, tuple(
+            self.trained.loss(prediction, origin.x0, mixture.m, origin.eps, origin.std, mixture.timesteps)
             for origin in (mixture.retain, mixture.forget)
         )
 

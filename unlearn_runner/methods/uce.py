@@ -65,7 +65,7 @@ class UCE(Method):
         anchor: the text that they are to be read as.
         preserved: texts that are to be read as before; None: the dataset's retain prompts and the empty one.
         tokens: of a text, "last": that of its last word, as the released code has it; "onwards": all that follow it,
-            too, to the end of what the text encoder answers, as that code had it at first. Each is read as the
+            too, to the end of what the text encoder returns, as that code had it at first. Each is read as the
             anchor's, counted from there.
         erase, preserve, ridge: how much a concept, a preserved text and a weight that moves count.
         rounds: how many times after the first one what still makes the concepts is looked for.

@@ -1,12 +1,12 @@
-"""Self-attention of small UNets on a CPU, faster on the way back than torch's own.
+"""Self-attention of small UNets on a CPU, faster in the backward pass than torch's own.
 
-torch's kernel for the CPU goes block by block, for long sequences and wide heads, and computes its weights again on the
-way back. A UNet of 28x28 pixels has 49 to 784 positions and, in diffusers, heads of 8 channels: there whole matrices of
-weights are faster, with channels before positions, in which matrix products of this shape take half the time. Measured
-in docs/benchmarks.md.
+torch's kernel for the CPU goes block by block, for long sequences and wide heads, and computes its weights again in
+the backward pass. A UNet of 28x28 pixels has 49 to 784 positions and, in diffusers, heads of 8 channels: there whole
+matrices of weights are faster, with channels before positions, in which matrix products of this shape take half the
+time. Measured in docs/benchmarks.md.
 
 # Notation (variable -> Attention Is All You Need, 1706.03762, equation 1; transposed)
-# query -> Q^T / sqrt(d_k);  key, value -> K^T, V^T;  weights -> softmax(Q K^T / sqrt(d_k));  answer -> (weights V)^T
+# query -> Q^T / sqrt(d_k);  key, value -> K^T, V^T;  weights -> softmax(Q K^T / sqrt(d_k));  output -> (weights V)^T
 """
 
 from collections.abc import Iterator
@@ -24,25 +24,25 @@ AT_ONCE = 2**23  # bytes of weights: heads are attended to in parts of this size
 class ChannelsFirstAttention(torch.autograd.Function):
     """softmax(query^T key) applied to value, with `b` heads of `d` channels, `q` and `k` positions.
 
-    The weights are computed again on the way back: kept, they would be most of a small network's memory.
+    The weights are computed again in the backward pass: kept, they would be most of a small network's memory.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Float[Tensor, "b d q"], key: Float[Tensor, "b d k"], value: Float[Tensor, "b d k"]
     ) -> Float[Tensor, "b d q"]:
-        answer = torch.empty_like(query)
-        for q, k, v, part in _parts(query, key, value, answer):
+        output = torch.empty_like(query)
+        for q, k, v, part in _parts(query, key, value, output):
             torch.bmm(v, _weights(q, k).transpose(1, 2), out=part)
-        ctx.save_for_backward(query, key, value, answer)
-        return answer
+        ctx.save_for_backward(query, key, value, output)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Float[Tensor, "b d q"]) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, answer = ctx.saved_tensors
+        query, key, value, output = ctx.saved_tensors
         over = tuple(map(torch.empty_like, (query, key, value)))
-        mean = (slope * answer).sum(1).unsqueeze(2)  # of the slope over the weights, under the weights
+        mean = (slope * output).sum(1).unsqueeze(2)  # of the slope over the weights, under the weights
         for q, k, v, part, average, over_q, over_k, over_v in _parts(query, key, value, slope, mean, *over):
             weights = _weights(q, k)
             over_products = torch.bmm(part.transpose(1, 2), v).sub_(average).mul_(weights)
@@ -87,10 +87,10 @@ class ChannelsFirstProcessor(AttnProcessor2_0):
             layer(positions).transpose(1, 2).reshape(b * attn.heads, -1, h * w)
             for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        answer = ChannelsFirstAttention.apply(query * attn.scale, key, value).view(b, -1, h * w)
+        output = ChannelsFirstAttention.apply(query * attn.scale, key, value).view(b, -1, h * w)
         for layer in attn.to_out:  # projection, dropout
-            answer = layer(answer.transpose(1, 2)).transpose(1, 2)
-        return (answer.reshape(b, c, h, w) + x) / attn.rescale_output_factor
+            output = layer(output.transpose(1, 2)).transpose(1, 2)
+        return (output.reshape(b, c, h, w) + x) / attn.rescale_output_factor
 
 
 def attend(unet: nn.Module, processor: AttnProcessor2_0) -> None:

@@ -43,7 +43,7 @@ class Critic(nn.Module):
         picture = F.normalize(self.tower(seen), dim=1)
         angles = level[:, None] * self.frequencies
         scale = texts.shape[1] ** 0.5  # entries of order one
-        told = torch.cat(
+        inputs = torch.cat(
             [picture * scale, texts * scale, picture * texts * scale**2, angles.sin(), angles.cos()], dim=1
         )
-        return torch.sigmoid(self.head(told).squeeze(1))
+        return torch.sigmoid(self.head(inputs).squeeze(1))

@@ -187,7 +187,7 @@ class Backbone(Part):
 class Diffusion(DiffusionModel):
     """Denoising diffusion or a flow, over pixels or latents (2006.11239, 2112.10752, 2210.02747).
 
-    Batches hold what the network denoises; only `encode` and `picture` cross between images and that. `guided` answers
+    Batches hold what the network denoises; only `encode` and `picture` cross between images and that. `guided` predicts
     uncond + guidance_scale (cond - uncond) (2207.12598).
     """
 
@@ -223,7 +223,7 @@ class Diffusion(DiffusionModel):
         return self.codec.sample_shape
 
     @property
-    def answer_shape(self) -> tuple[int, int, int]:
+    def prediction_shape(self) -> tuple[int, int, int]:
         return self.codec.sample_shape
 
     @property
@@ -334,7 +334,7 @@ class Diffusion(DiffusionModel):
 
     def loss(
         self,
-        answer: Float[Tensor, "b l i j"],
+        prediction: Float[Tensor, "b l i j"],
         x0: Float[Tensor, "b c h w"],
         m: Float[Tensor, "b l i j"],
         eps: Float[Tensor, "b l i j"],
@@ -343,8 +343,8 @@ class Diffusion(DiffusionModel):
     ) -> Float[Tensor, "b"]:
         """The squared error of what the network predicts, summed over pixels or a latent's entries."""
         if not self.path.wants_the_image:
-            return squared_error(answer, eps)  # which costs no pass through an encoder
-        return squared_error(answer, self.path.wanted(self.encode(x0), eps, timesteps))
+            return squared_error(prediction, eps)  # which costs no pass through an encoder
+        return squared_error(prediction, self.path.wanted(self.encode(x0), eps, timesteps))
 
     def thaw(self) -> None:
         """The backbone's network: images reach a codec only without a gradient, and prompts say what they said."""
@@ -376,7 +376,7 @@ class Diffusion(DiffusionModel):
             for x, part in first_noises(self, n, cond, generator, batch_size):
                 condition = self.backbone.conditions(part)
                 images.append(self.picture(denoise(self, scheduler, x, condition, generator)))
-        return torch.cat(images).contiguous()  # some convolutions answer in channels_last
+        return torch.cat(images).contiguous()  # some convolutions return channels_last
 
     @property
     def components(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class ClassTransformer(Backbone):
     """DiTTransformer2DModel. Conditions are class indices [b]; the index after the last class is no class, which
     guidance leads away from.
 
-    Where it learnt the variance of its steps, too, the half of its answer that tells it is left out: losses do not
+    Where it learnt the variance of its steps, too, the half of its prediction that tells it is left out: losses do not
     reach it, and no sampler here asks for it.
     """
 

@@ -98,8 +98,8 @@ def build_flux(
     """FLUX.1 (dev or schnell) that draws under the prompts `label_names`.
 
     `weights` is a folder or hub id of a FluxPipeline, which decides architecture and path; it is checked here and its
-    weights are read later, by `load`. `embedded_guidance` is what the network is told wherever it is asked, in losses
-    and in drawing: it answers as if it was guided, and there is no other guidance. `t5_tokens`: of a prompt (schnell's
+    weights are read later, by `load`. `embedded_guidance` is what the network receives wherever it is asked, in losses
+    and in drawing: it predicts as if it was guided, and there is no other guidance. `t5_tokens`: of a prompt (schnell's
     own: 256).
     """
     rules.prompts_for_texts(bool(label_names))

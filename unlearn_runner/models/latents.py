@@ -133,7 +133,7 @@ class Autoencoder(GenerativeModel):
         return (self.vae.config.latent_channels, *(side // pixels_a_side(self.vae) for side in self.image_shape[1:]))
 
     @property
-    def answer_shape(self) -> tuple[int, int, int]:
+    def prediction_shape(self) -> tuple[int, int, int]:
         return self.image_shape
 
     def noising(
@@ -159,7 +159,7 @@ class Autoencoder(GenerativeModel):
 
     def loss(
         self,
-        answer: Float[Tensor, "b c h w"],
+        prediction: Float[Tensor, "b c h w"],
         x0: Float[Tensor, "b c h w"],
         m: Float[Tensor, "b l i j"],
         eps: Float[Tensor, "b l i j"],
@@ -167,7 +167,7 @@ class Autoencoder(GenerativeModel):
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
         log_ratio = (m.square() - eps.square()) / 2 - std.log()  # log q(z|x0) - log p(z), entry by entry
-        return squared_error(answer, x0) + self.kl_weight * log_ratio.flatten(1).sum(1)
+        return squared_error(prediction, x0) + self.kl_weight * log_ratio.flatten(1).sum(1)
 
     @torch.inference_mode()
     def sample(

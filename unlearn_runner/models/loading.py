@@ -110,7 +110,7 @@ def require_kind(folder: Path, found: str | None, expected: str) -> None:
 
 
 def require_channels(unet: nn.Module, channels: int) -> None:
-    """Raise ConfigurationError unless a UNet sees noisy samples of so many channels, and answers with as many."""
+    """Raise ConfigurationError unless a UNet sees noisy samples of so many channels, and predicts as many."""
     into, out = unet.config.in_channels, unet.config.out_channels
     if into > channels:
         raise ConfigurationError(
@@ -121,7 +121,7 @@ def require_channels(unet: nn.Module, channels: int) -> None:
         raise ConfigurationError(f"its UNet turns {into} channels into {out}, the noisy samples have {channels}.")
     if out > channels:
         raise ConfigurationError(
-            f"its UNet answers {out} channels for {channels}: one that learnt the variance of its steps, too, cannot "
+            f"its UNet predicts {out} channels for {channels}: one that learnt the variance of its steps, too, cannot "
             "be unlearned here."
         )
 
@@ -153,7 +153,7 @@ def scheduler_in(folder: Path, flows: bool = False) -> "SchedulerMixin":
     if not bool(((own >= 0) & (own <= 1)).all()) or len(own) < 2 or own[-1] >= own[0]:
         raise ConfigurationError(f"{place} describes no schedule on which the noise grows from step to step.")
     if str(scheduler.config.get("variance_type")).startswith("learned"):
-        raise ConfigurationError(f"{place} asks for a learnt variance, which the network does not answer.")
+        raise ConfigurationError(f"{place} asks for a learnt variance, which the network does not predict.")
     return scheduler
 
 

@@ -41,16 +41,16 @@ class Noising(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a backbone is told besides x_t and t: rows of tensors, one for each sample; None where it reads none.
+    """What a backbone receives besides x_t and t: rows of tensors, one for each sample; None where it reads none.
 
-    Text-to-image models that are told more than one text encoder's states have more fields here.
+    Text-to-image models that receive more than one text encoder's states have more fields here.
     """
 
     label: Int64[Tensor, "b"] | None = None
     tokens: Float[Tensor, "b s d"] | None = None  # text encoders' hidden states
     pooled: Float[Tensor, "b e"] | None = None  # one vector of the whole text (SDXL)
     sizes: Float[Tensor, "b 6"] | None = None  # original, corner of the crop, drawn; height first (SDXL)
-    guidance: Float[Tensor, "b"] | None = None  # the scale that a network distilled with guidance is told (FLUX)
+    guidance: Float[Tensor, "b"] | None = None  # the scale that a network distilled with guidance receives (FLUX)
 
     def and_then(self, other: "Condition") -> "Condition":
         """These rows, and the other's after them."""
@@ -66,7 +66,7 @@ class GenerativeModel(nn.Module, ABC):
 
     image_shape: tuple[int, int, int]
     sample_shape: tuple[int, ...]  # of one image's m
-    answer_shape: tuple[int, int, int]  # of what `predict` answers to it
+    prediction_shape: tuple[int, int, int]  # of what `predict` returns for it
     num_labels: int | None
     num_train_timesteps: int  # noise levels; 1: the model knows one only, and its timestep is 0
     prompts: tuple[str, ...] | None = None  # the texts of its labels, if it can `embed` any text as a condition
@@ -81,7 +81,7 @@ class GenerativeModel(nn.Module, ABC):
     @property
     def num_entries(self) -> int:
         """How many numbers `loss` sums over: pixels, or entries of a latent."""
-        return math.prod(self.answer_shape)
+        return math.prod(self.prediction_shape)
 
     def fingerprint(self) -> str:
         """A hash of all that its samples and losses depend on, but for rounding: its weights and their precision, and
@@ -125,21 +125,21 @@ class GenerativeModel(nn.Module, ABC):
         timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | None,
     ) -> Float[Tensor, "b c h w"]:
-        """The network's answer to m. A timestep may lie between two of the schedule."""
+        """The network's prediction at m. A timestep may lie between two of the schedule."""
 
     @abstractmethod
     def loss(
         self,
-        answer: Float[Tensor, "b c h w"],
+        prediction: Float[Tensor, "b c h w"],
         x0: Float[Tensor, "b c h w"],
         m: Float[Tensor, "b ..."],
         eps: Float[Tensor, "b ..."],
         std: Float[Tensor, "b ..."],
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
-        """What the answer to m costs if m is a sample of x0, made by eps at standard deviation std; summed over pixels.
+        """The loss of the prediction at m if m is a sample of x0, made by eps at standard deviation std: a sum.
 
-        `answer` is that of `predict`. Any image may be asked about: SISS asks two about one m.
+        `prediction` is that of `predict`. Any image may be asked about: SISS asks two about one m.
         """
 
     @abstractmethod
@@ -194,7 +194,7 @@ class DiffusionModel(GenerativeModel):
         timesteps: Shaped[Tensor, "b"],
         cond: Shaped[Tensor, "b ..."] | Condition | None,
     ) -> Float[Tensor, "b c h w"]:
-        """The answer that sampling goes by: `predict`'s, with classifier-free guidance where the model has it."""
+        """The prediction that sampling goes by: `predict`'s, with classifier-free guidance where the model has it."""
 
     @abstractmethod
     def picture(self, x0: Float[Tensor, "b ..."]) -> Float[Tensor, "b c h w"]:
@@ -260,8 +260,8 @@ def predict_x0(
     guided: bool = False,
 ) -> Float[Tensor, "b c h w"]:
     """The network's guess of x0, whatever its parametrisation; `guided`: the one that sampling goes by."""
-    answer = (model.guided if guided else model.predict)(x_t, timesteps, cond)
-    return model.path.x0_of(answer, x_t, timesteps)
+    prediction = (model.guided if guided else model.predict)(x_t, timesteps, cond)
+    return model.path.x0_of(prediction, x_t, timesteps)
 
 
 def pipeline_name(source: str | Path) -> str | None:
@@ -290,7 +290,7 @@ def first_noises(
 
 
 def passed(model: GenerativeModel, network: Callable[..., Any], *rows: Tensor | None) -> Any:
-    """`network(*rows)` for a part of the model whose answer to a row depends on that row alone.
+    """`network(*rows)` for a part of the model whose output for a row depends on that row alone.
 
     In shares, if there are several processes, and as the model's `passes` say.
     """

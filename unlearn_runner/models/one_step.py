@@ -57,7 +57,7 @@ class OneStepPipeline(DiffusionPipeline):
         images = pipeline([1, 1, 7, 7], generator=torch.Generator().manual_seed(0))  # [4, c, h, w]
         images = pipeline(["a picture of a seven"])  # of a text-to-image model
 
-    The parts are diffusers' and load alone, too. `timestep`: the noise level that the network is told.
+    The parts are diffusers' and load alone, too. `timestep`: the noise level that the network receives.
     """
 
     _optional_components: ClassVar = ["unet", "transformer", "vae", *TEXT_PARTS]
@@ -147,8 +147,8 @@ class OneStep(GenerativeModel):
         return self.network.sample_shape
 
     @property
-    def answer_shape(self) -> tuple[int, int, int]:
-        return self.network.answer_shape
+    def prediction_shape(self) -> tuple[int, int, int]:
+        return self.network.prediction_shape
 
     @property
     def num_labels(self) -> int | None:
@@ -191,15 +191,15 @@ class OneStep(GenerativeModel):
 
     def loss(
         self,
-        answer: Float[Tensor, "b c h w"],
+        prediction: Float[Tensor, "b c h w"],
         x0: Float[Tensor, "b c h w"],
         m: Float[Tensor, "b c h w"],
         eps: Float[Tensor, "b c h w"],
         std: Float[Tensor, "b 1 1 1"],
         timesteps: Int64[Tensor, "b"],
     ) -> Float[Tensor, "b"]:
-        """||answer - x0||^2. No bound on a likelihood: which noise an image belongs to is not known."""
-        return squared_error(answer, self.network.noising(x0, timesteps, None).center)
+        """||prediction - x0||^2. No bound on a likelihood: which noise an image belongs to is not known."""
+        return squared_error(prediction, self.network.noising(x0, timesteps, None).center)
 
     @torch.inference_mode()
     def sample(

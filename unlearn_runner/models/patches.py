@@ -43,7 +43,7 @@ ORIGINAL = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
 class Patch(NamedTuple):
     """What is to be put in the place of a part of the base."""
 
-    told: str  # of which networks how many tensors
+    summary: str  # of which networks how many tensors
     apply: Callable[[], None]
 
 
@@ -90,8 +90,8 @@ def _named_by_config(model: Diffusion, place: Path) -> dict[str, nn.Module]:
 def _of_folder(networks: Mapping[str, nn.Module], place: Path) -> Patch:
     check_architecture(networks, place)
     check_weights(networks, place)
-    told = ", ".join(f"all tensors of {name}" for name in networks)
-    return Patch(told, lambda: load_weights(networks, place))
+    summary = ", ".join(f"all tensors of {name}" for name in networks)
+    return Patch(summary, lambda: load_weights(networks, place))
 
 
 def _of_file(model: Diffusion, file: Path) -> Patch:

@@ -1,12 +1,12 @@
 """Probability paths: how an image becomes noise, what a network may predict on the way, and the step back.
 
 A `Path` is made of a schedule, which says how much of the image and of noise there is in x_t = scale x0 + std eps, and
-of a prediction, which says what the network answers. Everything else of the runner asks the path.
+of a prediction, which says what the network predicts. Everything else of the runner asks the path.
 
 # Notation (variable -> papers)
 # scale, std -> gamma_t, sigma_t of a variance-preserving diffusion (2006.11239); 1 - t, t of a flow (2210.02747)
 # ratio, added -> x_t = ratio x_s + sqrt(added) eps, what noise is added from s to t
-# answer -> eps_theta, v_theta (2202.00512, section 4), or the velocity u_theta = eps - x0 of a flow
+# prediction -> eps_theta, v_theta (2202.00512, section 4), or the velocity u_theta = eps - x0 of a flow
 """
 
 import math
@@ -58,18 +58,18 @@ class Gaussian(NamedTuple):
 
 
 class Prediction(ABC):
-    """What a network answers to x_t, and what that says of the noise and of the image."""
+    """What a network predicts at x_t, and what that says of the noise and of the image."""
 
     @abstractmethod
     def wanted(self, x0: Images, eps: Images, at: Amplitudes) -> Images:
-        """What it should answer."""
+        """What it should predict."""
 
     @abstractmethod
-    def noise(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
+    def noise(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
         """eps_pred."""
 
     @abstractmethod
-    def image(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
+    def image(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
         """x0_pred; not cut to [-1, 1]."""
 
 
@@ -80,11 +80,11 @@ class Epsilon(Prediction):
     def wanted(self, x0: Images, eps: Images, at: Amplitudes) -> Images:
         return eps
 
-    def noise(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
-        return answer
+    def noise(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
+        return prediction
 
-    def image(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
-        return (x_t - at.std * answer) / at.scale
+    def image(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
+        return (x_t - at.std * prediction) / at.scale
 
 
 @final
@@ -94,11 +94,11 @@ class V(Prediction):
     def wanted(self, x0: Images, eps: Images, at: Amplitudes) -> Images:
         return at.scale * eps - at.std * x0
 
-    def noise(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
-        return at.scale * answer + at.std * x_t
+    def noise(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
+        return at.scale * prediction + at.std * x_t
 
-    def image(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
-        return at.scale * x_t - at.std * answer
+    def image(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
+        return at.scale * x_t - at.std * prediction
 
 
 @final
@@ -108,11 +108,11 @@ class Velocity(Prediction):
     def wanted(self, x0: Images, eps: Images, at: Amplitudes) -> Images:
         return eps - x0
 
-    def noise(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
-        return x_t + at.scale * answer
+    def noise(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
+        return x_t + at.scale * prediction
 
-    def image(self, answer: Images, x_t: Images, at: Amplitudes) -> Images:
-        return x_t - at.std * answer
+    def image(self, prediction: Images, x_t: Images, at: Amplitudes) -> Images:
+        return x_t - at.std * prediction
 
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": Epsilon(), "v_prediction": V(), "flow": Velocity()}
@@ -156,7 +156,7 @@ class ProbabilityFlow(ABC):
         """Where the network is asked; between two timesteps of the schedule."""
 
     @abstractmethod
-    def drift(self, answer: Images, x: Images, u: float) -> Drift: ...
+    def drift(self, prediction: Images, x: Images, u: float) -> Drift: ...
 
 
 class Schedule(nn.Module, ABC):
@@ -178,7 +178,7 @@ class Schedule(nn.Module, ABC):
 
     @abstractmethod
     def network_time(self, timesteps: Shaped[Tensor, "b"]) -> Shaped[Tensor, "b"]:
-        """What the network is told of timesteps, which may lie between two."""
+        """What the network receives for timesteps, which may lie between two."""
 
     @abstractmethod
     def magnitude(self, timesteps: Int64[Tensor, "b"]) -> Along | float:
@@ -242,9 +242,9 @@ class VariancePreservingFlow(ProbabilityFlow):
     def timestep(self, u: float) -> float:
         return float(np.interp(u, self.log_ratios, np.arange(len(self.log_ratios))))
 
-    def drift(self, answer: Images, x: Images, u: float) -> Drift:
+    def drift(self, prediction: Images, x: Images, u: float) -> Drift:
         scale, std = 1 / math.sqrt(1 + math.exp(2 * u)), 1 / math.sqrt(1 + math.exp(-2 * u))
-        eps = self.noise(answer, x, Amplitudes(*(x.new_full((1, 1, 1, 1), part) for part in (scale, std))))
+        eps = self.noise(prediction, x, Amplitudes(*(x.new_full((1, 1, 1, 1), part) for part in (scale, std))))
         return Drift(std * (eps.detach() - std * x.detach()), eps, std, -(std**2))
 
 
@@ -258,7 +258,7 @@ class Straight(Schedule):
     """scale = 1 - t, std = t (flow matching, 2210.02747; rectified flow, 2209.03003), at T timesteps.
 
     They are even in s = (timestep + 1) / T, and t = shift s / (1 + (shift - 1) s): above 1 `shift` draws and trains at
-    more noise (2403.03206, section 5.3.2, alpha). The last timestep is pure noise. The network is told t T, as
+    more noise (2403.03206, section 5.3.2, alpha). The last timestep is pure noise. The network receives t T, as
     diffusers' FlowMatchEulerDiscreteScheduler tells it.
     """
 
@@ -304,7 +304,7 @@ class Straight(Schedule):
 
 @final
 class StraightFlow(ProbabilityFlow):
-    """In u = t: dx/dt is the network's answer."""
+    """In u = t: dx/dt is the network's prediction."""
 
     end = 1.0
 
@@ -316,8 +316,8 @@ class StraightFlow(ProbabilityFlow):
     def timestep(self, u: float) -> float:
         return shifted(u, 1 / self.shift) * self.count - 1
 
-    def drift(self, answer: Images, x: Images, u: float) -> Drift:
-        return Drift(answer.detach(), answer, 1.0, 0.0)
+    def drift(self, prediction: Images, x: Images, u: float) -> Drift:
+        return Drift(prediction.detach(), prediction, 1.0, 0.0)
 
 
 # 3. Both together
@@ -356,7 +356,7 @@ class Path(nn.Module):
         return self.schedule.amplitudes(timesteps)
 
     def wanted(self, x0: Images, eps: Images, timesteps: Int64[Tensor, "b"]) -> Images:
-        """What the network should answer to the x_t made of x0 and eps."""
+        """What the network should predict at the x_t made of x0 and eps."""
         return self.prediction.wanted(x0, eps, self.amplitudes(timesteps))
 
     @property
@@ -364,13 +364,13 @@ class Path(nn.Module):
         """Whether `wanted` depends on x0."""
         return self.prediction_type != "epsilon"
 
-    def noise_of(self, answer: Images, x_t: Images, timesteps: Int64[Tensor, "b"]) -> Images:
-        """eps_pred from the network's answer, whatever it predicts."""
-        return self.prediction.noise(answer, x_t, self.amplitudes(timesteps))
+    def noise_of(self, prediction: Images, x_t: Images, timesteps: Int64[Tensor, "b"]) -> Images:
+        """eps_pred from the network's prediction, whatever it predicts."""
+        return self.prediction.noise(prediction, x_t, self.amplitudes(timesteps))
 
-    def x0_of(self, answer: Images, x_t: Images, timesteps: Int64[Tensor, "b"]) -> Images:
-        """x0_pred from the network's answer; not cut to [-1, 1]."""
-        return self.prediction.image(answer, x_t, self.amplitudes(timesteps))
+    def x0_of(self, prediction: Images, x_t: Images, timesteps: Int64[Tensor, "b"]) -> Images:
+        """x0_pred from the network's prediction; not cut to [-1, 1]."""
+        return self.prediction.image(prediction, x_t, self.amplitudes(timesteps))
 
     def transition(self, earlier: Int64[Tensor, "b"], later: Int64[Tensor, "b"]) -> tuple[Along, Along]:
         """ratio and added of q(x_later | x_earlier) = N(ratio x_earlier, added), there being more noise in x_later."""
@@ -385,13 +385,13 @@ class Path(nn.Module):
     def step(
         self,
         x_t: Images,
-        answer: Images,
+        prediction: Images,
         t: Int64[Tensor, "b"],
         t_next: Int64[Tensor, "b"],
         eta: float,
         clips: bool = False,
     ) -> Gaussian:
-        """What follows x_t at the less noisy t_next, by the network's answer (DDIM, 2010.02502, equations 12 and 16).
+        """What follows x_t at the less noisy t_next, by the network's prediction (DDIM, 2010.02502, equations 12, 16).
 
         eta 0 is deterministic: DDIM, and on a flow Euler's step on dx/dt = v. eta 1 draws from the posterior
         q(x_next | x_t, x0_pred): DDPM; with small steps on a flow it is the SDE of Flow-GRPO (2505.05470) with
@@ -401,7 +401,7 @@ class Path(nn.Module):
         here = self.amplitudes(t)
         scale_next, std_next = self.amplitudes(t_next)
         _, added = self.transition(t_next, t)
-        x0_pred, eps_pred = self.prediction.image(answer, x_t, here), self.prediction.noise(answer, x_t, here)
+        x0_pred, eps_pred = self.prediction.image(prediction, x_t, here), self.prediction.noise(prediction, x_t, here)
         if clips:
             x0_pred = x0_pred.clamp(-1, 1)
             eps_pred = (x_t - here.scale * x0_pred) / here.std

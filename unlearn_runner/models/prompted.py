@@ -48,7 +48,7 @@ def _call_flux(transformer: nn.Module, x_t: Tensor, time: Tensor, condition: Con
     b, c, h, w = (*x_t.shape[:2], x_t.shape[2] // 2, x_t.shape[3] // 2)
     rows, columns = (torch.arange(side, dtype=x_t.dtype, device=x_t.device) for side in (h, w))
     places = torch.cartesian_prod(x_t.new_zeros(1), rows, columns)
-    answer = transformer(
+    prediction = transformer(
         x_t.reshape(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c),
         timestep=time / 1000,  # which the network multiplies by 1,000 again
         guidance=condition.guidance,
@@ -58,7 +58,7 @@ def _call_flux(transformer: nn.Module, x_t: Tensor, time: Tensor, condition: Con
         img_ids=places,
         return_dict=False,
     )[0]
-    return answer.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
+    return prediction.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
 
 
 UNET = NetworkKind(  # UNet2DConditionModel
@@ -301,7 +301,7 @@ def text_to_image(
     return Diffusion(backbone, Latents(parts.vae, image_shape), parts.scheduler, guidance_scale)
 
 
-def require_told_apart(model: Diffusion, labels: Labels) -> None:
+def require_distinguished(model: Diffusion, labels: Labels) -> None:
     """Raise ConfigurationError if the text encoder reads a prompt to forget and one to retain as the same tokens."""
     rows = [tuple(row) for row in model.backbone.texts.tokens(model.prompts).tolist()]
     kept = {rows[label]: label for label in labels.retain}

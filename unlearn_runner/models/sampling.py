@@ -57,13 +57,13 @@ class PathSampler:
 
     def step(
         self,
-        answer: Float[Tensor, "b c h w"],
+        prediction: Float[Tensor, "b c h w"],
         t: Int64[Tensor, ""],
         x_t: Float[Tensor, "b c h w"],
         generator: torch.Generator,
     ) -> Stepped:
         now, then = (x_t.new_full((len(x_t),), time, dtype=torch.int64) for time in (int(t), self.after[int(t)]))
-        after = self.path.step(x_t, answer, now, then, self.eta, self.clips)
+        after = self.path.step(x_t, prediction, now, then, self.eta, self.clips)
         if self.eta == 0:
             return Stepped(after.mean)
         return Stepped(after.sample(torch.randn(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)))
@@ -85,8 +85,8 @@ def denoise(
 ) -> Float[Tensor, "b c h w"]:
     """The x0 that the sampler makes of the noise x."""
     for t in scheduler.timesteps:
-        answer = model.guided(x, t.to(x.device).expand(len(x)), cond)
-        x = scheduler.step(answer, t, x, generator=generator).prev_sample
+        prediction = model.guided(x, t.to(x.device).expand(len(x)), cond)
+        x = scheduler.step(prediction, t, x, generator=generator).prev_sample
     return x
 
 

@@ -76,7 +76,7 @@ class Texts(Part):
 
     @abstractmethod
     def embed(self, prompts: Sequence[str]) -> Float[Tensor, "n s d"]:
-        """What the network is told of any texts, packed."""
+        """What the network receives of any texts, packed."""
 
     @abstractmethod
     def empty(self) -> Float[Tensor, "1 s d"]:

@@ -136,7 +136,7 @@ class VAE(GenerativeModel):
         return (self.vae.config.latent_size,)
 
     @property
-    def answer_shape(self) -> tuple[int, int, int]:
+    def prediction_shape(self) -> tuple[int, int, int]:
         return self.image_shape
 
     @property
@@ -173,7 +173,7 @@ class VAE(GenerativeModel):
 
     def loss(
         self,
-        answer: Float[Tensor, "b c h w"],
+        prediction: Float[Tensor, "b c h w"],
         x0: Float[Tensor, "b c h w"],
         m: Float[Tensor, "b latent"],
         eps: Float[Tensor, "b latent"],
@@ -187,7 +187,7 @@ class VAE(GenerativeModel):
         log_posterior = -(eps.square() / 2 + std.log()).sum(1)
         log_prior = -(m.square() / 2).sum(1)
         log_sigma = self.vae.log_sigma
-        nats = ((x0 - answer) / log_sigma.exp()).square() / 2 + log_sigma + 0.5 * math.log(2 * math.pi)
+        nats = ((x0 - prediction) / log_sigma.exp()).square() / 2 + log_sigma + 0.5 * math.log(2 * math.pi)
         return log_posterior - log_prior + nats.flatten(1).sum(1)
 
     @torch.inference_mode()

@@ -189,20 +189,20 @@ def doubts_of(evaluator: Evaluator) -> list[str]:
     doubts = evaluator.judge.doubts()
     if doubts and evaluator.spec.content_names == BY_NAME:
         return [
-            "The judge cannot tell the images to forget from the others, which are of the same kind: copy_rate, mia_auc "
-            "and nll_forget (evaluation=instances) say whether they are forgotten, not forget_rate."
+            "The judge cannot tell the images to forget from the others, which are of the same kind: copy_rate, "
+            "mia_auc and nll_forget (evaluation=instances) say whether they are forgotten, not forget_rate."
         ]
     return doubts
 
 
 def rubble_in(scores: dict[str, float], base: dict[str, float]) -> str | None:
     """A sentence where much of what is drawn instead of the forgotten content is like no real image: more than the base
-    draws anyhow; and where the base draws so much of it that this cannot be told.
+    draws anyhow; and where the base draws so much of it that this cannot be known.
     """
     nothing, usual = scores.get("nothing_rate", 0.0), next((base[key] for key in USUAL if key in base), 0.0)
     if nothing and hides_rubble(usual):
         return (
-            f"WARNING: {usual:.0%} of what the base draws is like no real image, so it cannot be told whether the "
+            f"WARNING: {usual:.0%} of what the base draws is like no real image, so it cannot be known whether the "
             "unlearned model draws rubble; look at samples/after.png."
         )
     if not is_rubble(nothing, usual):

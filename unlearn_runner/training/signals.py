@@ -20,7 +20,7 @@ class Interrupts:
     """Within `with interrupts:` the signals raise Interrupted; within `shield()` they wait for its end.
 
     So Interrupted finds the run's state whole. A second signal during a shield, more than two seconds after the first,
-    raises a plain KeyboardInterrupt. Within functions that `protect` was told of none raises anything. A SIGHUP that
+    raises a plain KeyboardInterrupt. Within functions that `protect` was given none raises anything. A SIGHUP that
     nohup has turned off stays so. Several processes, which may be a step apart when a signal comes, take it at the end
     of the same shield.
     """

@@ -280,8 +280,8 @@ class Trainer:
         due = self._is_due(self.plan.evaluate_every) and self._evaluated_at < self.clock.step
         if not self.done and not due:
             return
-        told = [listener for listener in self.listeners.values() if listener.evaluate or listener.finish]
-        states = [listener.state for listener in told if listener.state is not None]
+        evaluating = [listener for listener in self.listeners.values() if listener.evaluate or listener.finish]
+        states = [listener.state for listener in evaluating if listener.state is not None]
         before, evaluated_at = [state.state_dict() for state in states], self._evaluated_at
         try:
             if self.done:
