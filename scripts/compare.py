@@ -21,6 +21,7 @@ from rich.console import Console
 
 from unlearn_runner.comparison.choices import Parser
 from unlearn_runner.comparison.comparison import Comparison, Table, Wanted, compare
+from unlearn_runner.comparison.packs import SUFFIX, pack, with_packs
 from unlearn_runner.comparison.render import (
     INTERVALS,
     MEANS,
@@ -46,7 +47,7 @@ BROKEN_PIPE = 141  # what a shell says of a command that SIGPIPE ended
 def parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, or a folder with runs below it")
+    add("folders", nargs="+", type=Path, metavar="FOLDER", help="a run, one with runs below it, or a file of runs")
     add("--sort", metavar="METRIC", help="best first by this metric, or 'label' (default: forget_rate)")
     add("--metrics", nargs="+", metavar="METRIC", help="the columns, any keys of summary.json (default: headlines)")
     add("--all", action="store_true", help="all columns; exports have them anyway")
@@ -64,11 +65,15 @@ def parser() -> Parser:
     )  # fmt: skip
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print a line for each table, row and metric")
+    add("--means", action="store_true", help="with --markdown: means alone, without intervals, a line for each row")
     form.add_argument("--latex", action="store_true", help="print tables for booktabs")
     form.add_argument(
         "--markdown", action="store_true",
         help="print Markdown, a line for each metric, or for each row if these are more",
     )  # fmt: skip
+    add(
+        "--pack", type=Path, metavar="FILE", help=f"also write all runs into one file (*{SUFFIX}) that compare.py reads"
+    )
     add("--html", type=Path, metavar="FILE", help="also write the whole comparison as one page that needs no network")
     add("--grid", type=Path, metavar="FILE", help="also write a PNG of everyone's samples")
     add("--curves", type=Path, metavar="FILE", help="also write a PNG of forgetting over the steps")
@@ -90,7 +95,11 @@ def share(said: str) -> float:
 def main() -> None:
     arguments = parser().parse_args()
     try:
-        for file in filter(None, (arguments.html, arguments.grid, arguments.curves)):
+        if arguments.means and not arguments.markdown:
+            raise ConfigurationError("--means is of --markdown; give both.")
+        if arguments.pack and arguments.pack.suffix != SUFFIX:
+            raise ConfigurationError(f"--pack {arguments.pack}: a file of runs is called *{SUFFIX}.")
+        for file in filter(None, (arguments.html, arguments.grid, arguments.curves, arguments.pack)):
             if not file.parent.is_dir():
                 raise ConfigurationError(f"{file} cannot be written: there is no folder {file.parent}.")
             if file.is_dir():
@@ -111,8 +120,8 @@ def main() -> None:
                 sys.stdout.writelines(lines.splitlines(keepends=True))  # Python passes over a pipe that closes in one
             elif exported:
                 for table in comparison.tables:
-                    print(latex_of(table) if arguments.latex else markdown_of(table))
-                if arguments.markdown:
+                    print(latex_of(table) if arguments.latex else markdown_of(table, arguments.means))
+                if arguments.markdown and not arguments.means:
                     print(f"{INTERVALS}{'' if arguments.no_marks else '; **bold**: best'}.")
             else:
                 show(comparison, arguments, console)
@@ -134,6 +143,7 @@ def main() -> None:
 
 def read(folders: list[Path]) -> Found:
     """The runs below the folders. Raises ConfigurationError if a folder is not there or no run is finished."""
+    folders = with_packs(folders)
     for folder in folders:
         if folder.exists() and not folder.is_dir():
             raise ConfigurationError(f"{folder} is a file; give the folder of a run, or one with runs below it.")
@@ -148,10 +158,10 @@ def read(folders: list[Path]) -> Found:
     return found
 
 
-def markdown_of(table: Table) -> str:
+def markdown_of(table: Table, means: bool) -> str:
     title = f"**{markdown_escaped(table.title)}**\n\n" if table.title else ""
-    said = "".join(f"\n{words}\n" for words in spread_of_oracles(table.rows))
-    return f"{title}{markdown(table.rows, table.columns, table.cells, table.title_of)}\n{said}"
+    said = "" if means else "".join(f"\n{words}\n" for words in spread_of_oracles(table.rows))
+    return f"{title}{markdown(table.rows, table.columns, table.cells, table.title_of, means)}\n{said}"
 
 
 def latex_of(table: Table) -> str:
@@ -216,6 +226,9 @@ def write(
             console.print(remark)
         arguments.html.write_text(page, encoding="utf-8")
         console.print(f"The comparison as a page: {arguments.html}")
+    if arguments.pack:
+        pack(found.runs, arguments.pack)
+        console.print(f"{len(found.runs)} runs in one file: {arguments.pack}")
     table = comparison.tables[0]
     if arguments.grid:
         from unlearn_runner.comparison.pictures import pictures_of, side_by_side

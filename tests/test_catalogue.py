@@ -27,15 +27,17 @@ from unlearn_runner.catalogue import (
     z_of,
 )
 from unlearn_runner.comparison.columns import better, key_of
+from unlearn_runner.comparison.packs import runs_in
 from unlearn_runner.comparison.verdicts import QUESTIONS
 
 
 def published():
     """The keys of all published summaries, those of base and oracle as those of the unlearned model."""
-    for path in (ROOT / "docs" / "runs").glob("*/*/summary.json"):
-        for key, value in json.loads(path.read_text())["metrics"].items():
-            prefix, _, rest = key.partition("/")
-            yield rest if prefix in ("eval", "base", "oracle") else key, value
+    for file in (ROOT / "docs" / "runs").iterdir():
+        for _, texts in runs_in(file):
+            for key, value in json.loads(texts["summary.json"])["metrics"].items():
+                prefix, _, rest = key.partition("/")
+                yield rest if prefix in ("eval", "base", "oracle") else key, value
 
 
 def test_z_is_the_distance_in_standard_deviations_of_several_oracles():

@@ -18,6 +18,7 @@ from trainers import CPU, build_trainer, flat_state, make
 
 from unlearn_runner.assembly import build_method, build_network
 from unlearn_runner.cache import digest
+from unlearn_runner.comparison.packs import runs_in
 from unlearn_runner.data.digits import Digits
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.evaluator import require_enough_samples
@@ -314,20 +315,19 @@ def test_published_models_spare_an_experiment_its_training(composed, digits, tmp
 BEFORE_ABSTAINING = pytest.mark.xfail(strict=True, reason="made before the judge could abstain: to be made again")
 PUBLISHED = []
 for path in sorted((ROOT / "docs" / "runs").iterdir()):
-    published = [file.read_text() for file in path.glob("siss*_0/summary.json")]
-    old = published and not any("eval/nothing_rate" in text for text in published)
-    PUBLISHED.append(pytest.param(path.name, marks=BEFORE_ABSTAINING if old else ()))
+    of_siss = [texts for name, texts in runs_in(path) if re.fullmatch(r"siss.*_0", name)]
+    old = of_siss and not any("eval/nothing_rate" in texts["summary.json"] for texts in of_siss)
+    PUBLISHED.append(pytest.param(path.stem, of_siss, marks=BEFORE_ABSTAINING if old else (), id=path.stem))
 
 
-@pytest.mark.parametrize("experiment", PUBLISHED)
-def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment):
+@pytest.mark.parametrize("experiment, of_siss", PUBLISHED)
+def test_runs_of_today_are_measured_like_the_published_ones(composed, experiment, of_siss):
     """Or compare.py would refuse to put a user's method beside them."""
-    paths = list((ROOT / "docs" / "runs" / experiment).glob("siss*_0/summary.json"))
     # runs that are older than others of their experiment stand in a table of their own, and results.md says so
-    todays = [path for path in paths if "eval/nothing_rate" in path.read_text()]
-    for path in todays or paths:
-        published = json.loads(path.read_text())["provenance"]["evaluation"]
-        chosen = yaml.safe_load((path.parent / "config.yaml").read_text())["choices"]["experiment"]
+    todays = [texts for texts in of_siss if "eval/nothing_rate" in texts["summary.json"]]
+    for texts in todays or of_siss:
+        published = json.loads(texts["summary.json"])["provenance"]["evaluation"]
+        chosen = yaml.safe_load(texts["config.yaml"])["choices"]["experiment"]
         cfg = composed(f"experiment={chosen}", debug=False)
         shape = (3, 32, 32) if "cifar10" in experiment else (1, 28, 28)
         network = make(cfg["model"]["network"], image_shape=shape, label_names=names(10), seed=0)

@@ -109,6 +109,7 @@ def compare(runs: Any, metrics: Sequence[str] = ()) -> "pandas.DataFrame":
 
     from unlearn_runner.comparison.comparison import Wanted
     from unlearn_runner.comparison.comparison import compare as tables_of
+    from unlearn_runner.comparison.packs import with_packs
     from unlearn_runner.comparison.runs import read_runs
     from unlearn_runner.comparison.statistics import TESTS
 
@@ -117,7 +118,7 @@ def compare(runs: Any, metrics: Sequence[str] = ()) -> "pandas.DataFrame":
         raise ConfigurationError("compare: give one or more runs.")
     if None in folders:
         raise ConfigurationError("compare: a result without a folder; give forget(..., folder=...) one to be kept.")
-    found = read_runs(folders)
+    found = read_runs(with_packs(folders))
     if not found.runs:
         why = "; ".join([f"{part.folder}: {part.why}" for part in found.apart] + found.remarks)
         raise ConfigurationError(f"compare: there is no finished run ({why}).")

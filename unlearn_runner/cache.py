@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unlearn_runner.distributed import from_first, own_copy
 from unlearn_runner.errors import ConfigurationError, first_line, writing
+from unlearn_runner.schema import file_digest
 
 KEY, DIGESTS = "key.json", "manifest.json"
 DIGESTS_VERSION = 1
@@ -36,15 +37,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def cached(

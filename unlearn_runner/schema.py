@@ -4,6 +4,7 @@ readers of runs start at once.
 A version goes up when a reader of the older one would misread the newer; new keys alone do not raise it.
 """
 
+import hashlib
 import stat
 from pathlib import Path
 
@@ -17,6 +18,15 @@ YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Bounds of what is read of others' folders: bytes of a file, values of a config.yaml with its aliases written out.
 LARGEST = {"summary.json": 50_000_000, "config.yaml": 2_000_000, "metrics.jsonl": 1_000_000_000}
 MOST_VALUES = 100_000
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def bounded_text(path: Path) -> str:

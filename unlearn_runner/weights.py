@@ -220,6 +220,6 @@ def _digest_of_file(path: Path) -> str:
 @lru_cache(maxsize=1024)
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
     """Once for each state of a file: a network's weights are gigabytes."""
-    from unlearn_runner.cache import file_digest
+    from unlearn_runner.schema import file_digest
 
     return file_digest(path)

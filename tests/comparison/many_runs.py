@@ -8,15 +8,16 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from unlearn_runner.comparison.packs import runs_in
+
 ROOT = Path(__file__).parents[2]
 METRICS = ("loss/retain", "loss/forget", "grad_norm/retain", "grad_norm/forget", "lambda/value", "weights/ess_retain")
 
 
 def make_runs(folder: Path, labels: int, seeds: int, steps: int) -> None:
     """`labels` times `seeds` runs with a published run's config and summary, changed at random, and grids of noise."""
-    published = ROOT / "docs" / "runs" / "digits_trousers" / "siss_0"
-    config = yaml.safe_load((published / "config.yaml").read_text())
-    summary = json.loads((published / "summary.json").read_text())
+    published = dict(runs_in(ROOT / "docs" / "runs" / "digits_trousers.parquet"))["siss_0"]
+    config, summary = yaml.safe_load(published["config.yaml"]), json.loads(published["summary.json"])
     for label in range(labels):
         for seed in range(seeds):
             random = np.random.default_rng([label, seed])

@@ -283,8 +283,9 @@ def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path):
         ("scaling", ["--steps", "x"], "invalid int value: 'x'"),
         ("scaling", ["--markdown", "."], "cannot be written: it is a folder"),
         ("compare", [ROOT / "train.py"], "train.py is a file; give the folder of a run"),
+        ("compare", [ROOT / "docs" / "runs", "--pack", "runs.json"], "a file of runs is called *.parquet"),
         ("compare", [], "the following arguments are required: FOLDER"),
-        ("compare", [ROOT / "docs" / "runs" / "digits_trousers", "--html", ROOT], "it is a folder"),
+        ("compare", [ROOT / "docs" / "runs" / "digits_trousers.parquet", "--html", ROOT], "it is a folder"),
     ],
 )
 def test_mistakes_get_one_sentence_from_every_script(name, arguments, said):

@@ -235,7 +235,7 @@ def test_numbers_are_short():
 
 
 def test_the_command_makes_the_run_again(tmp_path):
-    here = command_of(ROOT / "docs" / "runs" / "digits_trousers" / "siss_0")
-    assert here == "python train.py --config-path docs/runs/digits_trousers/siss_0 --config-name config"
+    here = command_of(ROOT / "outputs" / "siss_0")
+    assert here == "python train.py --config-path outputs/siss_0 --config-name config"
     odd = tmp_path / "it's a run"
     assert shlex.split(command_of(odd))[3] == str(odd)

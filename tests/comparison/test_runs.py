@@ -5,7 +5,9 @@ import json
 import pytest
 from run_folders import changed, make_run
 
+from unlearn_runner.comparison.packs import pack, runs_in, unpacked, with_packs
 from unlearn_runner.comparison.runs import read_runs
+from unlearn_runner.errors import ConfigurationError
 
 
 def test_runs_are_read_wherever_they_lie_and_once(tmp_path):
@@ -142,3 +144,42 @@ def test_a_summary_without_a_version_is_the_first(tmp_path):
     del content["version"]
     (folder / "summary.json").write_text(json.dumps(content))
     assert read_runs([tmp_path]).runs[0].version == 1
+
+
+def test_a_pack_holds_what_its_runs_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARN_RUNNER_CACHE", str(tmp_path / "cache"))
+    lines = [{"step": 1, "lambda/value": 0.3}]
+    for seed in (0, 1):
+        make_run(tmp_path / "a", "siss", seed, {"eval/forget_rate": 0.5 * seed}, lines=lines)
+    make_run(tmp_path / "b", "siss", 1, {"eval/forget_rate": 0.7}, config={"label": "other"})
+    found = read_runs([tmp_path / "a", tmp_path / "b"]).runs
+    pack(found, tmp_path / "packs.parquet")
+    again = read_runs(with_packs([tmp_path / "packs.parquet"])).runs
+    assert sorted((run.label, run.seed, run.metrics["eval/forget_rate"]) for run in again) == [
+        ("other", 1, 0.7), ("siss", 0, 0.0), ("siss", 1, 0.5),
+    ]  # fmt: skip
+    assert len({run.folder.name for run in again}) == 3, "two of one name"
+    first = next(run for run in again if run.seed == 0)
+    assert [json.loads(line) for line in (first.folder / "metrics.jsonl").read_text().splitlines()][-1] == lines[-1]
+    assert {run.facts == first.facts for run in again if run.label == "siss"} == {True}
+    assert unpacked(tmp_path / "packs.parquet").parents[2] == tmp_path / "cache"
+    assert with_packs([tmp_path])[0].is_relative_to(tmp_path / "cache"), "in a folder of packs"
+    pack(found, tmp_path / "short.parquet", logs=False)
+    assert all("metrics.jsonl" not in texts for _, texts in runs_in(tmp_path / "short.parquet"))
+
+
+def test_what_is_no_pack_is_refused(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setenv("UNLEARN_RUNNER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.parquet").write_text("nothing")
+    others = {"other": {"a": ["b"]}, "outside": {"run": ["../x"], "config": ["a"], "summary": ["b"], "log": [None]}}
+    for name, columns in others.items():
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    for name, sentence in (
+        ("text", "expected a file of runs"), ("other", "expected a file of runs"), ("outside", "has the name '../x'"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=sentence):
+            unpacked(tmp_path / f"{name}.parquet")
+    assert not list((tmp_path / "cache").glob("packs/*/*"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unlearn_runner.cache import file_digest
 from unlearn_runner.data.request import Request, near_duplicates
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.schema import file_digest
 
 
 def picture(seed: int, size=(16, 16)) -> Image.Image:

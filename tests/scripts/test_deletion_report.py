@@ -14,7 +14,7 @@ from PIL import Image
 from unlearn_runner.comparison import request_report
 from unlearn_runner.comparison.request_report import in_words, prose
 from unlearn_runner.spec import BY_NAME
-from unlearn_runner.training.recorder import doubts_of
+from unlearn_runner.training.recorder import in_context
 
 
 @pytest.fixture
@@ -65,13 +65,10 @@ def test_the_report(ran, capsys):
 
 
 def test_a_judge_that_cannot_tell_the_images_is_no_fault():
-    from types import SimpleNamespace
-
-    judge = SimpleNamespace(doubts=lambda: ["WARNING: train it longer"])
-    for contents, said in ((BY_NAME, "copy_rate, mia_auc and nll_forget"), (("a", "b"), "train it longer")):
-        evaluator = SimpleNamespace(judge=judge, spec=SimpleNamespace(content_names=contents))
-        (sentence,) = doubts_of(evaluator)
-        assert said in sentence
+    doubts = ["WARNING: train it longer", "WARNING: or on more"]
+    (sentence,) = in_context(doubts, BY_NAME)
+    assert "copy_rate, mia_auc and nll_forget" in sentence
+    assert in_context(doubts, ("a", "b")) == doubts and in_context([], BY_NAME) == []
 
 
 def test_the_model_has_a_card_that_names_no_file(ran):

@@ -12,6 +12,8 @@ import wandb_dashboard
 import yaml
 from conftest import ROOT
 
+from unlearn_runner.comparison.packs import runs_in
+
 DOCS = (ROOT / "docs" / "wandb.md").read_text()
 
 
@@ -49,8 +51,8 @@ def test_saving_without_a_login_gets_one_sentence(tmp_path):
 
 def test_what_it_draws_is_what_runs_log():
     """Final keys are in the published summaries; keys over steps and pictures are named where they are written."""
-    summaries = (json.loads(path.read_text())["metrics"] for path in (ROOT / "docs" / "runs").glob("*/*/summary.json"))
-    written = set().union(*summaries)
+    packs = [dict(runs_in(file)) for file in (ROOT / "docs" / "runs").iterdir()]
+    written = set().union(*(json.loads(run["summary.json"])["metrics"] for runs in packs for run in runs.values()))
     at_the_end = {key for keys in wandb_dashboard.AT_THE_END.values() for key in keys}
     assert at_the_end <= written
     over_steps = {key for keys in wandb_dashboard.OVER_STEPS.values() for key in keys} - written
@@ -104,7 +106,7 @@ def test_the_sweep_in_the_docs_gives_overrides_that_compose(composed):
     overrides = [word for word in words if "=" in word] + chosen
     cfg = composed(*overrides, debug=False)
     assert (cfg["method"]["lambd"], cfg["method"]["rho"], cfg["seed"]) == (0.05, 0.02, 0)
-    published = json.loads((ROOT / "docs" / "runs" / "digits_trousers" / "siss_0" / "summary.json").read_text())
+    published = json.loads(dict(runs_in(ROOT / "docs" / "runs" / "digits_trousers.parquet"))["siss_0"]["summary.json"])
     assert sweep["metric"]["name"] in published["metrics"]
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from trainers import build_trainer
 
-from unlearn_runner.cache import atomic, cached, file_digest, fingerprint
+from unlearn_runner.cache import atomic, cached, fingerprint
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.schema import file_digest
 from unlearn_runner.training.checkpoint import (
     Checkpoints,
     differences,

@@ -128,11 +128,15 @@ def terminal() -> Console:
     return console if console.is_terminal else Plain(width=10_000)
 
 
-def markdown(rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], title_of: TitleOf = str) -> str:
-    """The longer of metrics and rows goes down the page: tables with many of either stay readable."""
+def markdown(
+    rows: list[Row], columns: list[str], cells: list[dict[str, Cell]], title_of: TitleOf = str, means: bool = False
+) -> str:
+    """The longer of metrics and rows goes down the page: tables with many of either stay readable. `means` alone: the
+    rows.
+    """
     across, down = [markdown_escaped(row.label) for row in rows], [markdown_escaped(title_of(key)) for key in columns]
-    said = [[markdown_cell(found.get(column)) for found in cells] for column in columns]
-    if len(rows) > len(columns):
+    said = [[markdown_cell(found.get(column), means) for found in cells] for column in columns]
+    if means or len(rows) > len(columns):
         across, down, said = down, across, [list(line) for line in zip(*said, strict=True)]
     lines = [f"| {' | '.join([name, *line])} |" for name, line in zip(down, said, strict=True)]
     return "\n".join([f"| | {' | '.join(across)} |", "|---" * (len(across) + 1) + "|", *lines])
@@ -145,8 +149,9 @@ def markdown_escaped(said: str) -> str:
     return said.replace("://", "\\://").replace("www.", "www\\.")
 
 
-def markdown_cell(cell: Cell | None) -> str:
-    return "" if cell is None else f"**{text(cell)}**" if cell.best else text(cell)
+def markdown_cell(cell: Cell | None, means: bool = False) -> str:
+    said = "" if cell is None else number(cell.mean) if means else text(cell)
+    return f"**{said}**" if cell is not None and cell.best else said
 
 
 def latex(

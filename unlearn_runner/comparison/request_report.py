@@ -16,11 +16,10 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from unlearn_runner import catalogue
-from unlearn_runner.cache import file_digest
 from unlearn_runner.comparison.ledger import draw, table_of
 from unlearn_runner.comparison.statistics import wilson
 from unlearn_runner.errors import ConfigurationError, plain
-from unlearn_runner.schema import YAML_LOADER, bounded_text, bounded_yaml
+from unlearn_runner.schema import YAML_LOADER, bounded_text, bounded_yaml, file_digest
 
 SHOWN = (  # scores, in this order
     *("forget_rate", "forget_rate_paraphrases", "attack_success", "attack_tokens", "attack_vector"),

@@ -16,7 +16,6 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from unlearn_runner import rules
-from unlearn_runner.cache import file_digest
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.hub import as_image_folder
 from unlearn_runner.data.images import (
@@ -33,6 +32,7 @@ from unlearn_runner.data.images import (
 )
 from unlearn_runner.errors import ConfigurationError, folders_named, near, normal_form
 from unlearn_runner.options import ImageSize, Names, NonNegativeFloat, OpenUnitInterval, Seed
+from unlearn_runner.schema import file_digest
 from unlearn_runner.spec import BY_NAME, DataSpec, listed
 
 RESTORED = ("retain", "retain under a prompt to forget", "forget")  # where images to keep have such a prompt

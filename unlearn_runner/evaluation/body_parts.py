@@ -13,9 +13,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from unlearn_runner import recognition
-from unlearn_runner.cache import file_digest
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.judge import Recognizer, RecognizerRecipe
+from unlearn_runner.schema import file_digest
 from unlearn_runner.spec import DataSpec
 
 BodyPart: TypeAlias = Literal[

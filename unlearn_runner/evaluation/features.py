@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from unlearn_runner.cache import file_digest, set_aside
+from unlearn_runner.cache import set_aside
 from unlearn_runner.distributed import from_first
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.models.clip import activation_of, open_clip_network
 from unlearn_runner.options import Features
+from unlearn_runner.schema import file_digest
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

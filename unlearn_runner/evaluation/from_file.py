@@ -15,11 +15,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from unlearn_runner import recognition
-from unlearn_runner.cache import file_digest
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.evaluation.features import Seen, whole_network
 from unlearn_runner.evaluation.judge import Recognizer, RecognizerRecipe
 from unlearn_runner.options import ImageSize, NonNegativeInt, PositiveFloat
+from unlearn_runner.schema import file_digest
 from unlearn_runner.spec import DataSpec
 
 OfChannels = Annotated[Sequence[float], Len(1)]  # one number for all channels, or one for each

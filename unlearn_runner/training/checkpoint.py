@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, final
 
 import torch
 
-from unlearn_runner.cache import atomic, file_digest, set_aside, write_json
+from unlearn_runner.cache import atomic, set_aside, write_json
 from unlearn_runner.distributed import is_first
 from unlearn_runner.errors import ConfigurationError, first_line, no_checkpoint
+from unlearn_runner.schema import file_digest
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 VERSION = 3  # 3: a clock, and states of listeners by name; 2: digests, and an identity of all options

@@ -48,7 +48,7 @@ class RunRecorder:
         data = {"name": evaluator.spec.name, "fingerprint": evaluator.data.fingerprint}
         rows = {"forget_rows": evaluator.forget_rows, "row_titles": evaluator.row_titles}
         record.provenance |= {"data": data, **rows, **evaluator.provenance(base)}
-        for sentence in (*doubts_of(evaluator), *evaluator.left_out()):
+        for sentence in (*in_context(evaluator.judge.doubts(), evaluator.spec.content_names), *evaluator.left_out()):
             self.say(sentence, soft_wrap=True)
         self.say("measuring the base model")
         try:
@@ -182,12 +182,11 @@ class RunRecorder:
         self.deletion_steps, self.reached = state_dict["deletion_steps"], state_dict["reached"]
 
 
-def doubts_of(evaluator: Evaluator) -> list[str]:
-    """Why its judge is to be believed little; one sentence where that is no fault, for no judge tells images that are
-    to be forgotten by name from others like them.
+def in_context(doubts: list[str], contents: tuple[str, ...]) -> list[str]:
+    """A judge's doubts; one sentence where they are no fault of its: no judge distinguishes images that are to be
+    forgotten by name from others like them.
     """
-    doubts = evaluator.judge.doubts()
-    if doubts and evaluator.spec.content_names == BY_NAME:
+    if doubts and contents == BY_NAME:
         return [
             "The judge cannot tell the images to forget from the others, which are of the same kind: copy_rate, "
             "mia_auc and nll_forget (evaluation=instances) say whether they are forgotten, not forget_rate."
