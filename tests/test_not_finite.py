@@ -131,7 +131,9 @@ def test_a_spoilt_base_is_refused_before_anything_is_unlearned(run, composed, tm
     ):
         run(f"model.weights={tmp_path / 'base'}")
     assert strictly(tmp_path / "outputs" / "run" / "summary.json")["status"] == "failed"
-    with pytest.raises((InstantiationException, NonFiniteError), match=r"method\.weights=.* has weights that are not"):
+    with pytest.raises(
+        (InstantiationException, NonFiniteError), match=r"method\.weights=.* has values that are not finite"
+    ):
         run("method=given", f"method.weights={tmp_path / 'base'}", folder="given")
     assert not (tmp_path / "outputs" / "given" / "model").exists()
 

@@ -227,7 +227,7 @@ def test_parts_must_fit_each_other(copied):
         file.write_text(before)
 
     refused("sees 7 channels, the noisy samples have 3: .*inpainting", "unet", in_channels=7)
-    refused("predictions 6 channels for 3: .*variance", "unet", out_channels=6)
+    refused("predicts 6 channels for 3: .*variance", "unet", out_channels=6)
     refused("turns 2 channels into 3, the noisy samples have 3", "unet", in_channels=2)
     refused("sees 3 channels, the noisy samples have 2", "vae", latent_channels=2)
     refused("reads conditions of 16 numbers, its text encoder makes them of 24", "unet", cross_attention_dim=16)
@@ -242,7 +242,7 @@ def test_parts_must_fit_each_other(copied):
 def test_a_pixel_model_with_a_learnt_variance_is_refused(tiny_network, tmp_path):
     tiny_network().save(tmp_path)
     edited(tmp_path / "unet" / "config.json", out_channels=2)
-    with pytest.raises(ConfigurationError, match=r"predictions 2 channels for 1: .*variance"):
+    with pytest.raises(ConfigurationError, match=r"predicts 2 channels for 1: .*variance"):
         build_ddpm_of(tmp_path)()
 
 

@@ -16,7 +16,6 @@ from many_runs import make_runs
 from run_folders import changed, make_run, save_grid
 
 
-
 def command(*arguments, **environment):
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "compare.py"), *map(str, arguments)],

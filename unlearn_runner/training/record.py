@@ -165,7 +165,7 @@ class Record:
         more["identity"] = {**self.identity, "finished": now()}
         provenance = {"environment": environment(), "evaluation": self.provenance}
         folder.write_summary(status, metrics, **more, provenance=provenance)
-        if status == "finished":
+        if status == "finished" and folder.model.is_dir():
             folder.write_card(model_card(self.path))
 
     def inventory(self, rows: Sequence[Mapping[str, Any]]) -> None:

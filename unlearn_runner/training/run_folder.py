@@ -227,10 +227,9 @@ class RunFolder:
             save(temporary)
 
     def write_card(self, text: str) -> None:
-        """model/README.md, if there is a model."""
-        if self.model.is_dir():
-            with atomic(self.model / "README.md") as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        """model/README.md."""
+        with atomic(self.model / "README.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     def drop_checkpoints(self) -> None:
         """Nobody needs those of a finished run but for a longer one."""
