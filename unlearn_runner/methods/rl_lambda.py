@@ -57,37 +57,33 @@ def probe_reward(
 
 @final
 class Probe:
-    """A few retain and forget images of the first batch, each at a timestep and noise of its own, always the same."""
+    """A few retain and forget images, each at a timestep and noise of its own, always the same.
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
-        self.batch: Batch | None = None  # set by the first look, which is the base's
-        self.losses_base: Tensor | None = None
+    Args:
+        model: with the base's weights.
+        images: `size` of each kind are drawn from them, all where there are fewer of a kind.
+        size: images of each kind, >= 1.
+        seed: of the images and the noise.
+    """
 
-    def __call__(self, model: GenerativeModel, batch: Batch) -> Float[Tensor, "2"]:
+    def __init__(self, model: GenerativeModel, images: Images, size: int, seed: int):
+        self.parts = []
+        for images_of_kind in (images.retain, images.forget):
+            generator = make_generator(seed, "probe")
+            rows = torch.randperm(len(images_of_kind), generator=generator)[:size]
+            x0, cond = images_of_kind.take(rows)
+            # Spread over the whole schedule: the middle of each of b equal ranges.
+            middles = (torch.arange(len(x0), device=x0.device) + 0.5) / len(x0)
+            noise = make_generator(seed, "probe's noise", x0.device)
+            timesteps = (middles * model.num_train_timesteps).long()
+            self.parts.append((x0, cond, timesteps, draw_eps(model, x0, noise)))
+        self.losses_base = self(model)
+
+    def __call__(self, model: GenerativeModel) -> Float[Tensor, "2"]:
         """Mean denoising loss over pixels of the retain and of the forget images."""
-        if self.batch is None:
-            self.batch = Batch(*(None if part is None else part[: self.size].clone() for part in batch[:4]), 0.0)
-        b = len(self.batch.x0_retain)
-        generator = make_generator(self.seed, "probe", self.batch.x0_retain.device)
-        # Spread over the whole schedule: the middle of each of b equal ranges.
-        timesteps = ((torch.arange(b, device=generator.device) + 0.5) * model.num_train_timesteps / b).long()
-        eps = draw_eps(model, self.batch.x0_retain, generator)
         with torch.no_grad():
-            retain, forget = (
-                denoising_loss(model, x0, cond, timesteps, eps).mean() / model.num_entries
-                for x0, cond in (
-                    (self.batch.x0_retain, self.batch.cond_retain), (self.batch.x0_forget, self.batch.cond_forget),
-                )
-            )  # fmt: skip
-        return torch.stack([retain, forget])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batch": None if self.batch is None else list(self.batch), "losses_base": self.losses_base}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batch = None if state_dict["batch"] is None else Batch(*state_dict["batch"])
-        self.losses_base = state_dict["losses_base"]
+            losses = [denoising_loss(model, *part).mean() / model.num_entries for part in self.parts]
+        return torch.stack(losses)
 
 
 @final
@@ -97,7 +93,8 @@ class RLLambda(Method):
     Args:
         agent: a Stable-Baselines3 algorithm, called with what `drivers/sb3.py` knows: environment, seed, sizes.
         training: "online": one run, in which the policy learns as it goes (the paper's main set-up); "episodic": the
-            policy learns in `episodes` runs that each start from the base again, then one run with its mean action.
+            policy learns in `episodes` runs that each start from the base again, with images and noise of their own,
+            then one run with its mean action.
         policy: a run folder, or its policy/: take this policy, learn nothing.
         low, high: the range of lambda, inside (0, 1).
         reward: "paper" or "probe"; see their functions.
@@ -113,7 +110,7 @@ class RLLambda(Method):
         update_every: steps between two updates of an on-policy agent's policy, online.
         episodes: to train for, episodic.
         episodes_per_update: of an on-policy agent's policy, episodic.
-        probe_size: retain images, and as many forget images, of the probe.
+        probe_size: retain images, and as many forget images, of the probe, drawn once and seen after every step.
         lambd: what the agent sees as lambda before the first step.
         siss: the other settings of SISS.
 
@@ -140,7 +137,7 @@ class RLLambda(Method):
         update_every: PositiveInt = 25,
         episodes: PositiveInt = 8,
         episodes_per_update: PositiveInt = 2,
-        probe_size: BatchSize = 4,
+        probe_size: BatchSize = 16,
         seed: Seed = 0,
         lambd: OpenUnitInterval = 0.5,
         **siss: Any,
@@ -161,7 +158,8 @@ class RLLambda(Method):
         self.initial = float(lambd)
         self.lambd = Chosen(self.initial)
         self.siss = SISS(setting, lambd=self.lambd, **siss)
-        self.probe = Probe(probe_size, seed) if reward == "probe" else None
+        self.reward, self.probe_size = reward, probe_size
+        self.probe: Probe | None = None  # since `begin`, where the reward asks for it
         self.reads = self.siss.reads
         self.networks = self.siss.networks
 
@@ -182,28 +180,26 @@ class RLLambda(Method):
 
     def begin(self, images: Images | None) -> None:
         self.siss.begin(images)
+        if self.reward == "probe":
+            self.probe = Probe(self.siss.trained, images, self.probe_size, self.seed)
 
     def step(self, batch: Batch) -> Metrics:
-        # 1. what the base is worth, before the first step
-        if self.probe is not None and self.probe.losses_base is None:
-            self.probe.losses_base = self.probe(self.siss.trained, batch)
-
-        # 2. one step of SISS with the agent's lambda
+        # 1. one step of SISS with the agent's lambda
         metrics = self.siss.step(batch)
 
-        # 3. what the new weights' state is
+        # 2. what the new weights' state is
         if self.fresh_state:
             timesteps, eps = draw_noise(self.siss.trained, batch.x0_retain, self.state_generator)
             terms = self.siss.terms_apart(batch, timesteps, eps, norms=self.observe_gradient_norms)
             metrics |= zip(self.observed, terms.of_batch(), strict=True)
 
-        # 4. the reward
+        # 3. the reward
         lambd, previous = self.lambd.value, self.lambd.previous
         if self.probe is None:
             c_retain, c_forget = self.siss.factors(batch)
             loss = c_retain * metrics["loss/retain"] - c_forget * metrics["loss/forget"]
             return metrics | {"agent/reward": paper_reward(loss, lambd, previous, self.omega)}
-        losses = self.probe(self.siss.trained, batch)
+        losses = self.probe(self.siss.trained)
         return metrics | {
             "agent/reward": probe_reward(losses, self.probe.losses_base, lambd, previous, self.omega),
             "probe/retain": losses[0],
@@ -214,4 +210,4 @@ class RLLambda(Method):
         parts = self.siss.stateful()
         if self.fresh_state:
             parts["state"] = GeneratorState(self.state_generator)
-        return parts if self.probe is None else parts | {"probe": self.probe}
+        return parts

@@ -21,7 +21,7 @@ from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, reading_checkpoint
 from unlearn_runner.training.clock import COSTS, Clock, Listener
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import Metrics
+from unlearn_runner.types import GeneratorState, Metrics, make_generator
 
 
 @dataclass(frozen=True)
@@ -186,21 +186,35 @@ class Trainer:
         self._tell("logged", {"seconds": self.clock.seconds, "images": self.clock.images, **line})
 
     def reset(self) -> None:
-        """Back to the pretrained weights, fresh optimizers and generators; the clock's `step` goes on."""
+        """Back to the pretrained weights, fresh optimizers and generators; the clock's `step` goes on.
+
+        A rehearsal has images, timesteps and noise of its own.
+        """
         if self._initial is None:
             raise RuntimeError("this trainer was built without resettable=True")
         self.clock.run_step = 0
         self._load_learner_state(copy.deepcopy(self._initial))
+        if self.clock.rehearsing:
+            self._draw_apart()
 
     def rehearse(self) -> None:
         """Until `end_rehearsals` what comes of the steps is not the result."""
         self.clock.rehearsing = True
+        self._draw_apart()
 
     def end_rehearsals(self) -> None:
         """From now on it counts: what was spent so far is kept apart, and the next step is the run's first."""
-        self.reset()
         self.clock.rehearsing = False
+        self.reset()
         self.clock.rehearsed = {name: getattr(self.clock, name) for name in COSTS}
+
+    def _draw_apart(self) -> None:
+        """Seed all that is drawn from the present step on: no rehearsal repeats another's draws, or the run's."""
+        parts = [part for part in self.method.stateful().values() if isinstance(part, GeneratorState)]
+        for generator in (self.stream.generator, *(part.generator for part in parts)):
+            seed = make_generator(generator.initial_seed(), f"rehearsal from step {self.clock.step}").initial_seed()
+            generator.manual_seed(seed)
+        torch.manual_seed(make_generator(self.clock.step, "rehearsal").initial_seed())  # dropout's
 
     def save(self) -> Path:
         """Write a checkpoint of this step, unless there is one: what comes between two steps is made again from it."""
