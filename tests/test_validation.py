@@ -18,9 +18,9 @@ from test_train import environment
 
 from unlearn_runner.assembly import make
 from unlearn_runner.cli import as_override
-from unlearn_runner.constructors import constructor_of
+from unlearn_runner.constructors import constructor_of, parts
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.rules import parts, ratios_of_schedule
+from unlearn_runner.rules.model_options import ratios_of_schedule
 from unlearn_runner.spec import spec_of
 from unlearn_runner.validation import checked
 

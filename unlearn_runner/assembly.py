@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.errors import InstantiationException
 from hydra.utils import get_object
 
-from unlearn_runner import rules
 from unlearn_runner.errors import Interrupted
+from unlearn_runner.rules import configuration, method_options
 from unlearn_runner.spec import DataSpec
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def build_method(
     from unlearn_runner.methods.method import Setting
 
     labels = spec.labels
-    there = rules.facts(
+    there = method_options.facts(
         network.is_diffusion, labels is not None, network.prompts is not None, clip is not None,
         cfg["trainer"]["init"],
     )  # fmt: skip
-    rules.require_of_methods(cfg, there)
+    configuration.require_of_methods(cfg, there)
     return _called(cfg["method"]["_target_"], make(cfg["method"]), Setting(network, generator, labels, clip))
 
 
@@ -141,7 +141,7 @@ def build_parts(cfg: Config) -> Parts:
     for source in evaluation.own_oracles:
         reader_of(network, source, "evaluation.oracle")
     if network.is_diffusion:
-        rules.require_steps_everywhere(cfg, network.num_train_timesteps)
+        configuration.require_steps_everywhere(cfg, network.num_train_timesteps)
     if network.prompts is not None:
         require_distinguished(network, dataset.spec.labels)
     clip = make(cfg["clip"]["network"])

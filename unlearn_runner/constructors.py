@@ -327,3 +327,19 @@ def in_package(target: str) -> type[Opaque]:
     """The class of the package by its path there."""
     module, _, name = target.rpartition(".")
     return opaque(f"unlearn_runner.{module}", name)
+
+
+def parts(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every group of options that has a `_target_`, with its path."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node
+        for key, part in node.items():
+            yield from parts(part, f"{path}.{key}".strip("."))
+    elif isinstance(node, (list, tuple)):
+        for index, part in enumerate(node):
+            yield from parts(part, f"{path}[{index}]")
+
+
+def class_name(node: Mapping[str, Any]) -> str:
+    return node["_target_"].rpartition(".")[2]

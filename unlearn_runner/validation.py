@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin
 import annotated_types
 import pydantic
 
-from unlearn_runner import rules
 from unlearn_runner.constructors import Opaque, arms_of, constructor_of, defined_at, in_package, with_defaults
 from unlearn_runner.errors import ConfigurationError, near
 from unlearn_runner.options import CANNOT_STEP, FOREIGN, BatchSize, LearningRate, PositiveInt, Seed
+from unlearn_runner.rules import configuration
 
 TRUSTED = ("unlearn_runner.", "torch.optim.", "diffusers.optimization.", "stable_baselines3.")
 GIVEN = {"model.network": ("image_shape", "label_names", "seed")}  # by the dataset and the run
@@ -425,5 +425,5 @@ def checked(cfg: Mapping[Any, Any], allow: Sequence[str] = (), groups: Path | No
     """
     kinds = typing.get_type_hints(Configuration, include_extras=True)
     found = _Check([*TRUSTED, *allow], groups).table(cfg, kinds, "")
-    rules.check(with_defaults(found), allow)
+    configuration.check(with_defaults(found), allow)
     return found

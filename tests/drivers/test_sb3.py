@@ -240,13 +240,18 @@ def test_an_agent_frozen_at_one_half_is_static_siss(composed, digits, tmp_path, 
 def test_episodes_rehearse_and_the_last_run_is_the_result(driven, setup):
     recorder = Kept()
     trainer, agent = driven(*SETUPS[setup], "trainer.evaluate_every=2", recorder=recorder)
-    start, starts = flat_state(trainer), []
+    start, initial, starts = flat_state(trainer), flat(trainer._initial), []
+    weights = {key: start[key] for key in start if "/weights/" in key}
     reset = trainer.reset
     trainer.reset = lambda: (reset(), starts.append(flat_state(trainer)))
     agent()
     assert len(starts) == 5, "after each of 4 episodes, and before the run that counts"
     for state in starts:
-        assert_same_bits(state, start)
+        assert_same_bits({key: state[key] for key in state if "/weights/" in key}, weights)
+    assert_same_bits({key: starts[-1][key] for key in initial}, initial)  # draws what it would without an agent
+    for drawn in {"/stream/generator", "/method/noise/state", "/method/state/state", "/rng/cpu"} & start.keys():
+        states = {tuple(state[drawn].tolist()) for state in (start, *starts)}
+        assert len(states) == 6, f"{drawn}: every rehearsal has draws of its own, and so has the run"
     assert trainer.clock.step == LambdaDriver().total_steps(trainer.method, trainer.plan) == 20
     assert recorder.looks == [18], "rehearsals are not looked at"
     [(step, shipped)] = recorder.finished

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from unlearn_runner.data.streams import Images
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.methods.method import Setting
 from unlearn_runner.methods.rl_lambda import Probe, RLLambda, paper_reward, probe_reward
-from unlearn_runner.types import Batch
 
 
 def test_paper_reward():
@@ -34,24 +35,32 @@ def test_probe_reward_by_hand_and_its_bounds():
     assert probe_reward(nats + torch.tensor([0.0, 5.0]), nats, 0.5, 0.5, omega=1.0) > 0
 
 
+class Kept:
+    """Images of one kind, as a stream shows them."""
+
+    def __init__(self, pixels: torch.Tensor, label: int):
+        self.pixels, self.label = pixels, label
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, rows, mirrored=False):
+        return self.pixels[rows], torch.full((len(rows),), self.label)
+
+
 def test_probe_looks_at_the_same_images_timesteps_and_noise(tiny_network):
     network = tiny_network()
-    generator = torch.Generator().manual_seed(0)
-
-    def batch():
-        x0 = torch.randn(2, 6, 1, 8, 8, generator=generator).clamp(-1, 1)
-        return Batch(x0[0], x0[1], torch.arange(6), torch.ones(6, dtype=torch.int64), 0.1)
-
-    probe = Probe(size=4, seed=0)
-    first = probe(network, batch())
-    assert torch.equal(probe(network, batch()), first), "common random numbers, and the first batch's images"
-    assert not torch.equal(Probe(size=4, seed=1)(network, batch()), first)
-    resumed = Probe(size=4, seed=0)
-    resumed.load_state_dict(probe.state_dict())
-    assert torch.equal(resumed(network, batch()), first)
+    x0 = torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    images = Images(Kept(x0[0], 0), Kept(x0[1][:3], 1))
     before = network.network_evaluations
-    probe(network, batch())
-    assert network.network_evaluations - before == 8, "4 retain and 4 forget images, counted"
+    probe = Probe(network, images, size=4, seed=0)
+    assert network.network_evaluations - before == 7, "4 retain and all 3 forget images, counted"
+    assert torch.equal(probe(network), probe.losses_base), "the base's, before anything has moved"
+    assert torch.equal(Probe(network, images, size=4, seed=0).losses_base, probe.losses_base), "so a resumed run's is"
+    assert not torch.equal(Probe(network, images, size=4, seed=1).losses_base, probe.losses_base)
+    x0, cond, timesteps, eps = probe.parts[1]
+    assert torch.allclose(probe.losses_base[1], denoising_loss(network, x0, cond, timesteps, eps).mean() / 64)
+    assert timesteps.tolist() == [network.num_train_timesteps * n // 6 for n in (1, 3, 5)]
 
 
 @pytest.mark.parametrize(

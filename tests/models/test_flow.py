@@ -22,7 +22,7 @@ from unlearn_runner.methods.siss import SISS, mix
 from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.models.model import denoising_loss, predict_eps, predict_x0
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
-from unlearn_runner.rules import flow_of_pixels
+from unlearn_runner.rules.model_options import flow_of_pixels
 from unlearn_runner.types import Batch, make_generator
 
 

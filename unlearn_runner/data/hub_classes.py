@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from unlearn_runner import rules, spec
+from unlearn_runner import spec
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages, is_to_forget
 from unlearn_runner.data.hub import class_indices, class_names, decode_rows, open_split, paths_of, unread_images
 from unlearn_runner.data.images import Decoder, gathered, require_apart
 from unlearn_runner.errors import ConfigurationError, near
 from unlearn_runner.options import ImageSize, Names, PositiveInt, Seed
+from unlearn_runner.rules import dataset_options
 from unlearn_runner.types import make_generator
 
 
@@ -50,8 +51,8 @@ class HubClasses(Dataset):
         label_set: Literal["own", "imagenet"] = "own",
         seed: Seed = 0,
     ):
-        rules.known_colour(background)
-        rules.another_split(test_split)
+        dataset_options.known_colour(background)
+        dataset_options.another_split(test_split)
         self.source = source
         self.tables = {part: open_split(source, part, "dataset.source") for part in ("train", test_split)}
         self.own_names = class_names(self.tables["train"], "dataset.source", label_column)

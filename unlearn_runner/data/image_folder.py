@@ -7,7 +7,6 @@ from typing import Literal, final
 
 import torch
 
-from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import (
     Dataset,
     ForgetRetain,
@@ -26,6 +25,7 @@ from unlearn_runner.data.images import (
 )
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import ImageSize, NonNegativeFloat, OpenUnitInterval, Seed
+from unlearn_runner.rules import dataset_options
 from unlearn_runner.spec import BY_NAME, DataSpec
 
 
@@ -51,8 +51,8 @@ class ImageFolder(Dataset):
         seed: Seed = 0,
         background: str = "white",
     ):
-        rules.known_colour(background)
-        rules.two_folders(forget_dir, retain_dir)
+        dataset_options.known_colour(background)
+        dataset_options.two_folders(forget_dir, retain_dir)
         self.folders = {"forget": forget_dir, "retain": retain_dir}
         found = {name: find_images(folder, f"dataset.{name}_dir") for name, folder in self.folders.items()}
         self.files = {name: part.files for name, part in found.items()}

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner import rules, spec
+from unlearn_runner import spec
 from unlearn_runner.data.forget_retain import (
     Dataset,
     ForgetRetain,
@@ -23,6 +23,7 @@ from unlearn_runner.data.hub import decode_rows, named_classes, open_split, whol
 from unlearn_runner.data.images import Decoder
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.options import Contamination, ImageSize, PositiveInt, Seed
+from unlearn_runner.rules import dataset_options
 
 if TYPE_CHECKING:
     from datasets import Dataset as HubDataset
@@ -56,7 +57,7 @@ class MnistTrousers(Dataset):
         horizontal_flip: bool = False,
         seed: Seed = 0,
     ):
-        rules.amount_of_garments(contamination, garments)
+        dataset_options.amount_of_garments(contamination, garments)
         self.contamination = contamination
         self.wanted = garments
         self.distinct = distinct

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import Dataset, ForgetRetain, LabelledImages
 from unlearn_runner.data.hub import as_image_folder
 from unlearn_runner.data.images import (
@@ -32,6 +31,7 @@ from unlearn_runner.data.images import (
 )
 from unlearn_runner.errors import ConfigurationError, folders_named, near, normal_form
 from unlearn_runner.options import ImageSize, Names, NonNegativeFloat, OpenUnitInterval, Seed
+from unlearn_runner.rules import dataset_options
 from unlearn_runner.schema import file_digest
 from unlearn_runner.spec import BY_NAME, DataSpec, listed
 
@@ -94,7 +94,7 @@ class Request(Dataset):
         seed: Seed = 0,
         background: str = "white",
     ):
-        rules.known_colour(background)
+        dataset_options.known_colour(background)
         self.source, self.background, self.fit, self.duplicates = source, background, fit, duplicates
         self.folder = as_image_folder(source, split, "dataset.source", Path(cache_dir))
         found = find_images(self.folder, "dataset.source")

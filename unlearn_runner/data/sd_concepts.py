@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unlearn_runner import rules, spec
+from unlearn_runner import spec
 from unlearn_runner.cache import cached
 from unlearn_runner.data.digits import read_digits
 from unlearn_runner.data.digits_trousers import draw_trousers
@@ -29,6 +29,7 @@ from unlearn_runner.data.images import Decoder, find_images, gathered, require_a
 from unlearn_runner.data.streams import to_uint8
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
 from unlearn_runner.options import BatchSize, ImageSize, Names, NumInferenceSteps, OpenUnitInterval, PositiveInt, Seed
+from unlearn_runner.rules import dataset_options
 
 
 def embedded_pictures(image_size: int, seed: int) -> dict[str, UInt8[Tensor, "n 3 h w"]]:
@@ -104,7 +105,7 @@ class SDConcepts(Dataset):
         seed: Seed = 0,
         background: str = "white",
     ):
-        rules.known_colour(background)
+        dataset_options.known_colour(background)
         self.spec = spec.concepts(
             concept, retain_concepts, forget_templates, retain_templates, paraphrases, source, image_size,
             horizontal_flip,

@@ -24,7 +24,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.cache import atomic, write_json
 from unlearn_runner.distributed import is_first
 from unlearn_runner.drivers.driver import Driver
@@ -32,6 +31,7 @@ from unlearn_runner.drivers.lambda_env import LambdaEnv
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.methods.lambdas import kl_to_gaussian
 from unlearn_runner.methods.rl_lambda import RLLambda
+from unlearn_runner.rules import method_options
 from unlearn_runner.training.clock import Listener
 from unlearn_runner.training.trainer import Plan, Trainer
 
@@ -51,7 +51,7 @@ class LambdaDriver(Driver):
         settings = method.agent.keywords
         on_policy, ent_coef = issubclass(method.agent.func, OnPolicyAlgorithm), settings.get("ent_coef", 0.0)
         use_sde = settings.get("use_sde", False)
-        rules.policy_of_lambda(on_policy, ent_coef, use_sde, method.state_dependent_std, method.kl_weight)
+        method_options.policy_of_lambda(on_policy, ent_coef, use_sde, method.state_dependent_std, method.kl_weight)
         if method.policy is not None:
             load_policy(method)
         else:
@@ -72,13 +72,13 @@ def rollout_steps(method: RLLambda, plan: Plan) -> int:
     if issubclass(algorithm, OffPolicyAlgorithm):
         name, steps, total = "method.agent.train_freq", settings.get("train_freq", 1), plan.max_steps
     elif method.training == "episodic":
-        rules.whole_episodes(method.training, method.episodes, method.episodes_per_update)
+        method_options.whole_episodes(method.training, method.episodes, method.episodes_per_update)
         name, steps, total = "method.episodes_per_update", plan.max_steps * method.episodes_per_update, 0
     else:
         name, steps, total = "method.update_every", method.update_every, plan.max_steps
-    rules.divides(total, name, steps)
+    method_options.divides(total, name, steps)
     if issubclass(algorithm, OnPolicyAlgorithm):
-        rules.batches_of(steps, name, settings.get("batch_size"))
+        method_options.batches_of(steps, name, settings.get("batch_size"))
     return steps
 
 

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int64, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.cache import cached, cached_scores, digest, write_json
 from unlearn_runner.comparison.columns import bounds_of, counted_of
 from unlearn_runner.comparison.statistics import Z, wilson
@@ -38,6 +37,7 @@ from unlearn_runner.evaluation.view import (
 from unlearn_runner.models.clip import Clip
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, Bootstrap, NumInferenceSteps, NumSamples, References, Sampler, Seed
+from unlearn_runner.rules import evaluation_options
 from unlearn_runner.types import make_generator
 
 VERSION = (
@@ -128,7 +128,7 @@ def require_enough_samples(
         if metric is not None:
             classes, least = num_labels if metric.per_class else None, metric.least(num_features)
             why = "one of each" if least == 1 else f"its min_samples, and more than {num_features} features"
-            rules.enough_samples(f"{path}.metrics.{name}", least, why, sampling.num_samples, classes)
+            evaluation_options.enough_samples(f"{path}.metrics.{name}", least, why, sampling.num_samples, classes)
 
 
 def require_references(metrics: dict[str, Metric | None], sampling: Sampling, data: ForgetRetain) -> None:

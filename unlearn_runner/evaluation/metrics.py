@@ -13,13 +13,13 @@ from annotated_types import Ge, Le
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import LabelledImages, contents_of_labels, is_to_forget
 from unlearn_runner.data.streams import to_unit_range
 from unlearn_runner.evaluation.judge import NOTHING, Judged
 from unlearn_runner.evaluation.view import Group, Need, RealSamples, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Features, PositiveInt, Seed
+from unlearn_runner.rules import evaluation_options
 
 Rows: TypeAlias = dict[str, Tensor]
 MinSamples: TypeAlias = Annotated[int, Ge(2), Le(10_000_000)]
@@ -231,7 +231,7 @@ class KID(Metric):
         subsets: Annotated[int, Ge(1), Le(10_000)] = 20,
         seed: Seed = 0,
     ):
-        rules.size_of_subsets(subset_size, min_samples)
+        evaluation_options.size_of_subsets(subset_size, min_samples)
         self.per_class, self.min_samples = per_class, min_samples
         self.subset_size, self.subsets, self.seed = subset_size, subsets, seed
 
@@ -360,7 +360,7 @@ class PrecisionRecall(Metric):
     without_interval = ("recall_retain",)
 
     def __init__(self, min_samples: MinSamples = 100, neighbours: PositiveInt = 3, seed: Seed = 0):
-        rules.number_of_neighbours(neighbours, min_samples)
+        evaluation_options.number_of_neighbours(neighbours, min_samples)
         self.min_samples, self.neighbours, self.seed = min_samples, neighbours, seed
 
     def least(self, num_features: int) -> int:

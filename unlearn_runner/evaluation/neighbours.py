@@ -5,13 +5,13 @@ from typing import Any, final
 
 import torch
 
-from unlearn_runner import rules
 from unlearn_runner.data.forget_retain import contents_of_labels
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.metrics import Metric, Rows, share
 from unlearn_runner.evaluation.view import Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import PositiveInt
+from unlearn_runner.rules import evaluation_options
 
 
 @final
@@ -34,7 +34,7 @@ class Neighbours(Metric):
             )
 
     def measure(self, view: View) -> Rows:
-        rules.near_conditions(self.near, view.data.spec)
+        evaluation_options.near_conditions(self.near, view.data.spec)
         return {}
 
     def score(self, samples: Samples, rows: Rows) -> dict[str, float]:

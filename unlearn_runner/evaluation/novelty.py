@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.cache import cached, fingerprint
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.data.streams import to_unit_range
@@ -28,6 +27,7 @@ from unlearn_runner.evaluation.metrics import Metric, Rows, first_distinct, shar
 from unlearn_runner.evaluation.view import RealSamples, Samples, View
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import Seed
+from unlearn_runner.rules import evaluation_options
 
 VERSION = 4  # goes up when the same images would have other features, or the same features another verdict
 SMALL = 28  # pixels a side, up to which pixels and gradients do, and beyond which a network is needed
@@ -58,7 +58,7 @@ class NoveltyRecipe:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        rules.number_of_balls(self.neighbours, self.max_images)
+        evaluation_options.number_of_balls(self.neighbours, self.max_images)
 
 
 class Placed(NamedTuple):

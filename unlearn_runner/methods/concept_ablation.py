@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.denoising import draw_noise
 from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import GenerativeModel, squared_error
 from unlearn_runner.options import BatchSize, NonNegativeFloat, NumInferenceSteps
+from unlearn_runner.rules import model_options
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -55,7 +55,7 @@ class ConceptAblation(Method):
         num_inference_steps: NumInferenceSteps = 50,
     ):
         model = setting.model
-        rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
+        model_options.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
         self.reads = Streams(retain=None, forget=False)
         self.networks = (model,)
         self.trained, self.labels = model, setting.labels

@@ -22,7 +22,6 @@ from annotated_types import Ge, Gt, Le
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.distributed import in_shares
 from unlearn_runner.errors import NonFiniteError
@@ -41,6 +40,7 @@ from unlearn_runner.options import (
     Seed,
     UnitInterval,
 )
+from unlearn_runner.rules import method_options, model_options
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -301,10 +301,10 @@ class CriticGuided(Method):
         seed: Seed = 0,
     ):
         model, labels, clip = setting.model, setting.labels, setting.clip
-        rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
-        rules.prompts_of_both_kinds(forget_share, num_rollouts)
-        rules.history_of_rewards(history, least_history)
-        rules.enough_steps_to_learn_from(minibatches, num_rollouts, timestep_share, num_inference_steps)
+        model_options.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
+        method_options.prompts_of_both_kinds(forget_share, num_rollouts)
+        method_options.history_of_rewards(history, least_history)
+        method_options.enough_steps_to_learn_from(minibatches, num_rollouts, timestep_share, num_inference_steps)
         self.reads = Streams(retain=None, forget=False)
         self.trained, self.clip, self.labels = model, clip, labels
         self.reward = Reward(clip, labels, reward, override, temperature)

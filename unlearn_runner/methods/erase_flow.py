@@ -21,7 +21,6 @@ from annotated_types import Ge, Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.critic_guided import move
 from unlearn_runner.methods.method import Counter, Method, Setting, Update
@@ -29,6 +28,7 @@ from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import GenerativeModel, evaluating
 from unlearn_runner.models.path import Gaussian, ladder
 from unlearn_runner.options import BatchSize, NonNegativeInt, UnitInterval
+from unlearn_runner.rules import model_options
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -96,7 +96,7 @@ class EraseFlow(Method):
         log_partition: float = -0.1953,
     ):
         model = setting.model
-        rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
+        model_options.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
         self.reads = Streams(retain=None, forget=False)
         self.networks = (model,)
         self.trained, self.labels = model, setting.labels

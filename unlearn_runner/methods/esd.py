@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.method import Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import GenerativeModel, evaluating, squared_error
 from unlearn_runner.models.path import ladder
 from unlearn_runner.options import BatchSize, NumInferenceSteps, PositiveFloat
+from unlearn_runner.rules import model_options
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -66,7 +66,7 @@ class ESD(Method):
         drawn_by: Literal["trained", "base"] = "trained",
     ):
         model = setting.model
-        rules.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
+        model_options.require_steps(num_inference_steps, model.num_train_timesteps, "method.num_inference_steps")
         self.reads = Streams(retain=None, forget=False)
         self.trained, self.labels = model, setting.labels
         self.batch_size, self.eta = batch_size, eta

@@ -24,7 +24,6 @@ from annotated_types import Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_noise
@@ -50,6 +49,7 @@ from unlearn_runner.options import (
     PositiveInt,
     UnitInterval,
 )
+from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -119,8 +119,8 @@ class MultiClass(Method):
     ):
         self.trio = Trio(setting.model, noise)
         count = len(setting.labels.retain)
-        rules.shares_that_sum_to_one(prior)
-        rules.share_for_each_class(prior, count)
+        method_options.shares_that_sum_to_one(prior)
+        method_options.share_for_each_class(prior, count)
         if prior is None:
             prior = [1 / count] * count
         self.reads = Streams(retain=None, forget=False)
@@ -329,8 +329,8 @@ class Student(Method):
         eta: PositiveFloat,
         lambd: UnitInterval | LambdaController,
     ):
-        rules.something_to_forget(distil_share, max_steps)
-        rules.something_distilled(distil_share, max_steps)
+        method_options.something_to_forget(distil_share, max_steps)
+        method_options.something_distilled(distil_share, max_steps)
         self.trio = Trio(setting.model, noise)
         self.student = copy.deepcopy(self.trio.fake)
         self.reads = Streams(retain=None, forget=False)
@@ -445,8 +445,8 @@ class Student(Method):
 def controller(lambd: float | LambdaController) -> LambdaController:
     """Raises ConfigurationError for objectives made for a forget term that is ascended: here both are descended."""
     if isinstance(lambd, Inferred):
-        rules.objective_without_ascent(lambd.objective)
-        rules.lambda_without_images(lambd.per)
+        method_options.objective_without_ascent(lambd.objective)
+        method_options.lambda_without_images(lambd.per)
     return lambd if isinstance(lambd, LambdaController) else Constant(lambd)
 
 

@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.methods.timesteps import range_of
 from unlearn_runner.options import (
     Decay,
@@ -38,6 +37,7 @@ from unlearn_runner.options import (
     UnitInterval,
     Width,
 )
+from unlearn_runner.rules import method_options
 from unlearn_runner.types import GeneratorState, Metrics, make_generator, moved
 
 LEAST = 1e-3  # an inferred lambda lies in [LEAST, 1 - LEAST]: at 0 and 1 the weights are not bounded
@@ -276,8 +276,8 @@ class Inferred(LambdaController):
         ema_decay: Decay = 0.9,
         seed: Seed = 0,
     ):
-        rules.context_of_lambda(objective, context)
-        rules.lambda_of_an_image(per, context, image_features)
+        method_options.context_of_lambda(objective, context)
+        method_options.lambda_of_an_image(per, context, image_features)
         self.objective = objective
         self.needs_terms = context == "current"
         self.needs_norms = norms

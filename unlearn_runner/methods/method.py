@@ -35,8 +35,8 @@ class Setting(NamedTuple):
 class Method(ABC):
     """An unlearning method: owns its gradients and every optimizer it needs. Subclasses are final.
 
-    Constructed with a `Setting` and its options. `requires` names what it cannot do without, any of
-    `rules.REQUIREMENTS`; it is read from the source file, so it has to be a plain tuple of names in the class's body.
+    Constructed with a `Setting` and its options. `requires` names what it cannot do without, any of REQUIREMENTS
+    (rules/method_options.py); read from the source file, so a plain tuple in the class body.
     """
 
     requires: ClassVar[tuple[str, ...]] = ()

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.models.model import DiffusionModel, predict_x0
 from unlearn_runner.options import NonNegativeInt, PositiveInt
+from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
 
 
@@ -38,7 +38,7 @@ class Fixed(Override):
     """The same label for all."""
 
     def __init__(self, labels: Labels, label: NonNegativeInt):
-        rules.label_that_is_kept(label, labels.retain)
+        method_options.label_that_is_kept(label, labels.retain)
         self.label = label
 
     def __call__(self, asked: Asked) -> Int64[Tensor, "b"]:

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.denoising import denoising_loss, draw_eps, draw_noise
 from unlearn_runner.methods.lambdas import Chosen
@@ -24,6 +23,7 @@ from unlearn_runner.methods.method import Method, Setting
 from unlearn_runner.methods.siss import SISS
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, NonNegativeFloat, OpenUnitInterval, PositiveInt, Seed
+from unlearn_runner.rules import method_options
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, make_generator
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class RLLambda(Method):
         lambd: OpenUnitInterval = 0.5,
         **siss: Any,
     ):
-        rules.range_of_lambda(low, high, lambd)
+        method_options.range_of_lambda(low, high, lambd)
         self.agent = agent
         self.training = training
         self.policy = policy

@@ -16,7 +16,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.method import Counter, Method, Setting, Update, copy_weights
 from unlearn_runner.methods.overrides import Asked, Override, drawn_labels
@@ -28,6 +27,7 @@ from unlearn_runner.models.model import (
 )
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, UnitInterval
+from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
@@ -115,7 +115,7 @@ class NoiseRange:
     most: PositiveFloat = 13.01
 
     def __post_init__(self) -> None:
-        rules.range_of_noise(self.least, self.most)
+        method_options.range_of_noise(self.least, self.most)
 
 
 @final
@@ -230,8 +230,8 @@ class SFD(Method):
         distil_share: Annotated[float, Ge(0), Lt(1)] = 0.0,  # at 1 nothing would be forgotten
         second_teacher: Literal["base", "fake_score"] = "base",
     ):
-        rules.something_to_forget(distil_share, max_steps)
-        rules.second_stage(distil_share, second_teacher)
+        method_options.something_to_forget(distil_share, max_steps)
+        method_options.second_stage(distil_share, second_teacher)
         self.trio = Trio(setting.model, noise)
         self.reads = Streams(retain=None, forget=False)
         self.networks = self.trio.networks

@@ -16,7 +16,6 @@ from annotated_types import Gt
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
 from unlearn_runner.methods.denoising import draw_eps, drawn_loss
@@ -26,6 +25,7 @@ from unlearn_runner.methods.retained_images import TRUST_CAP, RetainedImages, en
 from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising, denoising_loss
 from unlearn_runner.options import PositiveFloat, PositiveInt, UnitInterval
+from unlearn_runner.rules import method_options
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams
 
 
@@ -199,7 +199,7 @@ class NormFix:
         ema_decay: float = 0.9,
         max_scale: float = 1e4,
     ):
-        rules.tau_or_rho(tau, rho)
+        method_options.tau_or_rho(tau, rho)
         self.tau, self.rho, self.ema_decay, self.max_scale = tau, rho, ema_decay, max_scale
         self.average: Tensor | None = None
 
@@ -325,7 +325,7 @@ class SISS(Method):
         gradient_variance: bool = False,
         forget_target: Literal["ascent", "posterior"] = "ascent",
     ):
-        rules.variance_of_gradients(norm_every, gradient_variance)
+        method_options.variance_of_gradients(norm_every, gradient_variance)
         self.reads = Streams(retain=population, forget=True)
         self.networks = (setting.model,)
         self.trained = setting.model

@@ -14,10 +14,10 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.cache import digest, fingerprint
 from unlearn_runner.errors import ConfigurationError, first_line
 from unlearn_runner.options import Depth, ImageSize, Seed, Width
+from unlearn_runner.rules import model_options
 
 WEIGHTS = "clip.safetensors"
 
@@ -122,8 +122,8 @@ def small_clip(
     context_length: Annotated[int, Ge(3), Le(1024)] = 16,
 ) -> Clip:
     """open_clip's CLIP at a size that trains on a CPU, with its tokenizer and fresh weights drawn from `seed`."""
-    rules.heads_of_clip(width, text_width, heads)
-    rules.patches_of_clip(image_size, patch_size)
+    model_options.heads_of_clip(width, text_width, heads)
+    model_options.patches_of_clip(image_size, patch_size)
     import open_clip
 
     with torch.random.fork_rng(devices=[]):

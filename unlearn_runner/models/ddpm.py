@@ -11,7 +11,6 @@ from annotated_types import Ge, Le
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Backbone, Diffusion, Pixels
 from unlearn_runner.models.loading import (
@@ -24,6 +23,7 @@ from unlearn_runner.models.loading import (
 )
 from unlearn_runner.models.model import Condition, labels_in_words, pipeline_name
 from unlearn_runner.options import Channels, Decay, Depth, OpenUnitInterval, PredictionType, Width
+from unlearn_runner.rules import model_options
 from unlearn_runner.weights import fetched, located
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ def build_ddpm(
     num_labels = None if label_names is None else len(label_names)
     if weights != "auto":
         network = _configured_as(weights, image_shape, num_labels)
-        rules.prediction_of_weights(weights, prediction_type, network.path.prediction_type)
+        model_options.prediction_of_weights(weights, prediction_type, network.path.prediction_type)
         return network
-    rules.timesteps_of_flow(weights, prediction_type, num_train_timesteps)
-    rules.levels_of_attention(weights, attention, block_out_channels)
-    rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
-    rules.heads_of_channels(weights, block_out_channels, attention, attention_head_dim)
-    rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
-    rules.sides_that_halve(*image_shape[1:], len(block_out_channels) - 1, len(block_out_channels))
+    model_options.timesteps_of_flow(weights, prediction_type, num_train_timesteps)
+    model_options.levels_of_attention(weights, attention, block_out_channels)
+    model_options.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    model_options.heads_of_channels(weights, block_out_channels, attention, attention_head_dim)
+    model_options.range_of_betas(weights, beta_start, beta_end, beta_schedule)
+    model_options.sides_that_halve(*image_shape[1:], len(block_out_channels) - 1, len(block_out_channels))
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
     if prediction_type == "flow":

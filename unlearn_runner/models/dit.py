@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Backbone, Diffusion
 from unlearn_runner.models.latents import Latents, pixels_a_side, require_autoencoder
@@ -16,6 +15,7 @@ from unlearn_runner.models.model import Condition
 from unlearn_runner.models.path import path_of
 from unlearn_runner.models.pipelines import Described, PipelineKind, described
 from unlearn_runner.options import GuidanceScale
+from unlearn_runner.rules import model_options
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiTTransformer2DModel
@@ -118,7 +118,7 @@ def build_dit(
     `weights` is a folder or hub id of a DiTPipeline, which decides architecture, schedule and size; it is checked here
     and its weights are read later, by `load`. All of the transformer is trained; the autoencoder stays as it is.
     """
-    rules.classes_for_dit(label_names is not None)
+    model_options.classes_for_dit(label_names is not None)
     found = described(weights, KIND, _require_fitting)
     model = dit(found.network, found.vae, found.scheduler, label_names, guidance_scale, gradient_checkpointing)
     if model.image_shape != tuple(image_shape) or model.num_labels != len(label_names):

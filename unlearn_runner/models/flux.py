@@ -7,7 +7,6 @@ from annotated_types import Ge, Le
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
 from unlearn_runner.models.latents import require_autoencoder
@@ -18,6 +17,7 @@ from unlearn_runner.models.prompted import Parts, Tuning
 from unlearn_runner.models.stable_diffusion import fitting_dataset
 from unlearn_runner.models.texts import Texts, last_of_t5, with_pooled
 from unlearn_runner.options import FrozenType, NonNegativeFloat, Trainable, Width
+from unlearn_runner.rules import model_options
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,7 +102,7 @@ def build_flux(
     and in drawing: it predicts as if it was guided, and there is no other guidance. `t5_tokens`: of a prompt (schnell's
     own: 256).
     """
-    rules.prompts_for_texts(bool(label_names))
+    model_options.prompts_for_texts(bool(label_names))
     found = described(weights, KIND, _require_fitting)
     guidance = float(embedded_guidance) if found.network.config.guidance_embeds else None
     texts = ClipAndT5(list(found.tokenizers.values()), list(found.encoders.values()), guidance, t5_tokens)

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
+from unlearn_runner.rules import method_options
 
 if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -416,7 +416,7 @@ class Path(nn.Module):
         """
         scale, std = (part.flatten() for part in self.amplitudes(torch.arange(self.num_train_timesteps)))
         ratios = (std / scale)[scale > 0]
-        rules.noise_of_schedule(ratio, float(ratios[0]), float(ratios[-1]), name)
+        method_options.noise_of_schedule(ratio, float(ratios[0]), float(ratios[-1]), name)
         return int((ratios.log() - math.log(ratio)).abs().argmin())
 
     def probability_flow(self) -> ProbabilityFlow:

@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
 from unlearn_runner.models.latents import build_autoencoder, pixels_a_side, require_autoencoder
@@ -26,6 +25,7 @@ from unlearn_runner.options import (
     Trainable,
     Width,
 )
+from unlearn_runner.rules import model_options
 
 PLAIN = PipelineKind(
     name="StableDiffusionPipeline",
@@ -76,13 +76,13 @@ def build_stable_diffusion(
     its AutoencoderKL, which is drawn first, so that they alone decide its weights; `words` are those that its tokenizer
     knows as one token each.
     """
-    rules.prompts_for_texts(bool(label_names))
-    rules.flow_of_pixels(weights, prediction_type)
-    rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
-    rules.heads_of_latents(weights, block_out_channels, attention_heads)
-    rules.heads_of_texts(weights, text_width)
-    rules.channels_of_autoencoder(weights, vae)
-    rules.range_of_betas(weights, beta_start, beta_end, beta_schedule)
+    model_options.prompts_for_texts(bool(label_names))
+    model_options.flow_of_pixels(weights, prediction_type)
+    model_options.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    model_options.heads_of_latents(weights, block_out_channels, attention_heads)
+    model_options.heads_of_texts(weights, text_width)
+    model_options.channels_of_autoencoder(weights, vae)
+    model_options.range_of_betas(weights, beta_start, beta_end, beta_schedule)
     if weights == "auto":
         from diffusers import DDIMScheduler, UNet2DConditionModel
 
@@ -119,7 +119,7 @@ def build_stable_diffusion(
             )
     else:
         parts = _parts_of(weights, PLAIN, tuple(image_shape))
-        rules.prediction_of_weights(weights, prediction_type, parts.scheduler.config.prediction_type)
+        model_options.prediction_of_weights(weights, prediction_type, parts.scheduler.config.prediction_type)
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu)
     return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
 
@@ -141,7 +141,7 @@ def build_sdxl(
     `weights` is a folder or hub id of a StableDiffusionXLPipeline, which decides architecture and schedule; it is
     checked here and its weights are read later, by `load`.
     """
-    rules.prompts_for_texts(bool(label_names))
+    model_options.prompts_for_texts(bool(label_names))
     parts = _parts_of(weights, XL, tuple(image_shape))
     tuning = Tuning(trainable, lora_rank, gradient_checkpointing, frozen_dtype, texts_on_cpu)
     return fitting_dataset(parts, weights, image_shape, label_names, guidance_scale, tuning, seed)
@@ -159,7 +159,7 @@ def fitting_dataset(
     """The model of these parts, if they fit the dataset's images and prompts."""
     patch = KINDS[type(parts.network).__name__].patch(parts.network)
     sides = pixels_a_side(parts.vae) * (patch or 2 ** (len(parts.network.config.block_out_channels) - 1))
-    rules.sides_of_latents(*image_shape[1:], sides)
+    model_options.sides_of_latents(*image_shape[1:], sides)
     if parts.vae.config.in_channels != image_shape[0]:
         raise ConfigurationError(
             f"model.weights={weights} draws images of {parts.vae.config.in_channels} channels, the dataset has "

@@ -8,7 +8,6 @@ from annotated_types import Ge, Le
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.diffusion import Diffusion
 from unlearn_runner.models.latents import build_autoencoder, pixels_a_side, require_autoencoder
@@ -26,6 +25,7 @@ from unlearn_runner.models.texts import (
     with_pooled,
 )
 from unlearn_runner.options import AutoencoderOptions, Depth, FrozenType, GuidanceScale, NumTokens, Trainable, Width
+from unlearn_runner.rules import model_options
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
@@ -140,11 +140,11 @@ def build_sd3(
     AutoencoderKL, which is drawn first, so that they alone decide its weights. Its two text encoders are alike, each
     `text_width` wide, and know `words` as one token each. `shift` is alpha of 2403.03206, section 5.3.2.
     """
-    rules.prompts_for_texts(bool(label_names))
-    rules.t5_of_fresh(weights, t5)
-    rules.width_of_transformer(weights, heads, attention_head_dim)
-    rules.heads_of_texts(weights, text_width)
-    rules.channels_of_autoencoder(weights, vae)
+    model_options.prompts_for_texts(bool(label_names))
+    model_options.t5_of_fresh(weights, t5)
+    model_options.width_of_transformer(weights, heads, attention_head_dim)
+    model_options.heads_of_texts(weights, text_width)
+    model_options.channels_of_autoencoder(weights, vae)
     if weights == "auto":
         from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -11,7 +11,6 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
-from unlearn_runner import rules
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.models.loading import (
     BASES_ARCHITECTURE,
@@ -32,6 +31,7 @@ from unlearn_runner.models.model import (
     passed,
 )
 from unlearn_runner.options import Channels, Width
+from unlearn_runner.rules import model_options
 from unlearn_runner.weights import located
 
 SUBFOLDER = "vae"
@@ -246,8 +246,8 @@ def build_vae(
     if weights != "auto":
         return _configured_as(weights, image_shape, num_labels)
     sizes = {"latent_size": latent_size, "hidden_size": hidden_size, "norm_num_groups": norm_num_groups}
-    rules.groups_of_channels(weights, block_out_channels, norm_num_groups)
-    rules.sides_that_halve(*image_shape[1:], len(block_out_channels), len(block_out_channels))
+    model_options.groups_of_channels(weights, block_out_channels, norm_num_groups)
+    model_options.sides_that_halve(*image_shape[1:], len(block_out_channels), len(block_out_channels))
     settings = {
         "image_shape": tuple(image_shape),
         "num_labels": num_labels,

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from unlearn_runner import rules
 from unlearn_runner.evaluation.evaluator import Sampling
 from unlearn_runner.evaluation.metrics import Metric
 from unlearn_runner.evaluation.novelty import NoveltyRecipe
@@ -21,6 +20,7 @@ from unlearn_runner.options import (
     Seeds,
     UnitInterval,
 )
+from unlearn_runner.rules import evaluation_options
 from unlearn_runner.training.relearning import Relearning
 
 
@@ -62,12 +62,12 @@ class EvaluationPlan:
     references: References = "training"  # real images that samples are compared with; run folders had no others
 
     def __post_init__(self) -> None:
-        rules.whose_oracles(self.oracle, self.oracle_seeds)
+        evaluation_options.whose_oracles(self.oracle, self.oracle_seeds)
 
     @property
     def own_oracles(self) -> Sequence[str]:
         """Folders or hub ids of models that never saw the forget set and that are not to be trained here."""
-        return rules.own_oracles(self.oracle)
+        return evaluation_options.own_oracles(self.oracle)
 
     def seeds_of_oracles(self, base: int) -> Sequence[int]:
         """Of the models to train without the forget set; `base` is the seed that the base was trained with."""
