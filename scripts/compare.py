@@ -35,7 +35,7 @@ from unlearn_runner.comparison.render import (
     terminal_tables,
     terminal_tests,
 )
-from unlearn_runner.comparison.runs import Found, read_runs
+from unlearn_runner.comparison.runs import RunsRead, read_runs
 from unlearn_runner.comparison.statistics import TESTS
 from unlearn_runner.comparison.tables import FLOOR, spread_of_oracles
 from unlearn_runner.comparison.verdicts import measured_by, rules_of, sentence
@@ -141,7 +141,7 @@ def main() -> None:
         sys.exit(f"{error.filename}: {error.strerror}.")
 
 
-def read(folders: list[Path]) -> Found:
+def read(folders: list[Path]) -> RunsRead:
     """The runs below the folders. Raises ConfigurationError if a folder is not there or no run is finished."""
     folders = with_packs(folders)
     for folder in folders:
@@ -214,7 +214,7 @@ def say(comparison: Comparison, console: Console) -> None:
 
 
 def write(
-    found: Found, wanted: Wanted, comparison: Comparison, arguments: argparse.Namespace, console: Console
+    found: RunsRead, wanted: Wanted, comparison: Comparison, arguments: argparse.Namespace, console: Console
 ) -> None:
     """The files that were asked for, each with a line that says so. What draws is imported only now."""
     if arguments.html:

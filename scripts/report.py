@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unlearn_runner.comparison.ledger import REQUESTS, ledger_of
-from unlearn_runner.comparison.request_report import Asked, ledger_page, write_report
+from unlearn_runner.comparison.request_report import RequestDescription, ledger_page, write_report
 from unlearn_runner.errors import ConfigurationError
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (asked.run / REQUESTS).is_file():
             of_all(asked.run)
         else:
-            write_report(asked.run, Asked(asked.id, asked.text, asked.received))
+            write_report(asked.run, RequestDescription(asked.id, asked.text, asked.received))
         if asked.pdf:
             print_page(asked.run / "report.html", asked.run / "report.pdf")
     except ConfigurationError as error:
@@ -49,7 +49,7 @@ def of_all(folder: Path) -> None:
     if not ledger["requests"]:
         raise ConfigurationError(f"{folder}: no request is done yet; python scripts/ledger.py {folder} does them.")
     for request in ledger["requests"]:
-        write_report(Path(request["folder"]), Asked(request["id"], request["text"], request["received"]))
+        write_report(Path(request["folder"]), RequestDescription(request["id"], request["text"], request["received"]))
     (folder / "report.html").write_text(ledger_page(folder, ledger), encoding="utf-8")
 
 

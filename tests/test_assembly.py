@@ -10,7 +10,7 @@ from conftest import assert_same_bits, weights_of
 from unlearn_runner.assembly import build_method, build_network, build_parts
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.method import Mask, Setting, Update
-from unlearn_runner.methods.siss import SISS
+from unlearn_runner.methods.siss.siss import SISS
 from unlearn_runner.rules.method_options import REQUIREMENTS, facts, require
 from unlearn_runner.spec import digits_trousers
 from unlearn_runner.types import make_generator

@@ -13,7 +13,8 @@ from test_train_prompts import SMALL, summary
 
 from unlearn_runner.graphs import MOST_RECORDINGS, GraphedPasses
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.siss import SISS, SISSNoIS
+from unlearn_runner.methods.siss.siss import SISS
+from unlearn_runner.methods.siss.without_importance_sampling import SISSNoIS
 from unlearn_runner.types import Batch, GeneratorState, Passes
 
 pytestmark = [

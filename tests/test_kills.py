@@ -232,8 +232,8 @@ def import_everything() -> None:
     import unlearn_runner.data.digits_trousers
     import unlearn_runner.drivers.sb3
     import unlearn_runner.evaluation.metrics
-    import unlearn_runner.methods.sfd
-    import unlearn_runner.methods.siss
+    import unlearn_runner.methods.distillation.sfd
+    import unlearn_runner.methods.siss.siss
     import unlearn_runner.training.recorder  # noqa: F401
 
 

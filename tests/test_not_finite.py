@@ -23,7 +23,7 @@ from unlearn_runner.evaluation.evaluator import Evaluator, Sampling
 from unlearn_runner.evaluation.judge import RecognizingJudge
 from unlearn_runner.evaluation.likelihood import flow_bits_per_dim
 from unlearn_runner.evaluation.metrics import FID, KID, Rates
-from unlearn_runner.methods.siss import effective_sample_size
+from unlearn_runner.methods.siss.passes import effective_sample_size
 from unlearn_runner.models.model import require_finite
 from unlearn_runner.training.clock import Listener
 

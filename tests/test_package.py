@@ -33,7 +33,7 @@ def test_the_module_is_the_command(tmp_path):
     """From any folder: what would run, one sentence for a mistake, and nothing left behind."""
     shown = command("--cfg", "job", "method=siss", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert shown.returncode == 0, shown.stderr
-    assert "unlearn_runner.methods.siss.SISS" in shown.stdout
+    assert "unlearn_runner.methods.siss.siss.SISS" in shown.stdout
     refused = command("method=sis", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert refused.returncode == 1
     assert refused.stderr.startswith("method=sis: there is no such option"), refused.stderr

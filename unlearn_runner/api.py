@@ -139,12 +139,12 @@ def report(run: Any, *, number: str | None = None, text: str | None = None, rece
     """The page on a deletion request, of a run's folder or of a result that has one: what was asked (a number and the
     request's own words), done and measured, and what still holds the data. Returns its place, the run's report.html.
     """
-    from unlearn_runner.comparison.request_report import Asked, write_report
+    from unlearn_runner.comparison.request_report import RequestDescription, write_report
 
     folder = run.folder if isinstance(run, Result) else Path(run)
     if folder is None:
         raise ConfigurationError("report: a result without a folder; give forget(..., folder=...) one to be kept.")
-    return write_report(folder, Asked(number, text, received))
+    return write_report(folder, RequestDescription(number, text, received))
 
 
 # 1. From what is given to overrides

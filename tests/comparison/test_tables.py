@@ -445,7 +445,9 @@ def test_a_class_that_has_moved_to_another_file_is_the_same_one(tmp_path):
         make_run(tmp_path, "retrack", seed, {"eval/forget_rate": 0.1}, config={"method": {"_target_": target}})
     (row,) = only(tmp_path).rows
     assert (row.label, sorted(row.seeds)) == ("retrack", [0, 1])
-    make_run(tmp_path, "retrack", 2, {"eval/forget_rate": 0.1}, config={"method": {"_target_": "methods.siss.SISS"}})
+    make_run(
+        tmp_path, "retrack", 2, {"eval/forget_rate": 0.1}, config={"method": {"_target_": "methods.siss.siss.SISS"}}
+    )
     assert {row.label for row in only(tmp_path).rows} == {"retrack _target_=ReTrack", "retrack _target_=SISS"}
 
 

@@ -16,8 +16,8 @@ from trainers import build_driven, build_trainer, flat, flat_state
 from unlearn_runner.drivers.lambda_env import LambdaEnv, squash
 from unlearn_runner.drivers.sb3 import NEWER, LambdaDriver
 from unlearn_runner.errors import ConfigurationError, Interrupted, NonFiniteError
-from unlearn_runner.methods.lambdas import ApartTerms
-from unlearn_runner.methods.rl_lambda import TERMS
+from unlearn_runner.methods.siss.lambda_objectives import SeparateTerms
+from unlearn_runner.methods.siss.rl_lambda import TERMS
 from unlearn_runner.models.model import denoising_loss
 from unlearn_runner.training.checkpoint import open_checkpoint
 from unlearn_runner.training.clock import Listener
@@ -151,8 +151,8 @@ def test_the_fresh_state_is_that_of_the_new_weights(driven, norms):
 
 def test_a_state_that_is_not_finite_stops_with_its_step(driven):
     env = environment(driven, *PPO)
-    unknown = ApartTerms(torch.ones(1), torch.full((1,), torch.nan), torch.ones(2))
-    env.method.siss.terms_apart = lambda *_, **__: unknown
+    unknown = SeparateTerms(torch.ones(1), torch.full((1,), torch.nan), torch.ones(2))
+    env.method.siss.separate_terms = lambda *_, **__: unknown
     with pytest.raises(NonFiniteError, match="the state after step 1"):
         env.step(np.float32([0.0]))
 

@@ -11,9 +11,10 @@ from diffusers import DDIMScheduler
 from toy import gaussian_model
 
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.methods import critic_guided
-from unlearn_runner.methods.critic_guided import (
-    CriticGuided,
+from unlearn_runner.methods.method import Setting, Update
+from unlearn_runner.methods.policy import critic_guided
+from unlearn_runner.methods.policy.critic_guided import CriticGuided
+from unlearn_runner.methods.policy.rollouts import (
     Memory,
     PromptStatistics,
     Reward,
@@ -22,7 +23,6 @@ from unlearn_runner.methods.critic_guided import (
     move,
     policy_loss,
 )
-from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.clip import small_clip
 from unlearn_runner.models.path import ladder
 from unlearn_runner.spec import Labels

@@ -8,8 +8,8 @@ import torch
 from pipelines import PROMPTS, tiny
 from toy import gaussian_model
 
-from unlearn_runner.methods.erase_flow import EraseFlow, imbalance
 from unlearn_runner.methods.method import Setting, Update
+from unlearn_runner.methods.policy.erase_flow import EraseFlow, imbalance
 from unlearn_runner.models.path import Gaussian
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator

@@ -9,17 +9,13 @@ from test_sfd import LABELS, NOTHING, adam, flat, images
 from toy import drawn_gaussian, gaussian_model
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.hybrid import (
-    hybrid,
-    mixture_costs,
-    mixture_guess,
-    optimal_mixture,
-    student_losses,
-)
-from unlearn_runner.methods.lambdas import ClosedForm, Inferred
+from unlearn_runner.methods.distillation.hybrid import hybrid
+from unlearn_runner.methods.distillation.multi_class import mixture_costs, mixture_guess, optimal_mixture
+from unlearn_runner.methods.distillation.networks import NoiseRange, generator_loss
+from unlearn_runner.methods.distillation.overrides import Fixed
+from unlearn_runner.methods.distillation.student import student_losses
 from unlearn_runner.methods.method import Setting
-from unlearn_runner.methods.overrides import Fixed
-from unlearn_runner.methods.sfd import NoiseRange, generator_loss
+from unlearn_runner.methods.siss.lambda_controllers import ClosedForm, Inferred
 from unlearn_runner.models.model import predict_x0
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import make_generator
@@ -133,7 +129,7 @@ def test_mixture_score_asks_the_posterior(monkeypatch):
     noised = trio.draw(forget, timesteps, make_generator(1, "t"))
     mixture = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.1, 0.9]])
     costs = torch.tensor([[1.0, 2.0], [0.5, 0.1], [3.0, 3.0]])
-    monkeypatch.setattr("unlearn_runner.methods.hybrid.class_costs", lambda *_: costs)
+    monkeypatch.setattr("unlearn_runner.methods.distillation.multi_class.class_costs", lambda *_: costs)
     found = method._forget_losses(noised, forget, mixture)
     posterior = torch.softmax(torch.tensor([0.5, 0.5]).log() - costs, 1)
     target = sum(

@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from test_siss import method, unit_batch
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.lambdas import (
+from unlearn_runner.methods.siss.lambda_controllers import (
     LEAST,
     LEVELS,
     ClosedForm,
@@ -17,14 +17,17 @@ from unlearn_runner.methods.lambdas import (
     Inferred,
     LambdaController,
     Mixing,
-    Seen,
+)
+from unlearn_runner.methods.siss.lambda_objectives import (
+    StepObservation,
     closed_form,
     kl_to_gaussian,
     kl_to_uniform,
     pathwise_slope,
     variance_slope,
 )
-from unlearn_runner.methods.siss import SISS, importance_weights
+from unlearn_runner.methods.siss.mixture import importance_weights
+from unlearn_runner.methods.siss.siss import SISS
 from unlearn_runner.models.model import denoising_loss
 
 F64 = torch.float64
@@ -41,7 +44,7 @@ def seen_of(w_retain, w_forget, square_retain, square_forget, losses=None, level
     b = len(w_retain)
     one = torch.ones((), dtype=w_retain.dtype)
     losses_retain, losses_forget = losses or (w_retain, w_forget)
-    return Seen(
+    return StepObservation(
         level=torch.zeros(b) if level is None else level,
         w_retain=w_retain,
         w_forget=w_forget,

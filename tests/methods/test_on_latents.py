@@ -181,7 +181,7 @@ def test_copies_share_what_is_not_trained(composed, folder, tmp_path):
 
 
 def test_no_method_asks_for_the_models_kind():
-    for file in (ROOT / "unlearn_runner" / "methods").glob("*.py"):
+    for file in (ROOT / "unlearn_runner" / "methods").rglob("*.py"):
         text = file.read_text()
         assert "stable_diffusion" not in text, file
         assert "isinstance(model" not in text, file

@@ -10,12 +10,13 @@ from toy import gaussian_flow, gaussian_model
 from unlearn_runner.data.streams import Images, ImageSet
 from unlearn_runner.methods import retained_images as module
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
-from unlearn_runner.methods.lambdas import ClosedForm
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.posterior import Posterior
 from unlearn_runner.methods.retained_images import RetainedImages, Subset, full_precision, posterior, trust
 from unlearn_runner.methods.retrack import ReTrack
-from unlearn_runner.methods.siss import SISS, mix
+from unlearn_runner.methods.siss.lambda_controllers import ClosedForm
+from unlearn_runner.methods.siss.mixture import mix
+from unlearn_runner.methods.siss.siss import SISS
 from unlearn_runner.models.model import Noising
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator

@@ -9,7 +9,7 @@ from unlearn_runner.data.streams import Images
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.denoising import denoising_loss
 from unlearn_runner.methods.method import Setting
-from unlearn_runner.methods.rl_lambda import Probe, RLLambda, paper_reward, probe_reward
+from unlearn_runner.methods.siss.rl_lambda import Probe, RLLambda, paper_reward, probe_reward
 
 
 def test_paper_reward():

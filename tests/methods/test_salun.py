@@ -11,8 +11,8 @@ from trainers import build_trainer, flat_state
 from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods import salun
 from unlearn_runner.methods.denoising import denoising_loss, draw_noise
+from unlearn_runner.methods.distillation.overrides import Fixed
 from unlearn_runner.methods.method import Mask, Setting, Update
-from unlearn_runner.methods.overrides import Fixed
 from unlearn_runner.methods.salun import SalUn, relabelled_loss, salient
 from unlearn_runner.spec import Labels
 from unlearn_runner.types import Batch, make_generator

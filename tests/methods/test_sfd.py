@@ -11,17 +11,23 @@ from trainers import build_trainer, flat_state
 
 from unlearn_runner.data.forget_retain import ForgetRetain, LabelledImages
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.overrides import Asked, Classifier, Fixed, Override, RandomOther, class_costs
-from unlearn_runner.methods.sfd import (
-    SFD,
+from unlearn_runner.methods.distillation.networks import (
+    DistillationNetworks,
     LabelSampler,
     NoiseRange,
-    Trio,
     fake_score_loss,
     generator_loss,
-    two_stage_rate,
 )
+from unlearn_runner.methods.distillation.overrides import (
+    Classifier,
+    Fixed,
+    Override,
+    OverrideBatch,
+    RandomOther,
+    class_costs,
+)
+from unlearn_runner.methods.distillation.sfd import SFD, two_stage_rate
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.model import predict_eps, predict_x0
 from unlearn_runner.spec import Labels
 from unlearn_runner.training.checkpoint import open_checkpoint
@@ -93,7 +99,7 @@ def test_generators_gradient_flows_through_both_frozen_scores(tiny_network, doub
     """Against central differences of the formula, omega held at its value."""
     network = tiny_network().double()
     network.path.schedule.alphas_cumprod = network.path.schedule.alphas_cumprod.double()
-    trio = Trio(network, NoiseRange())
+    trio = DistillationNetworks(network, NoiseRange())
     trio.begin()
     for weight in (*trio.fake.parameters(), *trio.generator.parameters()):
         weight.data += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
@@ -333,7 +339,7 @@ def test_exploding_networks_stop_the_run_with_the_step_named(run, setting):
 
 def test_overrides_choose_among_what_is_kept(tiny_network):
     x0 = torch.zeros(200, 1, 8, 8)
-    asked = Asked(x0, torch.full((200,), 7), tiny_network(), make_generator(0, "m"))
+    asked = OverrideBatch(x0, torch.full((200,), 7), tiny_network(), make_generator(0, "m"))
     labels = Labels((0, 3, 5), (7,))
     assert Fixed(labels, 3)(asked).unique().tolist() == [3]
     counts = RandomOther(labels)(asked).bincount()
@@ -379,7 +385,7 @@ def test_no_override_is_a_forgotten_label(tiny_network):
 def test_the_classifiers_choice_is_the_likeliest_class_that_is_kept():
     model = gaussian_model([-1.0, 1.0, 0.0], [0.3, 0.3, 0.3], side=4)
     x0 = torch.tensor([-0.4, 0.4, -1.0, 1.0])[:, None, None, None].expand(-1, 1, 4, 4)  # the third class is likeliest
-    asked = Asked(x0, torch.full((4,), 2), model, make_generator(0, "m"))
+    asked = OverrideBatch(x0, torch.full((4,), 2), model, make_generator(0, "m"))
     assert Classifier(LABELS, num_draws=8)(asked).tolist() == [0, 1, 0, 1]
 
 

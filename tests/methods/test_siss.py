@@ -7,19 +7,13 @@ import torch
 from conftest import assert_same_bits
 
 from unlearn_runner.errors import ConfigurationError
-from unlearn_runner.methods.lambdas import Constant
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.siss import (
-    SISS,
-    LastNorms,
-    NormFix,
-    SISSNoIS,
-    effective_sample_size,
-    importance_weights,
-    mix,
-    shared_passes,
-    siss_loss,
-)
+from unlearn_runner.methods.siss.gradient_norms import LastNorms, NormFix
+from unlearn_runner.methods.siss.lambda_controllers import Constant
+from unlearn_runner.methods.siss.mixture import importance_weights, mix, siss_loss
+from unlearn_runner.methods.siss.passes import effective_sample_size, shared_passes
+from unlearn_runner.methods.siss.siss import SISS
+from unlearn_runner.methods.siss.without_importance_sampling import SISSNoIS
 from unlearn_runner.models.model import Noising, squared_error
 from unlearn_runner.types import Batch, make_generator
 

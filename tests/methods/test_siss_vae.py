@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from unlearn_runner.methods.lambdas import Inferred
 from unlearn_runner.methods.method import Setting, Update
-from unlearn_runner.methods.siss import SISS, SISSNoIS, mix
+from unlearn_runner.methods.siss.lambda_controllers import Inferred
+from unlearn_runner.methods.siss.mixture import mix
+from unlearn_runner.methods.siss.siss import SISS
+from unlearn_runner.methods.siss.without_importance_sampling import SISSNoIS
 from unlearn_runner.models.model import Noising
 from unlearn_runner.types import Batch, make_generator
 

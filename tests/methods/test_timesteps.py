@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unlearn_runner.methods.timesteps import SecondMoment, Uniform
+from unlearn_runner.methods.siss.timesteps import SecondMoment, Uniform
 
 CPU = torch.device("cpu")
 

@@ -12,13 +12,14 @@ from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.evaluation.likelihood import NLL
 from unlearn_runner.evaluation.membership import Membership
 from unlearn_runner.evaluation.view import View
-from unlearn_runner.methods.critic_guided import move
 from unlearn_runner.methods.denoising import Denoising
+from unlearn_runner.methods.distillation.networks import DistillationNetworks, NoiseRange, generator_loss
 from unlearn_runner.methods.erase_diff import EraseDiff
 from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.neg_grad import NegGrad
-from unlearn_runner.methods.sfd import NoiseRange, Trio, generator_loss
-from unlearn_runner.methods.siss import SISS, mix
+from unlearn_runner.methods.policy.rollouts import move
+from unlearn_runner.methods.siss.mixture import mix
+from unlearn_runner.methods.siss.siss import SISS
 from unlearn_runner.models.ddpm import build_ddpm
 from unlearn_runner.models.model import denoising_loss, predict_eps, predict_x0
 from unlearn_runner.models.one_step import OneStep, OneStepPipeline
@@ -164,7 +165,7 @@ def test_score_forgetting_is_the_same_on_a_flow(double):
 
 def test_distillation_and_its_folder(flow, tmp_path):
     network = flow()
-    trio = Trio(network, NoiseRange())
+    trio = DistillationNetworks(network, NoiseRange())
     trio.begin()
     labels, g = torch.tensor([1, 2, 7]), make_generator(0, "m")
     noised = trio.draw(labels, trio.draw_timesteps(3, g), g)

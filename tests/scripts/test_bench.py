@@ -12,7 +12,7 @@ from conftest import ROOT
 from hydra.utils import instantiate
 from reference_loop import ReferenceLoop
 
-from unlearn_runner.methods.siss import mix, siss_loss
+from unlearn_runner.methods.siss.mixture import mix, siss_loss
 from unlearn_runner.models.model import squared_error
 from unlearn_runner.types import Batch
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from unlearn_runner import catalogue
 from unlearn_runner.catalogue import USUAL, hides_rubble
 from unlearn_runner.comparison.columns import COUNTED, HEADLINES, choose, key_of, shown
-from unlearn_runner.comparison.runs import Apart, Found, Run
+from unlearn_runner.comparison.runs import Run, RunsRead, SkippedRun
 from unlearn_runner.comparison.statistics import Paired
 from unlearn_runner.comparison.tables import (
     FLOOR,
@@ -67,11 +67,11 @@ class Table(NamedTuple):
 
 class Comparison(NamedTuple):
     tables: list[Table]
-    apart: list[Apart]
+    apart: list[SkippedRun]
     remarks: list[str]
 
 
-def compare(found: Found, wanted: Wanted) -> Comparison:
+def compare(found: RunsRead, wanted: Wanted) -> Comparison:
     """Raises ConfigurationError for a metric or a baseline that no run has."""
     keys = keys_of(found.runs)
     chosen = choose(wanted.metrics, keys)

@@ -53,7 +53,7 @@ class Trace(NamedTuple):
     size: int  # bytes
 
 
-class Asked(NamedTuple):
+class RequestDescription(NamedTuple):
     """What only a person knows of a request."""
 
     number: str | None = None
@@ -78,7 +78,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, A
     return summary, config, [json.loads(line) for line in lines]
 
 
-def report(folder: Path, asked: Asked = Asked()) -> dict[str, Any]:  # noqa: B008 - immutable
+def report(folder: Path, asked: RequestDescription = RequestDescription()) -> dict[str, Any]:  # noqa: B008 - immutable
     """All that the page says, as JSON has it."""
     summary, config, rows = read(folder)
     metrics, provenance = summary["metrics"], summary["provenance"]
@@ -187,7 +187,7 @@ def page(folder: Path, content: Mapping[str, Any]) -> str:
     return _rendered("request", **content, pictures=pictures, most=MOST_FILES)
 
 
-def write_report(run: Path, asked: Asked) -> Path:
+def write_report(run: Path, asked: RequestDescription) -> Path:
     """report.json, report.html and MANIFEST.sha256, into the folder of a finished run; returns the page's place."""
     content = report(run, asked)
     (run / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -38,23 +38,23 @@ class Run(NamedTuple):
     row_titles: list[str]  # of its pictures' rows, the conditions that they are drawn under; it may tell none
 
 
-class Apart(NamedTuple):
+class SkippedRun(NamedTuple):
     """A run that stands in no table."""
 
     folder: Path
     why: str
 
 
-class Found(NamedTuple):
+class RunsRead(NamedTuple):
     runs: list[Run]
-    apart: list[Apart]
+    apart: list[SkippedRun]
     remarks: list[str]  # a sentence each: what was left out of runs that are shown
 
 
-def read_runs(folders: list[Path]) -> Found:
+def read_runs(folders: list[Path]) -> RunsRead:
     """All runs at or below the folders, the oldest first."""
     runs: list[Run] = []
-    apart: list[Apart] = []
+    apart: list[SkippedRun] = []
     remarks: list[str] = []
     seen: set[Path] = set()
     for top in folders:
@@ -68,7 +68,7 @@ def read_runs(folders: list[Path]) -> Found:
                 continue
             seen.add(place)
             found = read_run(folder)
-            if isinstance(found, Apart):
+            if isinstance(found, SkippedRun):
                 apart.append(found)
                 continue
             run, dropped = found
@@ -85,7 +85,7 @@ def read_runs(folders: list[Path]) -> Found:
     elif len(versions) > 1:
         named = ", ".join(f"{count} of version {version}" for version, count in sorted(versions.items()))
         remarks.append(f"summaries of several versions are shown together ({named}); an older one says less.")
-    return Found(sorted(runs, key=lambda run: run.written), apart, remarks)
+    return RunsRead(sorted(runs, key=lambda run: run.written), apart, remarks)
 
 
 def run_folders(top: Path, say: Callable[[OSError], None] | None = None) -> Iterator[Path]:
@@ -100,21 +100,21 @@ def run_folders(top: Path, say: Callable[[OSError], None] | None = None) -> Iter
         inner.sort()
 
 
-def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
+def read_run(folder: Path) -> tuple[Run, list[str]] | SkippedRun:
     """A finished run with the keys of its metrics that are no finite numbers; else why it stands apart."""
     path = folder / "summary.json"
     try:
         summary = json.loads(bounded_text(path))
         written = path.stat().st_mtime
     except FileNotFoundError:
-        return Apart(folder, "there is no summary.json")
+        return SkippedRun(folder, "there is no summary.json")
     except (OSError, ValueError, RecursionError) as error:
-        return Apart(folder, f"summary.json is unreadable, perhaps half-written: {first_line(error)}")
+        return SkippedRun(folder, f"summary.json is unreadable, perhaps half-written: {first_line(error)}")
     try:
         text = bounded_yaml(folder / "config.yaml")
         config = yaml.load(text, Loader=YAML_LOADER)
     except Exception as error:  # OSError, YAMLError, and what its constructors raise for odd dates, keys and numbers
-        return Apart(folder, f"config.yaml is unreadable: {first_line(error)}")
+        return SkippedRun(folder, f"config.yaml is unreadable: {first_line(error)}")
     try:
         label, method, seed = (
             config.get("label") or config["choices"]["method"],
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
         if summary["status"] != "finished":
             dead = summary["status"] == "running" and owner_of(folder) is None
             why = error_of(summary) or (": its process is gone, it was killed" if dead else "")
-            return Apart(folder, f"{one_line(summary['status'])} ({label}, seed {seed})" + why)
+            return SkippedRun(folder, f"{one_line(summary['status'])} ({label}, seed {seed})" + why)
         version = summary.get("version", 1)
         numbers = numbers_of(summary)
         provenance = summary["provenance"]
@@ -148,7 +148,7 @@ def read_run(folder: Path) -> tuple[Run, list[str]] | Apart:
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         what = f"has no {error}" if isinstance(error, KeyError) else f"is not as expected: {first_line(error)}"
-        return Apart(folder, f"summary.json or config.yaml {what}")
+        return SkippedRun(folder, f"summary.json or config.yaml {what}")
     return run, [key for key, value in numbers.items() if value is None]
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from unlearn_runner.catalogue import HIGH, LOW, ORACLE, USUAL, is_rubble, what_z_says, z_of
 from unlearn_runner.comparison.columns import better, bounds_of, counted_of, drawn_instead, forgets, key_of
-from unlearn_runner.comparison.runs import Apart, Run
+from unlearn_runner.comparison.runs import Run, SkippedRun
 from unlearn_runner.comparison.statistics import Paired, corrected, interval, paired
 from unlearn_runner.errors import ConfigurationError, near
 
@@ -151,13 +151,13 @@ def last_part(value: Any) -> str:
     return value.rpartition(".")[2] if isinstance(value, str) else str(value)
 
 
-def newest(runs: list[Run]) -> tuple[list[Run], list[Apart]]:
+def newest(runs: list[Run]) -> tuple[list[Run], list[SkippedRun]]:
     """Of each label and seed the newest run, in the order of labels and seeds; the others stand apart."""
     kept: dict[tuple[str, int], Run] = {}
     apart = []
     for run in sorted(runs, key=lambda run: run.written):
         if old := kept.get((run.label, run.seed)):
-            apart.append(Apart(old.folder, f"made again later ({old.label}, seed {old.seed})"))
+            apart.append(SkippedRun(old.folder, f"made again later ({old.label}, seed {old.seed})"))
         kept[run.label, run.seed] = run
     return sorted(kept.values(), key=lambda run: (run.label, run.seed)), apart
 

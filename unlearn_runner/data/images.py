@@ -46,7 +46,7 @@ HIDDEN, UNREAD = "hidden file{s}", "file{s} in formats not read here"
 # 1. Which files there are
 
 
-class Found(NamedTuple):
+class ImagesFound(NamedTuple):
     """The image files below a folder, sorted by path, what else lies there and is not read, by why, and a sentence on
     it.
     """
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     unread: dict[str, list[Path]]
 
 
-def find_images(folder: str, option: str) -> Found:
+def find_images(folder: str, option: str) -> ImagesFound:
     """All image files below a folder, by their suffixes. Nothing is opened and no linked folder is followed.
 
     Raises ConfigurationError, naming the option, if there is no such folder, none in it, or a part of it that cannot be
@@ -103,7 +103,7 @@ def find_images(folder: str, option: str) -> Found:
             + (f"; found {parts}." if parts else ".")
         )
     files.sort(key=lambda path: ([normal_form(part) for part in path.parts], path.parts))
-    return Found(files, note_of_unread(f"{option}={folder}", len(files), left), dict(left))
+    return ImagesFound(files, note_of_unread(f"{option}={folder}", len(files), left), dict(left))
 
 
 def note_of_unread(where: str, count: int, unread: dict[str, list[Path]]) -> list[str]:

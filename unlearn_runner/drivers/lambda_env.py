@@ -19,7 +19,7 @@ from jaxtyping import Float32
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 
 from unlearn_runner.errors import ConfigurationError, NonFiniteError
-from unlearn_runner.methods.rl_lambda import RLLambda
+from unlearn_runner.methods.siss.rl_lambda import RLLambda
 from unlearn_runner.training.clock import Clock
 from unlearn_runner.training.trainer import Trainer
 from unlearn_runner.types import Metrics

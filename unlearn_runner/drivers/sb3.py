@@ -29,8 +29,8 @@ from unlearn_runner.distributed import is_first
 from unlearn_runner.drivers.driver import Driver
 from unlearn_runner.drivers.lambda_env import LambdaEnv
 from unlearn_runner.errors import ConfigurationError, first_line
-from unlearn_runner.methods.lambdas import kl_to_gaussian
-from unlearn_runner.methods.rl_lambda import RLLambda
+from unlearn_runner.methods.siss.lambda_objectives import kl_to_gaussian
+from unlearn_runner.methods.siss.rl_lambda import RLLambda
 from unlearn_runner.rules import method_options
 from unlearn_runner.training.clock import Listener
 from unlearn_runner.training.trainer import Plan, Trainer

@@ -110,7 +110,7 @@ class OpenClip(FeatureExtractor):
                 ("image_std", open_clip.OPENAI_DATASET_STD),
             )
         )
-        self.seen = Seen((size, size) if isinstance(size, int) else tuple(size), mean, std)
+        self.seen = Preprocessing((size, size) if isinstance(size, int) else tuple(size), mean, std)
         self.layer = f"image embedding ({self.network.output_dim})"
         self.num_features = self.network.output_dim
         self.name = f"open_clip {model} {Path(pretrained).name} ({activation_of(network)})"
@@ -135,7 +135,7 @@ class EfficientNet(FeatureExtractor):
     def __init__(self):
         super().__init__()
         self.network = efficientnet_lite0()
-        self.seen = Seen((224, 224), (127 / 255,) * 3, (128 / 255,) * 3)  # as it was trained
+        self.seen = Preprocessing((224, 224), (127 / 255,) * 3, (128 / 255,) * 3)  # as it was trained
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"] | None]:
         features = self.network.extract_features(self.seen(images)).mean((2, 3))
@@ -168,7 +168,7 @@ class DINOv2(FeatureExtractor):
                 f"model.safetensors of a DINOv2 in transformers' format (facebook/dinov2-large); got {weights}."
             )
         self.network = _dinov2_of(folder)
-        self.seen = Seen((224, 224), IMAGENET_MEAN, IMAGENET_STD)
+        self.seen = Preprocessing((224, 224), IMAGENET_MEAN, IMAGENET_STD)
         config = self.network.config
         self.num_features = config.hidden_size
         self.layer = f"class token ({self.num_features})"
@@ -208,7 +208,7 @@ def whole_network(kind: Any, folder: Path) -> nn.Module:
 
 
 @final
-class Seen(nn.Module):
+class Preprocessing(nn.Module):
     """Pictures as a network wants them: three channels, its size (bicubic, with antialiasing), its mean and deviation.
 
     `mean` and `std` are those of the channels of pictures in [0, 1]. With `channels=1` grey pictures stay grey.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unlearn_runner import recognition
 from unlearn_runner.errors import ConfigurationError, first_line
-from unlearn_runner.evaluation.features import Seen, whole_network
+from unlearn_runner.evaluation.features import Preprocessing, whole_network
 from unlearn_runner.evaluation.judge import Recognizer, RecognizerRecipe
 from unlearn_runner.options import ImageSize, NonNegativeInt, PositiveFloat
 from unlearn_runner.schema import file_digest
@@ -247,7 +247,7 @@ class OutputsOfContents(Recognizer):
         super().__init__()
         self.name, self.network, self.pictures, self.groups = name, network, pictures, groups
         self.num_contents, self.num_features, self.probabilities = num_contents, num_features, probabilities
-        self.seen = Seen(pictures.size, pictures.mean, pictures.std, pictures.channels)
+        self.seen = Preprocessing(pictures.size, pictures.mean, pictures.std, pictures.channels)
 
     def forward(self, images: UInt8[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b m"]]:
         outputs, features = (part.float() for part in self.network(self.seen(images)))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.denoising import draw_noise
+from unlearn_runner.methods.distillation.overrides import drawn_labels
 from unlearn_runner.methods.method import Method, Setting, Update
-from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import GenerativeModel, squared_error
 from unlearn_runner.options import BatchSize, NonNegativeFloat, NumInferenceSteps
 from unlearn_runner.rules import model_options

@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
+from unlearn_runner.methods.distillation.overrides import drawn_labels
 from unlearn_runner.methods.method import Counter, Method, Setting, Update
-from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.methods.salun import relabelled_loss
 from unlearn_runner.models.model import GenerativeModel, predict_eps, squared_error
 from unlearn_runner.options import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from unlearn_runner.data.streams import Images
+from unlearn_runner.methods.distillation.overrides import drawn_labels
 from unlearn_runner.methods.method import Method, Setting, Update, copy_weights
-from unlearn_runner.methods.overrides import drawn_labels
 from unlearn_runner.models.model import GenerativeModel, evaluating, squared_error
 from unlearn_runner.models.path import ladder
 from unlearn_runner.options import BatchSize, NumInferenceSteps, PositiveFloat

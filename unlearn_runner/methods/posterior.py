@@ -16,7 +16,7 @@ from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.denoising import draw_eps
 from unlearn_runner.methods.method import Method, Setting, Update
 from unlearn_runner.methods.retained_images import TRUST_CAP, beside, retained_images, trust
-from unlearn_runner.methods.timesteps import TimestepSampler, Uniform
+from unlearn_runner.methods.siss.timesteps import TimestepSampler, Uniform
 from unlearn_runner.models.model import GenerativeModel, Noising
 from unlearn_runner.options import PositiveInt, UnitInterval
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams

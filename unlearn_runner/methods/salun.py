@@ -22,8 +22,8 @@ from unlearn_runner.data.streams import ImageSet
 from unlearn_runner.distributed import averaged
 from unlearn_runner.gradients import as_vector, gradients
 from unlearn_runner.methods.denoising import draw_noise, drawn_loss
+from unlearn_runner.methods.distillation.overrides import Override, OverrideBatch
 from unlearn_runner.methods.method import Method, Setting, Update
-from unlearn_runner.methods.overrides import Asked, Override
 from unlearn_runner.models.model import DiffusionModel, GenerativeModel, squared_error
 from unlearn_runner.options import NonNegativeFloat
 from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, Streams, make_generator
@@ -108,7 +108,7 @@ class SalUn(Method):
         # 2. noisy forget images, and the prediction under another condition
         timesteps, eps = draw_noise(model, batch.x0_forget, g)
         x_t = model.noising(batch.x0_forget, timesteps, cond).sample(eps)
-        other = self.override(Asked(batch.x0_forget, cond, model, g))
+        other = self.override(OverrideBatch(batch.x0_forget, cond, model, g))
         losses_forget = relabelled_loss(model, x_t, timesteps, cond, other) / model.num_entries
 
         # 3. the update

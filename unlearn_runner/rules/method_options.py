@@ -253,32 +253,32 @@ def multiples(value: int, of: int) -> str:
 
 
 OF_CONSTRUCTORS: dict[str, tuple[Callable[..., None], ...]] = {
-    "methods.siss.SISS": (
+    "methods.siss.siss.SISS": (
         tau_or_rho,
         variance_of_gradients,
     ),
-    "methods.siss.SISSNoIS": (tau_or_rho,),
-    "methods.lambdas.Inferred": (
+    "methods.siss.without_importance_sampling.SISSNoIS": (tau_or_rho,),
+    "methods.siss.lambda_controllers.Inferred": (
         context_of_lambda,
         lambda_of_an_image,
     ),
-    "methods.rl_lambda.RLLambda": (
+    "methods.siss.rl_lambda.RLLambda": (
         tau_or_rho,
         variance_of_gradients,
         range_of_lambda,
         whole_episodes,
     ),
-    "methods.sfd.NoiseRange": (range_of_noise,),
-    "methods.sfd.SFD": (
+    "methods.distillation.networks.NoiseRange": (range_of_noise,),
+    "methods.distillation.sfd.SFD": (
         something_to_forget,
         second_stage,
     ),
-    "methods.hybrid.hybrid": (
+    "methods.distillation.hybrid.hybrid": (
         something_to_forget,
         something_distilled,
         shares_that_sum_to_one,
     ),
-    "methods.critic_guided.CriticGuided": (
+    "methods.policy.critic_guided.CriticGuided": (
         enough_steps_to_learn_from,
         prompts_of_both_kinds,
         history_of_rewards,

@@ -4,7 +4,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from unlearn_runner.methods.lambdas import AT_LEVEL
+from unlearn_runner.methods.siss.lambda_controllers import AT_LEVEL
 
 
 def draw_lambda(lines: list[dict[str, Any]], path: Path) -> bool:

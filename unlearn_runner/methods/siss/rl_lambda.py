@@ -10,7 +10,7 @@ trains it `drivers/sb3.py`.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.denoising import denoising_loss, draw_eps, draw_noise
-from unlearn_runner.methods.lambdas import Chosen
 from unlearn_runner.methods.method import Method, Setting
-from unlearn_runner.methods.siss import SISS
+from unlearn_runner.methods.siss.lambda_controllers import Chosen
+from unlearn_runner.methods.siss.siss import SISS
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, NonNegativeFloat, OpenUnitInterval, PositiveInt, Seed
 from unlearn_runner.rules import method_options
@@ -29,15 +29,16 @@ from unlearn_runner.types import Batch, GeneratorState, Metrics, Stateful, make_
 if TYPE_CHECKING:
     from stable_baselines3.common.base_class import BaseAlgorithm
 
+
 TERMS = ("loss/retain", "loss/forget", "grad_norm/retain", "grad_norm/forget")
-FURTHER_OPTIONS = {"RLLambda": ("unlearn_runner.methods.siss.SISS",)}
+FURTHER_OPTIONS = {"RLLambda": ("unlearn_runner.methods.siss.siss.SISS",)}
 
 
 def paper_reward(loss: Float[Tensor, ""], lambd: float, previous: float, omega: float) -> Float[Tensor, ""]:
     """-(L_SISS + omega (lambda_k - lambda_{k-1})^2) (2512.01054, section 5.3).
 
     Not bounded: a destroyed model's forget loss, and so the reward, grows without end. And the expectation of L_SISS
-    does not depend on lambda (methods/lambdas.py), so lambda is paid only for what it does to later steps.
+    does not depend on lambda (lambda_objectives.py), so lambda is paid only for what it does to later steps.
     """
     return -(loss + omega * (lambd - previous) ** 2)
 
@@ -190,7 +191,7 @@ class RLLambda(Method):
         # 2. what the new weights' state is
         if self.fresh_state:
             timesteps, eps = draw_noise(self.siss.trained, batch.x0_retain, self.state_generator)
-            terms = self.siss.terms_apart(batch, timesteps, eps, norms=self.observe_gradient_norms)
+            terms = self.siss.separate_terms(batch, timesteps, eps, norms=self.observe_gradient_norms)
             metrics |= zip(self.observed, terms.of_batch(), strict=True)
 
         # 3. the reward

@@ -22,9 +22,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from unlearn_runner.data.streams import Images
-from unlearn_runner.methods.critic_guided import move
+from unlearn_runner.methods.distillation.overrides import drawn_labels
 from unlearn_runner.methods.method import Counter, Method, Setting, Update
-from unlearn_runner.methods.overrides import drawn_labels
+from unlearn_runner.methods.policy.rollouts import move
 from unlearn_runner.models.model import GenerativeModel, evaluating
 from unlearn_runner.models.path import Gaussian, ladder
 from unlearn_runner.options import BatchSize, NonNegativeInt, UnitInterval

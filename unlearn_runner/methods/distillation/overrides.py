@@ -17,7 +17,7 @@ from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
 
 
-class Asked(NamedTuple):
+class OverrideBatch(NamedTuple):
     """What a rule may look at."""
 
     x0: Float[Tensor, "b c h w"]  # what the generator draws under the forget labels; detached
@@ -30,7 +30,7 @@ class Override(ABC):
     """Chooses a retained label for each sample. Constructed with the dataset's labels."""
 
     @abstractmethod
-    def __call__(self, asked: Asked) -> Int64[Tensor, "b"]: ...
+    def __call__(self, asked: OverrideBatch) -> Int64[Tensor, "b"]: ...
 
 
 @final
@@ -41,7 +41,7 @@ class Fixed(Override):
         method_options.label_that_is_kept(label, labels.retain)
         self.label = label
 
-    def __call__(self, asked: Asked) -> Int64[Tensor, "b"]:
+    def __call__(self, asked: OverrideBatch) -> Int64[Tensor, "b"]:
         return torch.full_like(asked.forget, self.label)
 
 
@@ -52,7 +52,7 @@ class RandomOther(Override):
     def __init__(self, labels: Labels):
         self.labels = labels
 
-    def __call__(self, asked: Asked) -> Int64[Tensor, "b"]:
+    def __call__(self, asked: OverrideBatch) -> Int64[Tensor, "b"]:
         return drawn_labels(self.labels.retain, len(asked.forget), asked.generator, asked.forget.device)
 
 
@@ -70,7 +70,7 @@ class Classifier(Override):
     def __init__(self, labels: Labels, num_draws: PositiveInt = 1):
         self.labels, self.num_draws = labels, num_draws
 
-    def __call__(self, asked: Asked) -> Int64[Tensor, "b"]:
+    def __call__(self, asked: OverrideBatch) -> Int64[Tensor, "b"]:
         start = torch.full_like(asked.forget, -1)
         costs = class_costs(asked.teacher, asked.x0, start, self.labels.retain, self.num_draws, asked.generator)
         return torch.tensor(self.labels.retain, device=asked.forget.device)[costs.argmin(1)]
