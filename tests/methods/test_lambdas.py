@@ -343,6 +343,12 @@ def test_features_are_those_of_the_middle_block(tiny_network):
     assert torch.equal(model.features(x0, cond), found), "nothing after it counts"
 
 
+def test_features_of_a_model_that_has_none_are_refused():
+    controller = inferred("variance", per="image", image_features=True)
+    with pytest.raises(ConfigurationError, match="image_features=true needs a model whose network has a middle block"):
+        controller.begin(None)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

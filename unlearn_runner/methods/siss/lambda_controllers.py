@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unlearn_runner.errors import ConfigurationError
 from unlearn_runner.methods.siss.lambda_objectives import (
     OBJECTIVES,
     SeparateTerms,

@@ -10,7 +10,7 @@ trains it `drivers/sb3.py`.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from jaxtyping import Float
