@@ -269,7 +269,7 @@ def test_experiments_compose_with_methods(composed, experiment, methods):
         spec = DataSpec("toy", shape, None if num_labels is None else DIGITS, DIGITS, (0,), None, False)
         clip = make(cfg["clip"]["network"])
         built = build_method(cfg, network, spec, make_generator(0, "method"), clip)
-        assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps
+        assert make(cfg["driver"]).total_steps(built, plan) == plan.max_steps * (1 + getattr(built, "rehearsals", 0))
     evaluation = make(cfg["evaluation"])
     assert set(evaluation.metrics) >= {"rates", "fid", "kid", "prc", "is", "ssim", "nll", "mia"}, "never fewer metrics"
     assert evaluation.relearning is not None
