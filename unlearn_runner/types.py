@@ -68,7 +68,12 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
 
 def make_generator(seed: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator of its own for each purpose of a run, so that no draw depends on what else was drawn."""
+    return torch.Generator(device=device).manual_seed(seed_for(seed, purpose))
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """Of a purpose's generator, in [0, 2^56)."""
     import hashlib
 
     digest = hashlib.sha256(f"{purpose}/{seed}".encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return int.from_bytes(digest[:7], "little")

@@ -21,7 +21,7 @@ from unlearn_runner.spec import DataSpec
 from unlearn_runner.training.checkpoint import Checkpoint, Checkpoints, reading_checkpoint
 from unlearn_runner.training.clock import COSTS, Clock, Listener
 from unlearn_runner.training.signals import Interrupts
-from unlearn_runner.types import GeneratorState, Metrics, make_generator
+from unlearn_runner.types import GeneratorState, Metrics, seed_for
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,8 @@ class Trainer:
         """Seed all that is drawn from the present step on: no rehearsal repeats another's draws, or the run's."""
         parts = [part for part in self.method.stateful().values() if isinstance(part, GeneratorState)]
         for generator in (self.stream.generator, *(part.generator for part in parts)):
-            seed = make_generator(generator.initial_seed(), f"rehearsal from step {self.clock.step}").initial_seed()
-            generator.manual_seed(seed)
-        torch.manual_seed(make_generator(self.clock.step, "rehearsal").initial_seed())  # dropout's
+            generator.manual_seed(seed_for(generator.initial_seed(), f"rehearsal from step {self.clock.step}"))
+        torch.manual_seed(seed_for(self.clock.step, "rehearsal"))  # dropout's
 
     def save(self) -> Path:
         """Write a checkpoint of this step, unless there is one: what comes between two steps is made again from it."""

@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unlearn_runner.data.streams import Images
 from unlearn_runner.gradients import gradients
-from unlearn_runner.methods.distillation.networks import DistillationNetworks, NoiseRange, distillation_state
+from unlearn_runner.methods.distillation.networks import Distillation, NoiseRange
 from unlearn_runner.methods.distillation.overrides import Override, OverrideBatch, drawn_labels
-from unlearn_runner.methods.method import Method, Setting, Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.methods.siss.lambda_controllers import Constant, Inferred, LambdaController
 from unlearn_runner.methods.siss.lambda_objectives import StepObservation
 from unlearn_runner.methods.siss.mixture import importance_weights, siss_loss
@@ -24,11 +23,11 @@ from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, PositiveFloat, UnitInterval
 from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
-from unlearn_runner.types import Batch, Metrics, Stateful, Streams
+from unlearn_runner.types import Batch, Metrics, Stateful
 
 
 @final
-class MixedLabels(Method):
+class MixedLabels(Distillation):
     """SFD on one batch in which each sample has a forget label with chance lambda; importance weights keep the losses.
 
     A retain sample weighs 1 / (1 - lambda), a forget sample g_f / lambda, in both parts of the step: for every lambda
@@ -49,23 +48,11 @@ class MixedLabels(Method):
         noise: NoiseRange,
         lambd: UnitInterval | LambdaController,
     ):
-        self.trio = DistillationNetworks(setting.model, noise)
-        self.reads = Streams(retain=None, forget=False)
-        self.networks = self.trio.networks
+        super().__init__(setting, update, fake_update, noise)
         self.labels = setting.labels
         self.override = override(setting.labels)
         self.batch_size, self.forget_weight, self.alpha = batch_size, forget_weight, alpha
         self.lambd = controller(lambd)
-        self.update = update(self.trio.generator)
-        self.fake_update = fake_update(self.trio.fake)
-        self.generator = setting.generator
-
-    @property
-    def model(self) -> GenerativeModel:
-        return self.update.model
-
-    def begin(self, images: Images | None) -> None:
-        self.trio.begin()
 
     def step(self, batch: Batch) -> Metrics:
         trio, g, b = self.trio, self.generator, self.batch_size
@@ -121,7 +108,7 @@ class MixedLabels(Method):
         }
 
     def stateful(self) -> dict[str, Stateful]:
-        return {**distillation_state(self.update, self.fake_update, self.generator), "lambd": self.lambd}
+        return {**super().stateful(), "lambd": self.lambd}
 
 
 def controller(lambd: float | LambdaController) -> LambdaController:

@@ -18,22 +18,20 @@ from annotated_types import Gt, Le
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.distillation.networks import (
-    DistillationNetworks,
+    Distillation,
     LabelSampler,
     Noised,
     NoiseRange,
-    distillation_state,
     generator_loss,
     split_losses,
 )
 from unlearn_runner.methods.distillation.overrides import class_costs
-from unlearn_runner.methods.method import Method, Setting, Update
+from unlearn_runner.methods.method import Setting, Update
 from unlearn_runner.models.model import GenerativeModel, predict_x0
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt
 from unlearn_runner.rules import method_options
-from unlearn_runner.types import Batch, Metrics, Stateful, Streams
+from unlearn_runner.types import Batch, Metrics
 
 
 def mixture_costs(
@@ -64,7 +62,7 @@ def mixture_guess(
 
 
 @final
-class MultiClass(Method):
+class MultiClass(Distillation):
     """SFD with an adaptive mixture of all retained classes in place of an override rule.
 
     Args:
@@ -92,28 +90,16 @@ class MultiClass(Method):
         target: Literal["drawn", "mixture_score"] = "drawn",
         num_draws: PositiveInt = 1,
     ):
-        self.trio = DistillationNetworks(setting.model, noise)
+        super().__init__(setting, update, fake_update, noise)
         count = len(setting.labels.retain)
         method_options.shares_that_sum_to_one(prior)
         method_options.share_for_each_class(prior, count)
         if prior is None:
             prior = [1 / count] * count
-        self.reads = Streams(retain=None, forget=False)
-        self.networks = self.trio.networks
         self.retained = setting.labels.retain
         self.labels = LabelSampler(setting.labels, batch_size, forget_samples, forget_weight)
         self.alpha, self.beta = alpha, beta
         self.prior, self.target, self.num_draws = torch.tensor(prior), target, num_draws
-        self.update = update(self.trio.generator)
-        self.fake_update = fake_update(self.trio.fake)
-        self.generator = setting.generator
-
-    @property
-    def model(self) -> GenerativeModel:
-        return self.update.model
-
-    def begin(self, images: Images | None) -> None:
-        self.trio.begin()
 
     def step(self, batch: Batch) -> Metrics:
         trio, g = self.trio, self.generator
@@ -175,6 +161,3 @@ class MultiClass(Method):
 
     def _retained(self) -> Int64[Tensor, "r"]:
         return torch.tensor(self.retained, device=self.trio.device)
-
-    def stateful(self) -> dict[str, Stateful]:
-        return distillation_state(self.update, self.fake_update, self.generator)

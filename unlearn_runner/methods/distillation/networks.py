@@ -7,6 +7,7 @@
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -14,14 +15,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.distillation.overrides import drawn_labels
-from unlearn_runner.methods.method import Update, copy_weights
+from unlearn_runner.methods.method import Method, Setting, Update, copy_weights
 from unlearn_runner.models.model import GenerativeModel, predict_eps, predict_x0, squared_error
 from unlearn_runner.models.one_step import OneStep
 from unlearn_runner.options import PositiveFloat
 from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
-from unlearn_runner.types import GeneratorState, Metrics, Stateful
+from unlearn_runner.types import GeneratorState, Metrics, Stateful, Streams
 
 
 def fake_score_loss(eps_pred: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"]) -> Float[Tensor, "b"]:
@@ -176,10 +178,39 @@ def distil_steps(share: float, max_steps: int) -> int:
     return round(share * max_steps)
 
 
-def distillation_state(update: Update, fake_update: Update, generator: torch.Generator) -> dict[str, Stateful]:
-    """What a resumed distillation needs. The teacher is the base, which every run loads anyway."""
-    fake = {f"fake_{name}": part for name, part in fake_update.stateful().items()}
-    return {**update.stateful(), **fake, "noise": GeneratorState(generator)}
+class Distillation(Method):
+    """What ships is the one-step generator, which learns from the teacher and the fake score and from no image.
+
+    Args:
+        update: of the generator.
+        fake_update: of the fake score.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        update: Callable[[GenerativeModel], Update],
+        fake_update: Callable[[GenerativeModel], Update],
+        noise: NoiseRange,
+    ):
+        self.trio = DistillationNetworks(setting.model, noise)
+        self.reads = Streams(retain=None, forget=False)
+        self.networks = self.trio.networks
+        self.update = update(self.trio.generator)
+        self.fake_update = fake_update(self.trio.fake)
+        self.generator = setting.generator
+
+    @property
+    def model(self) -> GenerativeModel:
+        return self.update.model
+
+    def begin(self, images: Images | None) -> None:
+        self.trio.begin()
+
+    def stateful(self) -> dict[str, Stateful]:
+        """Without the teacher, which is the base: every run loads it anyway."""
+        fake = {f"fake_{name}": part for name, part in self.fake_update.stateful().items()}
+        return {**self.update.stateful(), **fake, "noise": GeneratorState(self.generator)}
 
 
 def split_losses(prefix: str, losses: Float[Tensor, "b"], kept: int, pixels: int) -> Metrics:

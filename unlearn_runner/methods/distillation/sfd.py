@@ -6,23 +6,21 @@ from typing import Annotated, Literal, final
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 
-from unlearn_runner.data.streams import Images
 from unlearn_runner.methods.distillation.networks import (
-    DistillationNetworks,
+    Distillation,
     Drawn,
     LabelSampler,
     NoiseRange,
     distil_steps,
-    distillation_state,
     split_losses,
 )
 from unlearn_runner.methods.distillation.overrides import Override, OverrideBatch
-from unlearn_runner.methods.method import Counter, Method, Setting, Update, copy_weights
+from unlearn_runner.methods.method import Counter, Setting, Update, copy_weights
 from unlearn_runner.models.model import GenerativeModel
 from unlearn_runner.options import BatchSize, PositiveFloat, PositiveInt, UnitInterval
 from unlearn_runner.rules import method_options
 from unlearn_runner.spec import Labels
-from unlearn_runner.types import Batch, Metrics, Stateful, Streams
+from unlearn_runner.types import Batch, Metrics, Stateful
 
 
 def two_stage_rate(
@@ -34,7 +32,7 @@ def two_stage_rate(
 
 
 @final
-class SFD(Method):
+class SFD(Distillation):
     """Distils the teacher into a one-step generator, and under the forget labels into what `override` says instead.
 
     Reads no image: labels are drawn, pictures come from the generator. `fake_update` is the fake score's optimizer,
@@ -73,25 +71,13 @@ class SFD(Method):
     ):
         method_options.something_to_forget(distil_share, max_steps)
         method_options.second_stage(distil_share, second_teacher)
-        self.trio = DistillationNetworks(setting.model, noise)
-        self.reads = Streams(retain=None, forget=False)
-        self.networks = self.trio.networks
+        super().__init__(setting, update, fake_update, noise)
         self.labels = LabelSampler(setting.labels, batch_size, forget_samples, forget_weight)
         self.override = override(setting.labels)
         self.alpha = alpha
         self.distil_steps = distil_steps(distil_share, max_steps)
         self.fake_teaches = second_teacher == "fake_score"
         self.taken = Counter()
-        self.update = update(self.trio.generator)
-        self.fake_update = fake_update(self.trio.fake)
-        self.generator = setting.generator
-
-    @property
-    def model(self) -> GenerativeModel:
-        return self.update.model
-
-    def begin(self, images: Images | None) -> None:
-        self.trio.begin()
 
     def step(self, batch: Batch) -> Metrics:
         if self.fake_teaches and self.taken.value == self.distil_steps:
@@ -126,4 +112,4 @@ class SFD(Method):
 
     def stateful(self) -> dict[str, Stateful]:
         teacher = {"teacher": self.trio.teacher} if self.fake_teaches else {}
-        return {**distillation_state(self.update, self.fake_update, self.generator), **teacher, "steps": self.taken}
+        return {**super().stateful(), **teacher, "steps": self.taken}

@@ -6,9 +6,7 @@ an update has steps of many roll-outs, not all steps of a few; prompts of both k
 random; the last step leads to the picture and has no density, where the code stops at t = 0 with a small deviation;
 rates, LoRA and batches are the configuration's.
 
-# Notation (variable -> paper)
-# states[:, k], actions -> s_k = (c, t_k, x_k), a_k = x_{k+1}: denoising from t_k to t_{k+1};  reward -> r(x_0, c)
-# ratio -> pi_theta(a|s) / pi_start(a|s), start being the policy at the beginning of a round
+# Notation (variable -> paper), besides rollouts.py's
 # behaviour -> the policy that a roll-out was drawn by
 """
 
